@@ -1,0 +1,205 @@
+"""The `spin:` block of the YAML, and the claim of `rl: spin`.
+
+Only pydantic is imported here: the host loads this module for every config of an environment in
+which the package is installed. `refusals.py` holds what SPIN cannot work with.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from axolotl_spin.refusals import refuse_unsupported
+
+Beta = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+LearningRate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class GenerationConfig(BaseModel):
+    """How the opponent answers the prompts (`spin.generation`)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    backend: Literal["transformers"] = Field(
+        default="transformers",
+        description="What generates: the training model's own `generate`, on every rank.",
+    )
+    max_new_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most tokens in an answer. Default: what `sequence_len` leaves after the "
+        "prompt, at most 512. An answer never goes beyond `sequence_len`.",
+    )
+    temperature: float = Field(
+        default=1.0,
+        ge=0,
+        le=10,
+        description="Sampling temperature; the theory assumes 1. 0 is greedy decoding.",
+    )
+    top_p: float = Field(
+        default=1.0, gt=0, le=1, description="Nucleus sampling; the theory assumes 1 (off)."
+    )
+    top_k: int | None = Field(
+        default=None, ge=1, description="Sample among the k likeliest tokens. Default: off."
+    )
+    batch_size: int = Field(
+        default=32,
+        ge=1,
+        description="Prompts answered together on one rank; also the unit of work that is seeded "
+        "and resumed, so changing it changes the samples.",
+    )
+    seed: int | None = Field(
+        default=None, ge=0, description="Seed of the sampling. Default: the host's `seed`."
+    )
+
+
+class SpinConfig(BaseModel):
+    """Self-play settings (`spin`). Everything else is the host's key with the host's meaning."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    iterations: int = Field(
+        default=3, ge=1, le=1000, description="Self-play iterations T; `num_epochs` counts per iteration."
+    )
+    beta: Beta | list[Beta] = Field(
+        default=0.1,
+        description="The paper's lambda: how far the policy may move from the opponent. "
+        "A number, or one per iteration.",
+    )
+    learning_rate: LearningRate | list[LearningRate] | None = Field(
+        default=None,
+        description="Peak learning rate: a number, or one per iteration. Default: the host's "
+        "`learning_rate`.",
+    )
+    history: int = Field(
+        default=1,
+        ge=0,
+        description="How many earlier iterations' generations are trained on again, 0 to "
+        "iterations-1 (the paper keeps 1).",
+    )
+    loss: Literal["sigmoid", "hinge"] = Field(
+        default="sigmoid", description="Logistic loss log(1+exp(-t)), or hinge relu(1-t)."
+    )
+    sft_weight: float = Field(
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Adds this times the human answer's negative log-likelihood per token.",
+    )
+    restart_optimizer: bool = Field(
+        default=True, description="Start each iteration with fresh optimizer state, as the paper does."
+    )
+    max_prompts: int | None = Field(
+        default=None, ge=1, description="Use only the first N prompts of the prepared dataset. Default: all."
+    )
+    turns: Literal["last", "all"] = Field(
+        default="last",
+        description="Which assistant turns become pairs: the last of each row, or every one.",
+    )
+    save_iterations: bool = Field(
+        default=True,
+        description="Keep each iteration's resulting model or adapter in OUTPUT_DIR/spin/iteration-N/model.",
+    )
+    generation: GenerationConfig = Field(
+        default_factory=GenerationConfig, description="How the opponent answers the prompts."
+    )
+    active: bool = Field(
+        default=False,
+        description="Set by `rl: spin`; not for users. Keeps the claim when the host validates a config twice.",
+    )
+
+    @field_validator("beta", "learning_rate", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any) -> Any:
+        """Reads `5e-7`, which YAML 1.1 leaves a string, and says what was expected instead of a union's errors."""
+
+        def number(item: Any) -> Any:
+            if isinstance(item, bool):
+                raise ValueError(f"expected a number, got {item!r}")
+            try:
+                return float(item)
+            except (TypeError, ValueError):
+                raise ValueError(f"expected a number or a list of numbers, got {item!r}") from None
+
+        if value is None:
+            return None
+        numbers = [number(item) for item in value] if isinstance(value, (list, tuple)) else number(value)
+        bad = [n for n in (numbers if isinstance(numbers, list) else [numbers]) if not 0 < n < float("inf")]
+        if bad:
+            raise ValueError(f"must be greater than 0 and finite, got {bad[0]}")
+        return numbers
+
+    @model_validator(mode="after")
+    def _lengths(self) -> SpinConfig:
+        for key in ("beta", "learning_rate"):
+            value = getattr(self, key)
+            if isinstance(value, list) and len(value) != self.iterations:
+                raise ValueError(
+                    f"spin.{key} lists {len(value)} values, but spin.iterations is {self.iterations}: "
+                    f"give one number, or {self.iterations} of them"
+                )
+        # history is bounded by the iterations that exist; the default of 1 stays valid for one iteration
+        if "history" in self.model_fields_set and self.history > self.iterations - 1:
+            raise ValueError(
+                f"spin.history is {self.history}, but only 0 to {self.iterations - 1} earlier iterations "
+                f"exist with spin.iterations: {self.iterations}"
+            )
+        return self
+
+    def betas(self) -> list[float]:
+        """Returns beta for each iteration."""
+        return _per_iteration(self.beta, self.iterations)
+
+    def learning_rates(self, default: float) -> list[float]:
+        """Returns the peak learning rate for each iteration; `default` is the host's."""
+        return _per_iteration(default if self.learning_rate is None else self.learning_rate, self.iterations)
+
+
+def _per_iteration(value: float | list[float], iterations: int) -> list[float]:
+    return list(value) if isinstance(value, list) else [value] * iterations
+
+
+class SpinArgs(BaseModel):
+    """What the plugin adds to the host's config schema: the `spin:` block, switched on by `rl: spin`."""
+
+    spin: SpinConfig | None = Field(
+        default=None, description="Self-Play Fine-Tuning settings; used with `rl: spin`."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _claim(cls, data: Any) -> Any:
+        """Turns `rl: spin` into the host's SFT path plus an active `spin` block.
+
+        Runs ahead of the host's own RL checks, which do not know the value `spin`.
+
+        Raises:
+            ValueError: A `spin:` block without `rl: spin`, or a key that SPIN cannot work with.
+        """
+        if not isinstance(data, dict):
+            return data
+        block = data.get("spin")
+        if isinstance(block, SpinConfig):
+            block = block.model_dump()
+        if data.get("rl") == "spin":
+            if block is not None and not isinstance(block, dict):
+                raise ValueError(f"spin: expected a block of keys, got {block!r}")
+            data["rl"] = None
+            data["spin"] = {**(block or {}), "active": True}
+        elif block is not None and not (isinstance(block, dict) and block.get("active")):
+            raise ValueError(
+                "the config has a `spin:` block, but `rl` is "
+                f"{data.get('rl')!r}: write `rl: spin` to train by self-play, or remove the block"
+            )
+        if data.get("spin"):
+            refuse_unsupported(data)
+        return data
+
+
+def spin_config(cfg: Any) -> SpinConfig | None:
+    """Returns the typed `spin` block of a validated host config, or None when SPIN is off."""
+    block = cfg.get("spin")
+    if not block or not block.get("active"):
+        return None
+    return SpinConfig.model_validate(block.to_dict() if hasattr(block, "to_dict") else dict(block))

@@ -1,0 +1,53 @@
+"""`axolotl spin ...`: look at a run before and after it. `python -m axolotl_spin ...` does the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+
+@click.group()
+def spin() -> None:
+    """Self-Play Fine-Tuning: see what a config will do, and what a run did."""
+
+
+@spin.command()
+@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=str))
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+def plan(config: str, as_json: bool) -> None:
+    """Validate CONFIG, tokenise its data and print the plan. Loads no model weights.
+
+    Steps depend on the number of ranks: set WORLD_SIZE to see those of another launch.
+    """
+    from axolotl.cli.config import load_cfg
+    from axolotl.integrations.base import PluginManager
+
+    from axolotl_spin.plugin import SpinPlugin
+    from axolotl_spin.report import plan_table, print_wide
+
+    cfg = load_cfg(config)
+    plugin = next((p for p in PluginManager.get_instance().plugins.values() if isinstance(p, SpinPlugin)), None)
+    if plugin is None or plugin.load_datasets(cfg, preprocess=True) is None:
+        raise click.ClickException(f"{config} does not say `rl: spin`")
+    assert plugin.run is not None
+    if as_json:
+        click.echo(json.dumps(plugin.run.plan.to_json(), indent=2))
+    else:
+        print_wide(plan_table(plugin.run.plan))
+
+
+@spin.command()
+@click.argument("output_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
+def table(output_dir: Path) -> None:
+    """Print the table of iterations of the run in OUTPUT_DIR, finished or not."""
+    from axolotl_spin.artifacts import RunDirectory, read_json
+    from axolotl_spin.report import iteration_table, print_wide
+
+    directory = RunDirectory(output_dir)
+    if not directory.plan.exists():
+        raise click.ClickException(f"{output_dir} holds no SPIN run: there is no {directory.plan}")
+    iterations = len(read_json(directory.plan)["iterations"])
+    paths = [directory.metrics(iteration) for iteration in range(iterations)]
+    print_wide(iteration_table([read_json(path) for path in paths if path.exists()]))

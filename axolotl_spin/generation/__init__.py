@@ -1,0 +1,101 @@
+"""The opponent's answers: work cut into fixed chunks, and the protocol that a backend follows."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn.
+
+    Attributes:
+        temperature: 0 is greedy decoding.
+        top_p: Nucleus sampling; 1 is off.
+        top_k: Sample among the k likeliest; None is off.
+        stop_token_ids: Tokens that end an answer; the one drawn is kept as its last token.
+    """
+
+    temperature: float
+    top_p: float
+    top_k: int | None
+    stop_token_ids: tuple[int, ...]
+
+
+class Completion(NamedTuple):
+    """An answer as drawn, never through text: token ids, and whether it ended by itself or was cut."""
+
+    ids: list[int]
+    finish_reason: Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Prompts answered together: the unit that is seeded, resumed and given to a rank.
+
+    Attributes:
+        index: Position among the iteration's chunks.
+        rows: Indices of the prompts.
+        prompts: Their token ids.
+        limits: Most tokens that each answer may have.
+        seed: Depends on the run's seed, the iteration and the index alone.
+    """
+
+    index: int
+    rows: tuple[int, ...]
+    prompts: tuple[Sequence[int], ...]
+    limits: tuple[int, ...]
+    seed: int
+
+
+class Backend(Protocol):
+    """What answers prompts. Every rank calls it with the same chunks."""
+
+    def answer(self, model: Any, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, list[Completion]]]:
+        """Yields this rank's share of the chunks as they are done, in any order; over all ranks each chunk once.
+
+        Args:
+            model: The policy as the trainer wraps it, frozen for the call.
+            chunks: What is to be answered.
+        """
+
+
+def chunk_seed(seed: int, iteration: int, chunk: int) -> int:
+    """Returns a 63-bit seed that depends on its arguments alone."""
+    digest = hashlib.sha256(f"{seed}/{iteration}/{chunk}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def chunk_rows(lengths: Sequence[int], chunk_size: int) -> list[list[int]]:
+    """Cuts prompts into chunks of similar length, longest first, so that a chunk that cannot fit fails early.
+
+    Args:
+        lengths: Tokens in each prompt.
+        chunk_size: Prompts in a chunk.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    return [order[start : start + chunk_size] for start in range(0, len(order), chunk_size)]
+
+
+def token_limit(prompt_length: int, *, max_new_tokens: int | None, sequence_len: int) -> int:
+    """Returns how many tokens an answer may have: what `sequence_len` leaves, at most `max_new_tokens` (512)."""
+    return max(1, min(sequence_len - prompt_length, max_new_tokens or 512))
+
+
+def cut(ids: Sequence[int], limit: int, stop_token_ids: Sequence[int]) -> Completion:
+    """Ends a drawn answer after its first stop token, or cuts it at its limit.
+
+    What follows a stop token is padding. A cut answer gets no end token: it is the model's real sample.
+
+    Args:
+        ids: Drawn tokens, possibly with padding behind a stop token.
+        limit: Most tokens the answer may have.
+        stop_token_ids: Tokens that end an answer.
+    """
+    for position, token in enumerate(ids[:limit]):
+        if token in stop_token_ids:
+            return Completion(list(ids[: position + 1]), "stop")
+    return Completion(list(ids[:limit]), "length")

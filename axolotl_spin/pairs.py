@@ -1,0 +1,222 @@
+"""Pairs of a human answer and the opponent's: their file, the dataset over it, batches and the collator."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from axolotl_spin.artifacts import write_whole
+
+_IDS = pa.list_(pa.int32())
+
+SCHEMA = pa.schema(
+    [
+        ("prompt_ids", _IDS),
+        ("chosen_ids", _IDS),
+        ("rejected_ids", _IDS),
+        ("prompt", pa.string()),
+        ("chosen", pa.string()),
+        ("rejected", pa.string()),
+        ("finish_reason", pa.string()),  # "stop": ended by itself; "length": cut at the limit
+        ("generated_in", pa.int32()),  # iteration whose opponent gave the rejected answer
+        ("opponent_chosen_logp", pa.float64()),  # sums over the answer's tokens, in nats
+        ("opponent_rejected_logp", pa.float64()),
+        ("row", pa.int64()),  # index of the source row
+    ]
+)
+
+_RUN_KEY = b"axolotl_spin"
+
+
+def write_pairs(path: Path, pairs: pa.Table, run: str) -> None:
+    """Writes `pairs.parquet` as a whole file.
+
+    Args:
+        path: Destination.
+        pairs: A table of `SCHEMA`, one row per pair trained on, in order.
+        run: The plan's hash, kept in the file's metadata.
+    """
+    pairs = pairs.cast(SCHEMA).replace_schema_metadata({_RUN_KEY: run.encode()})
+    write_whole(path, lambda aside: pq.write_table(pairs, aside))
+
+
+def read_pairs(path: Path, run: str | None = None) -> pa.Table:
+    """Reads `pairs.parquet`.
+
+    Args:
+        path: The file.
+        run: The plan's hash that the file must carry; None takes any.
+
+    Raises:
+        ValueError: The file is damaged, has other columns or belongs to another run.
+    """
+    try:
+        pairs = pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it and start again") from error
+    if not pairs.schema.equals(SCHEMA):
+        raise ValueError(f"{path} does not hold the columns of a pairs file: delete it and start again")
+    found = (pairs.schema.metadata or {}).get(_RUN_KEY, b"").decode()
+    if run is not None and found != run:
+        raise ValueError(
+            f"{path} belongs to another run (plan {found[:12] or 'unknown'}, this run's is {run[:12]}): choose another "
+            "`output_dir`, or delete the `spin` folder in it"
+        )
+    return pairs
+
+
+class PairDataset(Dataset):
+    """Pairs as a map-style dataset over Arrow memory; nothing is held as Python objects.
+
+    Args:
+        pairs: A table of `SCHEMA` with the opponent's log-probs.
+    """
+
+    def __init__(self, pairs: pa.Table):
+        self.table = pairs.combine_chunks()
+        self._ids = {}
+        for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
+            column = self._column(name)
+            self._ids[name] = (column.offsets.to_numpy(), column.values.to_numpy())
+        self._logps = {
+            name: self.table[name].to_numpy() for name in ("opponent_chosen_logp", "opponent_rejected_logp")
+        }
+
+    def _column(self, name: str) -> pa.ListArray:
+        column = self.table[name]
+        return column.chunk(0) if column.num_chunks else pa.array([], type=column.type)
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row: dict[str, Any] = {}
+        for name, (offsets, values) in self._ids.items():
+            row[name] = values[offsets[index] : offsets[index + 1]]
+        for name, logps in self._logps.items():
+            row[name] = logps[index]
+        return row
+
+    def lengths(self, name: str) -> np.ndarray:
+        """Returns the number of tokens of each row's `prompt_ids`, `chosen_ids` or `rejected_ids`."""
+        return np.diff(self._ids[name][0])
+
+
+class PairCollator:
+    """Pads pairs into one batch: all human answers first, then all of the opponent's.
+
+    With pairs A and B, each a prompt P, a human answer C and the opponent's answer R, the sequences are
+    `[P_A C_A], [P_B C_B], [P_A R_A], [P_B R_B]`, padded on the right and masked by length (never by id: the padding
+    token may be the end token). For A with P=[5, 6], C=[7, 2], R=[8] and padding 0:
+
+        input_ids       = [[5, 6, 7, 2], [5, 6, 8, 0]]
+        attention_mask  = [[1, 1, 1, 1], [1, 1, 1, 0]]
+        completion_mask = [[0, 0, 1, 1], [0, 0, 1, 0]]
+
+    Args:
+        pad_token_id: Fills the padding; its value does not matter.
+    """
+
+    def __init__(self, pad_token_id: int):
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """Collates rows of `PairDataset`.
+
+        Returns:
+            The masks and ids above, (2 * pairs, length); `completion_lengths` (2 * pairs,); and, where the rows have
+            them, `opponent_logps` (2 * pairs,) float64 in nats and `weight` (pairs,), 0 for a pair that only fills a
+            rank's batch.
+        """
+        sequences = [(row["prompt_ids"], row[answer]) for answer in ("chosen_ids", "rejected_ids") for row in rows]
+        width = max(len(prompt) + len(completion) for prompt, completion in sequences)
+        ids = np.full((len(sequences), width), self.pad_token_id, dtype=np.int64)
+        attention = np.zeros_like(ids)
+        completion_mask = np.zeros(ids.shape, dtype=bool)
+        for index, (prompt, completion) in enumerate(sequences):
+            start, end = len(prompt), len(prompt) + len(completion)
+            ids[index, :start], ids[index, start:end] = prompt, completion
+            attention[index, :end] = 1
+            completion_mask[index, start:end] = True
+        batch = {
+            "input_ids": torch.from_numpy(ids),
+            "attention_mask": torch.from_numpy(attention),
+            "completion_mask": torch.from_numpy(completion_mask),
+            "completion_lengths": torch.tensor([len(completion) for _, completion in sequences]),
+        }
+        if "opponent_chosen_logp" in rows[0]:
+            logps = [row[f"opponent_{kind}_logp"] for kind in ("chosen", "rejected") for row in rows]
+            batch["opponent_logps"] = torch.tensor(logps, dtype=torch.float64)
+            batch["weight"] = torch.tensor([float(row.get("weight", 1.0)) for row in rows])
+        return batch
+
+
+class StepBatches(Sampler[list[tuple[int, float]]]):
+    """Which pairs a rank takes in each micro-batch of an epoch.
+
+    A step takes the next `micro_batch * accumulation * ranks` pairs of the epoch's order, whatever the layout, so one
+    process and several train on the same batches. The last step takes what is left; a rank without a pair in it gets
+    one of weight 0, so that every rank runs the same forwards. Each pair has weight 1 once an epoch.
+
+    Args:
+        rows: Pairs in the epoch.
+        micro_batch: Pairs in one rank's micro-batch.
+        accumulation: Micro-batches in a step.
+        ranks: Number of ranks.
+        rank: This rank.
+        seed: Seed of the shuffle.
+        epoch: The run's epoch, mixed into the seed.
+        shuffle: False keeps the order of the rows (the host's `curriculum_sampling`).
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        *,
+        micro_batch: int,
+        accumulation: int,
+        ranks: int,
+        rank: int,
+        seed: int,
+        epoch: int,
+        shuffle: bool = True,
+    ):
+        self.rows, self.ranks, self.rank = rows, ranks, rank
+        self.seed, self.epoch, self.shuffle = seed, epoch, shuffle
+        self.wide = micro_batch * ranks  # pairs of all ranks in one micro-batch
+        self.step = self.wide * accumulation
+
+    def __len__(self) -> int:
+        whole, rest = divmod(self.rows, self.step)
+        return whole * (self.step // self.wide) + math.ceil(rest / self.wide)
+
+    def __iter__(self) -> Iterator[list[tuple[int, float]]]:
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
+        order = torch.randperm(self.rows, generator=generator).tolist() if self.shuffle else range(self.rows)
+        for start in range(0, self.rows, self.wide):
+            wide = order[start : start + self.wide]
+            mine = wide[self.rank :: self.ranks]
+            yield [(index, 1.0) for index in mine] or [(wide[0], 0.0)]
+
+
+class WeightedRows(Dataset):
+    """Rows of a `PairDataset` addressed by `StepBatches`' (index, weight)."""
+
+    def __init__(self, pairs: PairDataset):
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, key: tuple[int, float]) -> dict[str, Any]:
+        index, weight = key
+        return {**self.pairs[index], "weight": weight}

@@ -1,0 +1,173 @@
+"""The plan: rows, steps, learning rates and betas of every iteration, fixed before step 1.
+
+Row counts depend on the prompts and human answers alone, never on what was generated, so steps and
+schedules are exact from the start and a resume can tell where it is from the global step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class IterationPlan:
+    """One self-play iteration.
+
+    Attributes:
+        iteration: Counted from 0.
+        rows: Pairs trained on, new and kept.
+        new_rows: Pairs generated in this iteration, one per prompt.
+        kept_rows: Pairs of earlier iterations that are trained on again.
+        epochs: Passes over the rows; the last may be cut by the host's `max_steps`.
+        steps_per_epoch: Optimizer steps in one whole pass.
+        steps: Optimizer steps in this iteration.
+        first_step: Optimizer steps of the run before this iteration.
+        warmup_steps: Steps of learning-rate warmup at this iteration's start.
+        learning_rate: Peak learning rate.
+        beta: The paper's lambda.
+    """
+
+    iteration: int
+    rows: int
+    new_rows: int
+    kept_rows: int
+    epochs: int
+    steps_per_epoch: int
+    steps: int
+    first_step: int
+    warmup_steps: int
+    learning_rate: float
+    beta: float
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a global step lies: the step within an epoch, the run's epoch, and the iteration."""
+
+    iteration: int
+    epoch: int
+    step_in_epoch: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All iterations of a run.
+
+    Attributes:
+        iterations: In order.
+        global_batch: Pairs in one optimizer step over all ranks.
+        num_epochs: The host's `num_epochs`: epochs in each iteration.
+    """
+
+    iterations: tuple[IterationPlan, ...]
+    global_batch: int
+    num_epochs: int
+
+    @property
+    def total_steps(self) -> int:
+        return sum(entry.steps for entry in self.iterations)
+
+    @property
+    def total_epochs(self) -> int:
+        return sum(entry.epochs for entry in self.iterations)
+
+    def of_epoch(self, epoch: int) -> IterationPlan:
+        """Returns the iteration that the run's epoch (from 0) belongs to."""
+        return self.iterations[min(epoch // self.num_epochs, len(self.iterations) - 1)]
+
+    def first_epoch(self, entry: IterationPlan) -> int:
+        """Returns the run's epoch (from 0) with which an iteration starts."""
+        return entry.iteration * self.num_epochs
+
+    def locate(self, global_step: int) -> Position:
+        """Returns where `global_step` finished optimizer steps lead to: the next step's place in the run."""
+        for entry in self.iterations:
+            done = global_step - entry.first_step
+            if done < entry.steps:
+                epoch, step = divmod(done, entry.steps_per_epoch)
+                return Position(entry.iteration, self.first_epoch(entry) + epoch, step)
+        return Position(len(self.iterations), self.total_epochs, 0)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the plan as plain JSON values, as written to `plan.json`."""
+        return {
+            "global_batch": self.global_batch,
+            "num_epochs": self.num_epochs,
+            "total_steps": self.total_steps,
+            "iterations": [asdict(entry) for entry in self.iterations],
+        }
+
+
+def warmup_steps(steps: int, *, warmup_steps: int | None, warmup_ratio: float | None) -> int:
+    """Returns an iteration's warmup in steps, by the host's rule applied to the iteration instead of the run.
+
+    Args:
+        steps: Optimizer steps in the iteration.
+        warmup_steps: The host's `warmup_steps`, which wins.
+        warmup_ratio: The host's `warmup_ratio`; without either, the host warms up 3% of the steps, at most 100.
+    """
+    if warmup_steps is not None:
+        return min(int(warmup_steps), steps)
+    if warmup_ratio is not None:
+        return int(warmup_ratio * steps)
+    return min(int(0.03 * steps), 100)
+
+
+def make_plan(
+    prompts: int,
+    *,
+    global_batch: int,
+    num_epochs: int,
+    history: int,
+    betas: Sequence[float],
+    learning_rates: Sequence[float],
+    max_steps: int | None = None,
+    warmup: dict[str, Any] | None = None,
+) -> Plan:
+    """Lays out the run.
+
+    Args:
+        prompts: Pairs generated in each iteration.
+        global_batch: Pairs in one optimizer step over all ranks.
+        num_epochs: Epochs in each iteration.
+        history: How many earlier iterations' pairs are kept.
+        betas: One per iteration.
+        learning_rates: One per iteration.
+        max_steps: The host's cap on the whole run's optimizer steps; iterations beyond it are dropped.
+        warmup: `warmup_steps` and `warmup_ratio` of the host's config.
+
+    Raises:
+        ValueError: There is nothing to train on.
+    """
+    if prompts < 1:
+        raise ValueError("no prompt is left to answer: check `datasets:`, `sequence_len` and `val_set_size`")
+    entries: list[IterationPlan] = []
+    first_step = 0
+    for iteration, (beta, learning_rate) in enumerate(zip(betas, learning_rates, strict=True)):
+        rows = prompts * (1 + min(history, iteration))
+        steps_per_epoch = math.ceil(rows / global_batch)
+        steps = steps_per_epoch * num_epochs
+        if max_steps:
+            steps = min(steps, max_steps - first_step)
+        if steps <= 0:
+            break
+        entries.append(
+            IterationPlan(
+                iteration=iteration,
+                rows=rows,
+                new_rows=prompts,
+                kept_rows=rows - prompts,
+                epochs=math.ceil(steps / steps_per_epoch),
+                steps_per_epoch=steps_per_epoch,
+                steps=steps,
+                first_step=first_step,
+                warmup_steps=warmup_steps(steps, **(warmup or {"warmup_steps": None, "warmup_ratio": None})),
+                learning_rate=learning_rate,
+                beta=beta,
+            )
+        )
+        first_step += steps
+    return Plan(tuple(entries), global_batch, num_epochs)

@@ -1,0 +1,138 @@
+"""Axolotl's hooks, each handing over to one part of this package; all of them inert when SPIN is off.
+
+On host 0.21 the plugin is registered in every environment in which it is installed, so nothing heavy may be imported at
+module level or when a config does not say `rl: spin`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from axolotl.integrations.base import BasePlugin, PluginManager
+
+from axolotl_spin.args import spin_config
+from axolotl_spin.refusals import refuse_loaded
+
+if TYPE_CHECKING:
+    from axolotl_spin.run import SpinRun
+
+
+class SpinPlugin(BasePlugin):
+    """Adds the RL type `spin` to Axolotl."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.run: SpinRun | None = None
+        self._trained = False
+
+    def register(self, cfg: dict) -> None:
+        """Refuses an untested host, before the config is even parsed."""
+        if cfg.get("rl") == "spin":
+            from axolotl_spin.compat import check_host_version
+
+            check_host_version()
+
+    def get_input_args(self) -> str:
+        return "axolotl_spin.args.SpinArgs"
+
+    def load_datasets(self, cfg: Any, preprocess: bool = False) -> Any:
+        """Prepares the host's SFT dataset, reads prompts from it and lays out the run; nothing is loaded yet."""
+        self.run = None
+        settings = spin_config(cfg)
+        if settings is None:
+            return None
+        refuse_loaded(cfg, self._other_trainers(cfg), settings.save_iterations)
+
+        import torch
+        from axolotl.common.datasets import TrainDatasetMeta
+        from axolotl.loaders import load_tokenizer
+        from axolotl.utils.data import prepare_datasets
+
+        from axolotl_spin.run import prepare_run
+
+        if not torch.cuda.is_available():
+            cfg.device_map = None  # with several ranks the host sets an accelerator's index
+        tokenizer = load_tokenizer(cfg)
+        with _rows_only():
+            train_dataset, eval_dataset, _, _ = prepare_datasets(cfg, tokenizer)
+        self.run = prepare_run(cfg, train_dataset, tokenizer)
+        if not preprocess:
+            self.run.check_directory()
+        return TrainDatasetMeta(train_dataset, eval_dataset, self.run.plan.total_steps)
+
+    def _other_trainers(self, cfg: Any) -> list[str]:
+        plugins = PluginManager.get_instance().plugins.items()
+        return [name for name, plugin in plugins if plugin is not self and plugin.get_trainer_cls(cfg) is not None]
+
+    def get_trainer_cls(self, cfg: Any) -> type | None:
+        if spin_config(cfg) is None:
+            return None
+        from axolotl_spin.trainer import SpinTrainer
+
+        return SpinTrainer
+
+    def get_training_args(self, cfg: Any) -> dict[str, Any] | None:
+        """Spreads the host's per-epoch settings over the iterations and turns off what works on batches of SFT rows."""
+        settings = spin_config(cfg)
+        if settings is None:
+            return None
+        arguments: dict[str, Any] = {
+            "sample_packing": False,
+            "eval_sample_packing": False,
+            "dataloader_drop_last": False,
+            # the host's default where saves and evaluations coincide; losses of two iterations do not compare
+            "load_best_model_at_end": False,
+        }
+        if self.run is None:  # `axolotl evaluate`
+            return arguments
+        plan = self.run.plan
+        arguments["num_train_epochs"] = plan.total_epochs
+        arguments["max_steps"] = plan.total_steps
+        for setting, per_epoch in (("save_steps", cfg.saves_per_epoch), ("eval_steps", cfg.evals_per_epoch)):
+            if per_epoch and cfg.get(setting):  # a fraction of the run, which the host took to be one iteration
+                arguments[setting] = 1.0 / (per_epoch * plan.total_epochs)
+        return arguments
+
+    def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list:
+        if self.run is None:
+            return []
+        from axolotl_spin.callbacks import SaveAtIterationEnd
+
+        return [SaveAtIterationEnd(self.run.plan)]
+
+    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+        if self.run is not None:
+            trainer.attach(self.run)
+
+    def post_train(self, cfg: Any, model: Any) -> None:
+        self._trained = self.run is not None
+
+    def post_train_unload(self, cfg: Any) -> None:
+        """Prints the table of iterations, behind everything that the host says at the end."""
+        if self._trained and int(os.environ.get("RANK", "0")) == 0:
+            from axolotl_spin.report import print_table
+
+            print_table(self.run)
+        self._trained = False
+
+
+@contextmanager
+def _rows_only() -> Iterator[None]:
+    """Has the host prepare rows without estimating an SFT run's steps from them.
+
+    The estimate runs through the packed dataset and refuses small held-out sets, which concerns packed SFT alone. The
+    host leaves it out for `axolotl preprocess`, which it tells by this variable (contract test:
+    test_host_contract.py::test_prepare_datasets_stops_before_counting_steps).
+    """
+    kept = os.environ.get("AXOLOTL_IS_PREPROCESS")
+    os.environ["AXOLOTL_IS_PREPROCESS"] = "1"
+    try:
+        yield
+    finally:
+        if kept is None:
+            del os.environ["AXOLOTL_IS_PREPROCESS"]
+        else:
+            os.environ["AXOLOTL_IS_PREPROCESS"] = kept

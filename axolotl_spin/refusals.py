@@ -1,0 +1,166 @@
+"""What SPIN cannot work with, and what to do instead: one row per key, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+Test = Callable[[Any], bool]
+
+
+def _truthy(value: Any) -> bool:
+    return bool(value)
+
+
+def _above_one(value: Any) -> bool:
+    return isinstance(value, (int, float)) and value > 1
+
+
+def _not_whole(value: Any) -> bool:
+    return value is not None and (not isinstance(value, (int, float)) or value < 1 or value != int(value))
+
+
+def _one_of(*names: str) -> Test:
+    return lambda value: str(value).lower() in names
+
+
+# key of the host's YAML, the values refused, why and what to write instead
+REFUSED: tuple[tuple[str, Test, str], ...] = (
+    ("streaming", _truthy, "self-play answers every prompt, so it needs a finite dataset; remove it"),
+    ("pretraining_dataset", _truthy, "pretraining data has no prompt to answer; use `datasets:`"),
+    ("skip_prepare_dataset", _truthy, "prompts are read from prepared rows; remove it"),
+    ("processor_type", _truthy, "multimodal models are not supported; use a text model"),
+    ("is_multimodal", _truthy, "multimodal models are not supported; use a text model"),
+    ("reward_model", _truthy, "SPIN trains a language model and needs no reward model; remove it"),
+    ("process_reward_model", _truthy, "SPIN trains a language model and needs no reward model; remove it"),
+    (
+        "context_parallel_size",
+        _above_one,
+        "sequences are not split over ranks here; set it to 1 and use data parallelism, ZeRO-3 or FSDP2",
+    ),
+    ("sequence_parallel_degree", _above_one, "sequences are not split over ranks here; set it to 1"),
+    (
+        "tensor_parallel_size",
+        _above_one,
+        "ranks must hold different prompts; set it to 1 and shard with ZeRO-3 or FSDP2",
+    ),
+    ("expert_parallel_size", _above_one, "ranks must hold different prompts; set it to 1"),
+    ("relora", _truthy, "merging the adapter in mid-iteration would move the opponent; use `adapter: lora`"),
+    ("auto_find_batch_size", _truthy, "the plan fixes batches and steps before training; set `micro_batch_size`"),
+    (
+        "load_best_model_at_end",
+        _truthy,
+        "losses of different iterations have different opponents and cannot be compared; set it to false and "
+        "pick among OUTPUT_DIR/spin/iteration-N/model",
+    ),
+    (
+        "early_stopping_patience",
+        _truthy,
+        "the loss returns to ln 2 at each iteration, so stopping on it means nothing; choose `spin.iterations`",
+    ),
+    ("trainer_cls", _truthy, "the plugin brings its own trainer; remove it"),
+    (
+        "neftune_noise_alpha",
+        _truthy,
+        "noise in the policy's embeddings alone makes it differ from the opponent at step 0; remove it",
+    ),
+    (
+        "noisy_embedding_alpha",
+        _truthy,
+        "noise in the policy's embeddings alone makes it differ from the opponent at step 0; remove it",
+    ),
+    ("use_dft", _truthy, "it is another loss; remove it (`spin.loss` chooses SPIN's)"),
+    ("use_eaft", _truthy, "it is another loss; remove it (`spin.loss` chooses SPIN's)"),
+    ("orpo_alpha", _truthy, "it is another loss; remove it"),
+    ("rl_beta", _truthy, "SPIN's beta is `spin.beta`; move the value there"),
+    ("balance_labels", _truthy, "batches are made of whole pairs, each weighted the same; remove it"),
+    ("dataloader_drop_last", _truthy, "each pair is trained on once an epoch, the last batch included; remove it"),
+    ("jagged_restart_steps", _truthy, "warmup and decay restart at each iteration by themselves; remove it"),
+    (
+        "lr_scheduler",
+        _one_of("reduce_lr_on_plateau", "greedy"),
+        "the schedule is fixed before step 1; use linear, cosine, constant, rex, ...",
+    ),
+    (
+        "optimizer",
+        lambda value: str(value).lower().startswith("schedule_free"),
+        "its running average spans iterations and cannot be restarted; use adamw_torch_fused, rmsprop, ...",
+    ),
+    (
+        "optimizer",
+        lambda value: "layerwise" in str(value).lower() or "lomo" in str(value).lower(),
+        "it updates weights inside backward and its state cannot be restarted; use adamw_torch_fused, rmsprop, ...",
+    ),
+    (
+        "num_epochs",
+        _not_whole,
+        "it counts per iteration and an iteration is made of whole epochs; use a whole number",
+    ),
+    (
+        "train_on_inputs",
+        _truthy,
+        "the human answer starts where the labels start, so the prompt must stay unlabelled; set it to false",
+    ),
+)
+
+
+def refuse_unsupported(data: dict[str, Any]) -> None:
+    """Refuses raw YAML values that SPIN cannot work with.
+
+    Args:
+        data: The config as the user wrote it.
+
+    Raises:
+        ValueError: Names the key, its value, the reason and the remedy, for every offending key at once.
+    """
+    found = [
+        f"`{key}: {data[key]}` does not work with `rl: spin`: {why}"
+        for key, refused, why in REFUSED
+        if data.get(key) is not None and refused(data[key])
+    ]
+    fsdp = data.get("fsdp_config") or {}
+    version = data.get("fsdp_version") or (fsdp.get("fsdp_version") if isinstance(fsdp, dict) else None)
+    if (data.get("fsdp") or fsdp) and str(version) != "2":
+        found.append(
+            f"`fsdp_version: {version}` does not work with `rl: spin`: generation runs under FSDP2; "
+            "set `fsdp_version: 2`"
+        )
+    if found:
+        raise ValueError("\n".join(found))
+
+
+def refuse_loaded(cfg: Any, other_trainers: list[str], save_iterations: bool) -> None:
+    """Refuses what is only known once the host has read the model's and DeepSpeed's configs.
+
+    Args:
+        cfg: The host's normalized config.
+        other_trainers: Names of other plugins that bring a trainer for this config.
+        save_iterations: Whether each iteration's model is to be saved.
+
+    Raises:
+        ValueError: Names the key, the reason and the remedy.
+    """
+    if cfg.get("is_multimodal"):
+        raise ValueError(
+            f"`base_model: {cfg.get('base_model')}` is multimodal, which does not work with `rl: spin`; "
+            "use a text model"
+        )
+    if other_trainers:
+        raise ValueError(
+            f"`plugins:` also lists {', '.join(other_trainers)}, which brings a trainer of its own; "
+            "remove it from a config with `rl: spin`"
+        )
+    deepspeed = cfg.get("deepspeed")
+    if not isinstance(deepspeed, dict):
+        return
+    if deepspeed.get("scheduler"):
+        raise ValueError(
+            "the `deepspeed` config has a `scheduler` section, which cannot restart at each iteration; remove the "
+            "section (the host's `lr_scheduler`, `warmup_steps` and `learning_rate` keys apply)"
+        )
+    zero = deepspeed.get("zero_optimization") or {}
+    if zero.get("stage") == 3 and save_iterations and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+        raise ValueError(
+            "the `deepspeed` config has `stage: 3` without `stage3_gather_16bit_weights_on_model_save: true`, so no "
+            "iteration's model could be saved; add it, or set `spin.save_iterations: false`"
+        )

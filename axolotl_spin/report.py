@@ -1,0 +1,124 @@
+"""What a run reports: a record per iteration, `metrics.json`, and the table at the end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from axolotl_spin.artifacts import read_json
+from axolotl_spin.plan import IterationPlan, Plan
+from axolotl_spin.run import SpinRun
+
+
+class IterationRecord:
+    """Collects an iteration's figures while it runs.
+
+    Args:
+        plan: The iteration.
+        figures: What is known when training starts, under public metric names.
+    """
+
+    def __init__(self, plan: IterationPlan, figures: dict[str, float]):
+        self.plan = plan
+        self.figures = figures
+        self._evaluated_at: int | None = None
+
+    def note(self, logs: dict[str, Any], step: int) -> None:
+        """Takes what the trainer logs: the latest metrics of the pairs and the latest `eval_loss`.
+
+        Args:
+            logs: A row as logged.
+            step: The run's global step.
+        """
+        if "loss" in logs:
+            self.figures.update({k: v for k, v in logs.items() if k.startswith(("rewards/", "logps/"))})
+        if "eval_loss" in logs:
+            self.figures["eval_loss"] = logs["eval_loss"]
+            self._evaluated_at = step
+
+    def evaluated_at(self, step: int) -> bool:
+        """Whether the host has already evaluated at this global step."""
+        return self._evaluated_at == step
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the content of `metrics.json`: figures under the names under which they are logged.
+
+        `loss_first` and `loss_last` are the mean losses per pair of the iteration's first and last step, without
+        `spin.sft_weight`'s part; `rewards/*` and `logps/*` are those of the last log.
+        """
+        return dict(sorted(self.figures.items()))
+
+    def line(self) -> str:
+        """Returns one line for the terminal, for the end of the iteration."""
+        figures = self.figures
+        parts = [f"iteration {self.plan.iteration}: trained {self.plan.steps} steps"]
+        parts.append(f"in {figures['spin/training_seconds']:.1f} s")
+        if "rewards/margins" in figures:
+            parts.append(f"(loss {figures['loss_first']:.4f} -> {figures['loss_last']:.4f},")
+            parts.append(f"accuracy {figures['rewards/accuracies']:.2f}, margin {figures['rewards/margins']:.4f})")
+        if "eval_loss" in figures:
+            parts.append(f"held-out NLL {figures['eval_loss']:.4f}")
+        return " ".join(parts)
+
+
+# heading, metric, format
+_COLUMNS = (
+    ("loss first", "loss_first", "{:.4f}"),
+    ("loss last", "loss_last", "{:.4f}"),
+    ("accuracy", "rewards/accuracies", "{:.2f}"),
+    ("margin", "rewards/margins", "{:.3f}"),
+    ("human tokens", "spin/chosen_length", "{:.1f}"),
+    ("own tokens", "spin/rejected_length", "{:.1f}"),
+    ("cut", "spin/truncated", "{:.0%}"),
+    ("held-out NLL", "eval_loss", "{:.4f}"),
+    ("generate s", "spin/generation_seconds", "{:.1f}"),
+    ("score s", "spin/scoring_seconds", "{:.1f}"),
+    ("train s", "spin/training_seconds", "{:.1f}"),
+)
+
+
+def iteration_table(metrics: list[dict[str, Any]]) -> Table:
+    """Lays out the iterations' `metrics.json`, one row each."""
+    table = Table(title="Self-play iterations", header_style="bold")
+    table.add_column("iteration", justify="right")
+    for heading, _, _ in _COLUMNS:
+        table.add_column(heading, justify="right")
+    for figures in metrics:
+        cells = [form.format(figures[name]) if figures.get(name) is not None else "-" for _, name, form in _COLUMNS]
+        table.add_row(str(figures["spin/iteration"]), *cells)
+    return table
+
+
+def plan_table(plan: Plan) -> Table:
+    """Lays out what a run will do, one row per iteration."""
+    table = Table(title=f"Plan: {plan.total_steps} steps of {plan.global_batch} pairs", header_style="bold")
+    for heading in ("iteration", "pairs", "new", "kept", "epochs", "steps", "warmup", "learning rate", "beta"):
+        table.add_column(heading, justify="right")
+    for entry in plan.iterations:
+        counts = (entry.iteration, entry.rows, entry.new_rows, entry.kept_rows, entry.epochs, entry.steps, entry.warmup_steps)
+        table.add_row(*map(str, counts), f"{entry.learning_rate:g}", f"{entry.beta:g}")
+    return table
+
+
+def print_wide(*parts: Any) -> None:
+    """Prints to the terminal without breaking paths and tables that a narrow or absent terminal would break."""
+    console = Console(soft_wrap=True)
+    console.width = max(console.width, 160)
+    for part in parts:
+        console.print(part, highlight=False)
+
+
+def print_table(run: SpinRun) -> None:
+    """Prints the table of finished iterations, where everything is, and the next command to type."""
+    paths = [run.directory.metrics(entry.iteration) for entry in run.plan.iterations]
+    metrics = [read_json(path) for path in paths if path.exists()]
+    output_dir = run.directory.root.parent
+    lines = [f"pairs and metrics: {run.directory.root}/iteration-*/{{pairs.parquet,metrics.json}}"]
+    if run.settings.save_iterations:
+        lines.append(f"each iteration's {run.adapter or 'model'}: {run.directory.root}/iteration-*/model")
+    lines.append(f"final {run.adapter or 'model'}: {output_dir}")
+    where = f"--lora-model-dir={output_dir}" if run.adapter else f"--base-model={output_dir}"
+    lines.append(f"try it: axolotl inference {run.command} {where}")
+    print_wide(iteration_table(metrics), *lines)

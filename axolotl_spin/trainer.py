@@ -1,0 +1,384 @@
+"""The host trainer's subclass: one `train()`, with self-play iterations at epoch boundaries.
+
+When an epoch is the first of an iteration, `_run_epoch` has the pairs made (`SelfPlay.begin`) before it trains on a loader
+of its own; after an iteration's last epoch it closes the iteration. Everything else is the host's: optimizer step,
+logging, evaluation, checkpoints, saving.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from typing import Any
+
+import torch
+from axolotl.core.trainers.base import AxolotlTrainer
+from axolotl.utils.logging import get_logger
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
+
+from axolotl_spin.artifacts import read_json, write_json
+from axolotl_spin.compat import WithoutTokenPerplexity
+from axolotl_spin.generation import Sampling
+from axolotl_spin.generation.transformers import TransformersBackend
+from axolotl_spin.iteration import SelfPlay
+from axolotl_spin.logprobs import completion_logps
+from axolotl_spin.loss import LOSS_AT_START, spin_loss
+from axolotl_spin.pairs import PairCollator, PairDataset, StepBatches, WeightedRows
+from axolotl_spin.plan import IterationPlan
+from axolotl_spin.prompts import stop_token_ids
+from axolotl_spin.report import IterationRecord
+from axolotl_spin.run import SpinRun
+from axolotl_spin.schedule import IterationSchedule, learning_rate_table, restart_optimizer
+
+LOG = get_logger(__name__)
+
+# names of the metrics that are averaged over pairs, as TRL's preference trainers call them
+PAIR_METRICS = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+)
+
+
+class SpinTrainer(AxolotlTrainer, WithoutTokenPerplexity):
+    """Trains by self-play once `attach` has given it a run; before that it is the host's trainer (for `evaluate`)."""
+
+    run: SpinRun | None = None
+    # the loss below is a mean over the pairs of a step; the Trainer divides it by the accumulation steps (transformers
+    # 5.20 asks this attribute; before, the same follows from `_get_num_items_in_batch` giving None)
+    loss_is_scaled_for_ga: bool | None = None
+
+    def attach(self, run: SpinRun) -> None:
+        """Gives the trainer its run. Called once, after the host has built the trainer.
+
+        Args:
+            run: Settings, prompts, plan.
+        """
+        self.run = run
+        self.records: list[IterationRecord] = []
+        self._pairs: PairDataset | None = None
+        self._pairs_in_step = 0.0
+        self._sums: dict[str, Tensor] = {}
+        self._step_zero_due = False
+        # (global step, its sum of losses and number of pairs on this rank)
+        self._first_losses: tuple[int, Tensor] | None = None
+        self._last_losses: tuple[int, Tensor] | None = None
+        switched_off = disable_dropout(self.model)
+        if switched_off:
+            LOG.info(f"dropout is off, so that policy and opponent agree at step 0: {', '.join(switched_off)}")
+        tokenizer = run.tokenizer
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        generation = run.settings.generation
+        sampling = Sampling(generation.temperature, generation.top_p, generation.top_k, self._stop_tokens(run))
+        LOG.info(
+            f"answers end with {', '.join(repr(tokenizer.decode([t])) for t in sampling.stop_token_ids) or 'nothing'}"
+        )
+        self._collator = PairCollator(pad or 0)
+        backend = TransformersBackend(self.accelerator, sampling, pad or 0)
+        score_batch = self.args.per_device_train_batch_size
+        self.self_play = SelfPlay(run, self.accelerator, backend, self._collator, score_batch)
+
+    def _stop_tokens(self, run: SpinRun) -> tuple[int, ...]:
+        eos = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        eos = list(eos) if isinstance(eos, (list, tuple)) else [eos]
+        eos += [run.tokenizer.eos_token_id, *run.tokenizer.convert_tokens_to_ids(list(run.eot_tokens))]
+        sample = run.prompts.select(range(min(1000, len(run.prompts))))["chosen_ids"]
+        special = {*run.tokenizer.all_special_ids, *run.tokenizer.added_tokens_decoder}
+        return stop_token_ids(sample, eos=[token for token in eos if token is not None], special=special)
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+
+    def _run_epoch(self, model: Any, epoch: int, train_dataloader: Any, **kwargs: Any) -> None:
+        run = self.run
+        if run is None:
+            return super()._run_epoch(model=model, epoch=epoch, train_dataloader=train_dataloader, **kwargs)
+        entry = run.plan.of_epoch(epoch)
+        if self._pairs is None or epoch == run.plan.first_epoch(entry):
+            self._begin_iteration(entry, model)
+        loader = self._pair_loader(self._pairs, epoch)
+        self.callback_handler.train_dataloader = loader
+        kwargs.update(steps_in_epoch=len(loader), num_update_steps_per_epoch=entry.steps_per_epoch)
+        super()._run_epoch(model=model, epoch=epoch, train_dataloader=loader, **kwargs)
+        if self.state.global_step == entry.first_step + entry.steps:
+            self._end_iteration(entry)
+
+    def _begin_iteration(self, entry: IterationPlan, model: Any) -> None:
+        assert self.run is not None
+        fresh = self.state.global_step == entry.first_step
+        self._pairs, figures = self.self_play.begin(entry, model, fresh)
+        path = self.run.directory.metrics(entry.iteration)
+        self.records.append(IterationRecord(entry, {**(read_json(path) if path.exists() else {}), **figures}))
+        self.accelerator.wait_for_everyone()
+        self._write_metrics()
+        self.log(dict(figures))
+        self._first_losses = self._last_losses = None
+        if fresh:
+            self._step_zero_due = True
+            if entry.iteration > 0 and self.run.settings.restart_optimizer:
+                restart_optimizer(self.optimizer)
+        self._training_started = time.perf_counter()
+
+    def _end_iteration(self, entry: IterationPlan) -> None:
+        run = self.run
+        assert run is not None
+        record = self.records[-1]
+        record.figures["spin/training_seconds"] = time.perf_counter() - self._training_started
+        self.log({"spin/training_seconds": record.figures["spin/training_seconds"]})
+        record.figures["loss_last"] = self._mean_over_ranks(self._last_losses)
+        if self.eval_dataset is not None and not record.evaluated_at(self.state.global_step):
+            self.evaluate()
+        if run.settings.save_iterations:
+            self._save_whole_model(str(run.directory.model(entry.iteration)))
+        self._write_metrics()
+        if self.accelerator.is_main_process:
+            LOG.info(record.line())
+        self._pairs = None
+
+    def _write_metrics(self) -> None:
+        """Writes the iteration's `metrics.json` as far as it is known, so that a resume keeps it."""
+        assert self.run is not None
+        record = self.records[-1]
+        if self.accelerator.is_main_process:
+            write_json(self.run.directory.metrics(record.plan.iteration), record.to_json())
+
+    def _save_whole_model(self, folder: str) -> None:
+        """Saves the model or adapter so that it loads with `from_pretrained`, also where checkpoints are sharded."""
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        kept = plugin.state_dict_type if plugin else None
+        if plugin:
+            plugin.set_state_dict_type("FULL_STATE_DICT")
+        try:
+            self.save_model(folder, _internal_call=True)
+        finally:
+            if plugin:
+                plugin.set_state_dict_type(kept)
+        if plugin and self.accelerator.is_main_process:
+            unwrap_architecture_names(folder)
+
+    # -- data ---------------------------------------------------------------------------------------------------------
+
+    def _pair_loader(self, pairs: Any, epoch: int) -> DataLoader:
+        assert self.run is not None
+        batches = StepBatches(
+            len(pairs),
+            micro_batch=self.args.per_device_train_batch_size,
+            accumulation=self.args.gradient_accumulation_steps,
+            ranks=self.accelerator.num_processes,
+            rank=self.accelerator.process_index,
+            seed=self.run.seed,
+            epoch=epoch,
+            shuffle=self.run.shuffle,
+        )
+        workers = self.args.dataloader_num_workers
+        return DataLoader(
+            WeightedRows(pairs),
+            batch_sampler=batches,
+            collate_fn=self._collator,
+            num_workers=workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
+            pin_memory=self.args.dataloader_pin_memory and torch.accelerator.is_available(),
+            generator=torch.Generator(),  # the loader draws a seed for its workers: not from training's random state
+        )
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Returns a loader of iteration 0's length, never iterated: its pairs do not exist before the model answers."""
+        if self.run is None:
+            return super().get_train_dataloader()
+        return self._pair_loader(range(self.run.plan.iterations[0].rows), epoch=0)
+
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple:
+        """Returns the whole run's epochs and steps; see `transformers.Trainer`."""
+        if self.run is None:
+            return super().set_initial_training_values(args, dataloader)
+        plan = self.run.plan
+        first = plan.iterations[0]
+        samples = sum(entry.rows * entry.epochs for entry in plan.iterations)
+        return (
+            plan.total_epochs,
+            first.steps_per_epoch,
+            first.rows,
+            samples,
+            plan.global_batch,
+            len(dataloader),
+            plan.total_steps,
+        )
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        epochs, batches = super()._init_training_state(*args, **kwargs)
+        if self.run is None:
+            return epochs, batches
+        position = self.run.plan.locate(self.state.global_step)
+        if self.accelerator.is_main_process:
+            self.run.write_plan()
+            for path in self.run.set_aside_after(position.iteration):
+                LOG.info(f"made by a run that got further than where this one starts; now in {path}")
+        self.accelerator.wait_for_everyone()
+        return position.epoch, position.step_in_epoch * self.args.gradient_accumulation_steps
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Moves a pair batch to the device without DeepSpeed's cast: an opponent's log-prob of -200 in bf16 is off by 0.5."""
+        if "completion_mask" not in inputs:
+            return super()._prepare_inputs(inputs)
+        return {key: value.to(self.args.device, non_blocking=True) for key, value in inputs.items()}
+
+    # -- schedule -----------------------------------------------------------------------------------------------------
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
+        """Makes the schedule that restarts warmup and decay at each iteration; see `transformers.Trainer`."""
+        if self.run is None:
+            return super().create_scheduler(num_training_steps, optimizer=optimizer)
+        if self.lr_scheduler is None:
+            rates = learning_rate_table(self.run.plan, self._host_scheduler)
+            optimizer = self.optimizer if optimizer is None else optimizer
+            self.lr_scheduler = IterationSchedule(optimizer, rates, self.args.learning_rate)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _host_scheduler(self, entry: IterationPlan, optimizer: torch.optim.Optimizer) -> LRScheduler:
+        """Makes the host's scheduler for one iteration, on a copy: nothing of this trainer changes."""
+        trainer = copy.copy(self)
+        trainer.run, trainer.lr_scheduler, trainer.optimizer = None, None, optimizer
+        trainer.args = copy.copy(self.args)
+        trainer.args.learning_rate = entry.learning_rate
+        trainer.args.warmup_steps = entry.warmup_steps
+        return trainer.create_scheduler(entry.steps, optimizer=optimizer)
+
+    # -- loss ---------------------------------------------------------------------------------------------------------
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        """Counts the pairs of a step over all ranks and micro-batches; evaluation batches are the host's."""
+        if not batch_samples or "completion_mask" not in batch_samples[0]:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        count = torch.stack([batch["weight"].sum() for batch in batch_samples]).sum().to(device)
+        self._pairs_in_step = float(self.accelerator.reduce(count, "sum"))
+        return None
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Computes the SPIN loss of a pair batch (eq. 4.7); plain SFT rows go to the host's loss, for evaluation.
+
+        The loss is scaled so that, after the Trainer's division by the accumulation steps and the average of gradients
+        over ranks, each pair of the step has the same weight, however many pairs the last batch has.
+        """
+        if "completion_mask" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        assert self.run is not None
+        settings = self.run.settings
+        entry = self.records[-1].plan
+        logps = completion_logps(model, inputs)
+        chosen, rejected = logps.chunk(2)
+        opponent_chosen, opponent_rejected = inputs["opponent_logps"].to(logps.dtype).chunk(2)
+        result = spin_loss(
+            chosen, rejected, opponent_chosen, opponent_rejected, beta=entry.beta, loss_type=settings.loss
+        )
+        if self._step_zero_due:
+            self._check_step_zero(result.losses, inputs["weight"])
+        losses = result.losses
+        if settings.sft_weight:
+            losses = losses - settings.sft_weight * chosen / inputs["completion_lengths"].chunk(2)[0]
+        weight = inputs["weight"].to(losses.dtype)
+        self._add_metrics(result, chosen, rejected, weight)
+        share = self.accelerator.num_processes * self.current_gradient_accumulation_steps / self._pairs_in_step
+        return (losses * weight).sum() * share
+
+    def _check_step_zero(self, losses: Tensor, weight: Tensor) -> None:
+        """At an iteration's first step policy and opponent are one model, so every pair's loss is l(0)."""
+        assert self.run is not None
+        self._step_zero_due = False
+        expected = LOSS_AT_START[self.run.settings.loss]
+        found = losses.detach()[weight > 0]
+        off = (found - expected).abs().mean().item() if found.numel() else 0.0
+        half = self.args.bf16 or self.args.fp16 or self.is_deepspeed_enabled
+        if not off <= (0.05 * max(1.0, self.records[-1].plan.beta) if half else 1e-3):
+            LOG.warning(
+                f"iteration {self.records[-1].plan.iteration}: each pair's loss at the first step should be "
+                f"{expected:.6f}, since policy and opponent are the same model, but is off by {off:.6f} on average: does "
+                "the model compute something else in training than in evaluation (noise, dropout, another kernel)?"
+            )
+
+    # -- metrics ------------------------------------------------------------------------------------------------------
+
+    def _add_metrics(self, result: Any, chosen: Tensor, rejected: Tensor, weight: Tensor) -> None:
+        """Adds a micro-batch to the sums that `log` averages; nothing is read back from the device here."""
+        values = (
+            result.chosen_rewards,
+            result.rejected_rewards,
+            result.chosen_rewards - result.rejected_rewards,
+            (result.chosen_rewards > result.rejected_rewards).to(weight.dtype),
+            chosen.detach(),
+            rejected.detach(),
+        )
+        for name, value in zip(PAIR_METRICS, values, strict=True):
+            self._sums[name] = self._sums.get(name, torch.zeros((), device=weight.device)) + (value * weight).sum()
+        self._sums["pairs"] = self._sums.get("pairs", torch.zeros((), device=weight.device)) + weight.sum()
+        step = self.state.global_step
+        of_batch = torch.stack([(result.losses.detach() * weight).sum(), weight.sum()])
+        if self._last_losses is None or self._last_losses[0] != step:
+            self._last_losses = (step, torch.zeros_like(of_batch))
+        self._last_losses = (step, self._last_losses[1] + of_batch)
+        if step == self.records[-1].plan.first_step:
+            self._first_losses = self._last_losses
+
+    def _mean_over_ranks(self, losses: tuple[int, Tensor]) -> float:
+        """Returns a step's mean loss per pair from its (sum, pairs) on each rank."""
+        total, pairs = self.accelerator.reduce(losses[1], "sum").tolist()
+        return total / pairs
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the pair metrics, averaged over all pairs of all ranks since the last training log."""
+        if self.run is not None and "loss" in logs and self._sums:
+            sums = torch.stack([self._sums[name] for name in (*PAIR_METRICS, "pairs")])
+            sums = self.accelerator.reduce(sums, "sum")
+            *totals, pairs = sums.tolist()
+            logs.update({name: total / pairs for name, total in zip(PAIR_METRICS, totals, strict=True)})
+            logs["spin/iteration"] = self.records[-1].plan.iteration
+            self._sums = {}
+            if self._first_losses is not None and "loss_first" not in self.records[-1].figures:
+                self.records[-1].figures["loss_first"] = self._mean_over_ranks(self._first_losses)
+                self._write_metrics()
+        if self.run is not None and self.records:
+            self.records[-1].note(logs, self.state.global_step)
+        super().log(logs, start_time)
+
+
+def disable_dropout(model: torch.nn.Module) -> list[str]:
+    """Sets every dropout of a model to 0, LoRA's and attention's included, as the host's preference trainers do.
+
+    Args:
+        model: Changed in place. Attention modules of transformers keep their rate as a plain number.
+
+    Returns:
+        What was switched off, for the log, as `name=rate` without repetition.
+    """
+    found: dict[str, float] = {}
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0:
+            found["dropout"] = module.p
+            module.p = 0.0
+        for name, value in vars(module).items():
+            noisy = "dropout" in name or "jitter" in name
+            if noisy and isinstance(value, float) and 0 < value and math.isfinite(value):
+                found[name] = value
+                setattr(module, name, 0.0)
+    return [f"{name}={rate:g}" for name, rate in sorted(found.items())]
+
+
+def unwrap_architecture_names(folder: str) -> None:
+    """Removes the prefix that FSDP2 gives to class names from a saved `config.json`, as the host does at the end."""
+    import json
+    from pathlib import Path
+
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        return
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("architectures"):
+        config["architectures"] = [name.removeprefix("FSDP") for name in config["architectures"]]
+        write_json(path, config)
