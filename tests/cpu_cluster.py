@@ -1,0 +1,36 @@
+"""A test-only plugin: several ranks on a CPU take the path that accelerate keeps for accelerators (ZeRO, FSDP2)."""
+
+import os
+
+import torch
+from accelerate.parallelism_config import ParallelismConfig
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from axolotl.integrations.base import BasePlugin
+
+if os.environ.get("CPU_CLUSTER"):
+
+    def _backend(self, cpu, sagemaker_dp=False, backend=None):
+        if "LOCAL_RANK" in os.environ:
+            return "gloo", DistributedType.MULTI_GPU
+        return None, DistributedType.NO
+
+    _build_device_mesh = ParallelismConfig.build_device_mesh
+    PartialState._prepare_backend = _backend
+    PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+    ParallelismConfig.build_device_mesh = lambda self, kind: _build_device_mesh(self, "cpu")
+
+    _all_gather_into_tensor = torch.distributed.all_gather_into_tensor
+
+    @torch.no_grad()
+    def _gather(output_tensor, input_tensor, *args, **kwargs):
+        # gloo of torch 2.13 writes into views of ZeRO-2's flat parameters, which autograd forbids (DeepSpeed <0.19)
+        return _all_gather_into_tensor(output_tensor.detach(), input_tensor, *args, **kwargs)
+
+    torch.distributed.all_gather_into_tensor = _gather
+
+torch.cuda.can_device_access_peer = lambda *devices: True  # hosts 0.20 and 0.21 ask, also without an accelerator
+
+
+class CpuClusterPlugin(BasePlugin):
+    """Does nothing but be imported first."""

@@ -1,0 +1,48 @@
+"""A test-only plugin that plants a defect into the algorithm, named by SPIN_DEFECT, to see the tests catch it."""
+
+import copy
+import os
+
+from axolotl.integrations.base import BasePlugin
+
+
+class DefectPlugin(BasePlugin):
+    """Plants the defect when the trainer class is asked for, as late as our own modules are imported."""
+
+    def get_input_args(self):
+        defect = os.environ.get("SPIN_DEFECT")
+        if defect:
+            _plant(defect)
+        return None
+
+
+def _plant(defect: str) -> None:
+    from axolotl_spin.generation.transformers import TransformersBackend
+    from axolotl_spin.iteration import SelfPlay
+    from axolotl_spin.pairs import WeightedRows
+
+    start = {}
+    score, answer, row = SelfPlay._score, TransformersBackend.answer, WeightedRows.__getitem__
+
+    def frozen_opponent(self, entry, model, pairs):
+        start.setdefault("model", copy.deepcopy(model))
+        return score(self, entry, start["model"], pairs)
+
+    def stale_generations(self, model, chunks):
+        start.setdefault("model", copy.deepcopy(model))
+        return answer(self, start["model"], chunks)
+
+    def swapped_answers(self, key):
+        pair = row(self, key)
+        swaps = {"chosen_ids": "rejected_ids", "opponent_chosen_logp": "opponent_rejected_logp"}
+        swaps |= {there: here for here, there in swaps.items()}
+        return {name: pair[swaps.get(name, name)] for name in pair}
+
+    if defect == "frozen_opponent":
+        SelfPlay._score = frozen_opponent
+    elif defect == "stale_generations":
+        TransformersBackend.answer = stale_generations
+    elif defect == "swapped_answers":
+        WeightedRows.__getitem__ = swapped_answers
+    else:
+        raise ValueError(defect)

@@ -1,0 +1,150 @@
+"""The `spin:` block and the claim of `rl: spin`: what is taken, and how what is wrong is refused."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from axolotl_spin.args import SpinArgs, SpinConfig, spin_config
+from axolotl_spin.refusals import REFUSED, refuse_loaded
+
+
+def claim(**config) -> dict:
+    """Validates a config as the host does: ours is one of the bases of its schema."""
+    data = {"rl": "spin", **config}
+    return {**data, **SpinArgs.model_validate(data).model_dump(exclude_none=True), "rl": data["rl"]}
+
+
+def test_rl_spin_becomes_sft_with_an_active_block() -> None:
+    claimed = claim()
+    assert claimed["rl"] is None
+    settings = spin_config(claimed)
+    assert (settings.iterations, settings.beta, settings.history, settings.loss) == (3, 0.1, 1, "sigmoid")
+    assert settings.generation.temperature == 1.0
+    assert settings.restart_optimizer and settings.save_iterations
+
+
+@pytest.mark.parametrize("config", [{"rl": "dpo"}, {"rl": None}, {}])
+def test_other_configs_are_untouched(config: dict) -> None:
+    before = dict(config)
+    assert SpinArgs.model_validate(config).spin is None
+    assert config == before
+    assert spin_config(config) is None
+
+
+def test_validating_twice_keeps_the_claim() -> None:
+    """Under Ray the host validates on the driver and on each worker."""
+    again = claim(spin={"iterations": 2})
+    assert SpinArgs.model_validate(again).spin.iterations == 2
+
+
+def test_a_block_without_the_switch_is_refused() -> None:
+    with pytest.raises(ValidationError, match="write `rl: spin`"):
+        SpinArgs.model_validate({"spin": {"iterations": 2}})
+
+
+def test_numbers_per_iteration() -> None:
+    settings = SpinConfig(iterations=2, beta=[0.1, 5], learning_rate="5e-7")
+    assert settings.betas() == [0.1, 5.0]
+    assert settings.learning_rates(1e-3) == [5e-7, 5e-7]
+    assert SpinConfig(iterations=2).learning_rates(1e-3) == [1e-3, 1e-3]
+    assert SpinConfig(iterations=2, learning_rate=["5e-7", 1e-7]).learning_rates(1.0) == [5e-7, 1e-7]
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({"iteration": 2}, "iteration\n"),
+        ({"generation": {"max_tokens": 3}}, "max_tokens"),
+        ({"iterations": 0}, "greater than or equal to 1"),
+        ({"beta": 0}, "greater than 0"),
+        ({"beta": -1}, "greater than 0"),
+        ({"beta": "high"}, "number"),
+        ({"beta": float("nan")}, "finite"),
+        ({"beta": [0.1, 0.1]}, "spin.beta lists 2 values, but spin.iterations is 3"),
+        ({"learning_rate": [1e-6]}, "spin.learning_rate lists 1 values"),
+        ({"iterations": 2, "history": 2}, "spin.history is 2, but only 0 to 1"),
+        ({"history": -1}, "greater than or equal to 0"),
+        ({"loss": "ipo"}, "'sigmoid' or 'hinge'"),
+        ({"sft_weight": -0.1}, "greater than or equal to 0"),
+        ({"max_prompts": 0}, "greater than or equal to 1"),
+        ({"turns": "first"}, "'last' or 'all'"),
+        ({"generation": {"backend": "sglang"}}, "transformers"),
+        ({"generation": {"temperature": -1}}, "greater than or equal to 0"),
+        ({"generation": {"top_p": 0}}, "greater than 0"),
+        ({"generation": {"top_k": 0}}, "greater than or equal to 1"),
+        ({"generation": {"batch_size": 0}}, "greater than or equal to 1"),
+        ({"generation": {"max_new_tokens": 0}}, "greater than or equal to 1"),
+        ("yes", "block of keys"),
+    ],
+)
+def test_wrong_blocks_are_refused(block, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        claim(spin=block)
+
+
+# one offending value per refused key; the keys must cover the table
+OFFENDING = {
+    "streaming": True, "pretraining_dataset": "x", "skip_prepare_dataset": True, "processor_type": "AutoProcessor",
+    "is_multimodal": True, "reward_model": True, "process_reward_model": True, "context_parallel_size": 2,
+    "sequence_parallel_degree": 2, "tensor_parallel_size": 2, "expert_parallel_size": 2, "relora": True,
+    "auto_find_batch_size": True, "load_best_model_at_end": True, "early_stopping_patience": 3, "trainer_cls": "a.B",
+    "neftune_noise_alpha": 5, "noisy_embedding_alpha": 5, "use_dft": True, "use_eaft": True, "orpo_alpha": 0.1,
+    "rl_beta": 0.1, "balance_labels": True, "dataloader_drop_last": True, "jagged_restart_steps": 10,
+    "lr_scheduler": "reduce_lr_on_plateau", "optimizer": "schedule_free_adamw", "num_epochs": 1.5,
+    "train_on_inputs": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", sorted({key for key, _, _ in REFUSED}))
+def test_keys_that_do_not_work_are_refused_by_name(key: str) -> None:
+    with pytest.raises(ValidationError, match=f"`{key}: "):
+        claim(**{key: OFFENDING[key]})
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"context_parallel_size": 1, "tensor_parallel_size": 1, "num_epochs": 2.0, "lr_scheduler": "cosine"},
+        {"optimizer": "adamw_torch_fused", "load_best_model_at_end": False, "sample_packing": True},
+        {"fsdp_version": 2, "fsdp_config": {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}},
+    ],
+)
+def test_keys_that_work_pass(config: dict) -> None:
+    assert claim(**config)["spin"]["active"]
+
+
+def test_every_offending_key_is_named_at_once() -> None:
+    with pytest.raises(ValidationError, match=r"(?s)`relora.*`train_on_inputs"):
+        claim(relora=True, train_on_inputs=True)
+
+
+@pytest.mark.parametrize("optimizer", ["galore_adamw_layerwise", "lomo", "adalomo", "schedule_free_sgd"])
+def test_optimizers_that_cannot_restart(optimizer: str) -> None:
+    with pytest.raises(ValidationError, match="`optimizer: "):
+        claim(optimizer=optimizer)
+
+
+@pytest.mark.parametrize("config", [{"fsdp_config": {"x": 1}}, {"fsdp_version": 1, "fsdp_config": {"x": 1}}])
+def test_fsdp1_is_refused(config: dict) -> None:
+    with pytest.raises(ValidationError, match="set `fsdp_version: 2`"):
+        claim(**config)
+
+
+@pytest.mark.parametrize(
+    ("cfg", "message"),
+    [
+        ({"is_multimodal": True, "base_model": "x"}, "base_model"),
+        ({"deepspeed": {"scheduler": {"type": "WarmupLR"}}}, "scheduler"),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "stage3_gather_16bit_weights_on_model_save"),
+    ],
+)
+def test_refusals_that_need_the_loaded_config(cfg: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        refuse_loaded(cfg, [], save_iterations=True)
+
+
+def test_another_plugins_trainer_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"kd\.KDPlugin"):
+        refuse_loaded({}, ["kd.KDPlugin"], save_iterations=True)
+    refuse_loaded({"deepspeed": {"zero_optimization": {"stage": 3}}}, [], save_iterations=False)

@@ -1,0 +1,58 @@
+"""The exact game through the real plugin: the policy's whole distribution over answers nears the data's each iteration.
+
+Theorem 5.4 lets every iteration move the policy towards the data's distribution. A wrong opponent, wrong generations or
+swapped answers break that, which the same check has to see: each defect is planted and must fail it.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import game
+import host
+import pytest
+
+pytestmark = [pytest.mark.host, pytest.mark.game]
+
+# the share of the start's total variation that may be left after each iteration
+MOST_LEFT = (0.8, 0.5, 0.4)
+
+
+def play(folder: Path, seed: int, iterations: int, *, ranks: int = 1, defect: str = "") -> list[float]:
+    """Trains through the host's command and returns what is left of the distance after each iteration."""
+    truth = game.deal(folder, seed, pairs=8192)
+    settings = game.config(folder, iterations=iterations, pairs=8192, epochs=8, batch=256 // ranks)
+    if defect:
+        run = host.start(settings, "-m", "axolotl.cli.train", "{config}", env={"SPIN_DEFECT": defect})
+        assert run.code == 0, run.output[-6000:]
+    else:
+        run = host.train(settings, "single" if ranks == 1 else "ddp")
+    if not defect:
+        firsts = [run.metrics(iteration)["loss_first"] for iteration in range(iterations)]
+        assert firsts == pytest.approx([math.log(2)] * iterations, abs=1e-5)
+    return game.distances(folder, truth, iterations)
+
+
+def converges(left: list[float]) -> bool:
+    """Whether the distance falls at every iteration and is below what the theory's play leaves."""
+    below = all(share < most for share, most in zip(left, MOST_LEFT, strict=False))
+    return below and all(after < before for before, after in zip([1.0, *left], left, strict=False))
+
+
+@pytest.mark.parametrize("seed", [2, 3])
+def test_policy_nears_the_data_each_iteration(tmp_path: Path, seed: int) -> None:
+    left = play(tmp_path, seed, iterations=3)
+    assert converges(left), left
+
+
+@pytest.mark.ranks
+def test_policy_nears_the_data_on_two_ranks(tmp_path: Path) -> None:
+    left = play(tmp_path, seed=2, iterations=2, ranks=2)
+    assert converges(left), left
+
+
+@pytest.mark.parametrize("defect", ["frozen_opponent", "stale_generations", "swapped_answers"])
+def test_the_check_sees_a_planted_defect(tmp_path: Path, defect: str) -> None:
+    left = play(tmp_path, seed=2, iterations=2, defect=defect)
+    assert not converges(left), left

@@ -1,0 +1,142 @@
+"""The pairs file, batches over ranks, and the collator."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from axolotl_spin.artifacts import write_whole
+from axolotl_spin.pairs import SCHEMA, PairCollator, PairDataset, StepBatches, WeightedRows, read_pairs, write_pairs
+
+
+def table(count: int = 3) -> pa.Table:
+    columns = {
+        "prompt_ids": [[5, 6]] * count,
+        "chosen_ids": [[7, index] for index in range(count)],
+        "rejected_ids": [[8]] * count,
+        "prompt": ["p"] * count,
+        "chosen": ["c"] * count,
+        "rejected": ["r"] * count,
+        "finish_reason": ["stop"] * count,
+        "generated_in": [0] * count,
+        "opponent_chosen_logp": [-1.0 - index for index in range(count)],
+        "opponent_rejected_logp": [-2.0] * count,
+        "row": list(range(count)),
+    }
+    return pa.table(columns, schema=SCHEMA)
+
+
+def test_collator_worked_example() -> None:
+    """Human answers first, then the opponent's; padding on the right; the masks know lengths, not ids."""
+    rows = [
+        {"prompt_ids": [5, 6], "chosen_ids": [7, 2], "rejected_ids": [8]},
+        {"prompt_ids": [9], "chosen_ids": [2], "rejected_ids": [3, 4, 2]},
+    ]
+    batch = PairCollator(pad_token_id=2)(rows)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 2], [9, 2, 2, 2], [5, 6, 8, 2], [9, 3, 4, 2]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
+    assert batch["completion_mask"].int().tolist() == [[0, 0, 1, 1], [0, 1, 0, 0], [0, 0, 1, 0], [0, 1, 1, 1]]
+    assert batch["completion_lengths"].tolist() == [2, 1, 1, 3]
+    assert "weight" not in batch
+
+
+def test_opponent_logps_stay_in_double() -> None:
+    batch = PairCollator(0)([WeightedRows(PairDataset(table()))[(1, 0.0)], WeightedRows(PairDataset(table()))[(2, 1.0)]])
+    assert batch["opponent_logps"].tolist() == [-2.0, -3.0, -2.0, -2.0]
+    assert str(batch["opponent_logps"].dtype) == "torch.float64"
+    assert batch["weight"].tolist() == [0.0, 1.0]
+
+
+def epoch_of(rows: int, ranks: int, micro: int, accumulation: int, **changes) -> list[list[list[tuple[int, float]]]]:
+    """Returns each rank's micro-batches."""
+    settings = dict(seed=3, epoch=1, shuffle=True)
+    samplers = [
+        StepBatches(
+            rows, micro_batch=micro, accumulation=accumulation, ranks=ranks, rank=rank, **{**settings, **changes}
+        )
+        for rank in range(ranks)
+    ]
+    batches = [list(sampler) for sampler in samplers]
+    assert [len(made) for made in batches] == [len(sampler) for sampler in samplers]
+    return batches
+
+
+@pytest.mark.parametrize(("rows", "ranks", "micro", "accumulation"), [(37, 2, 2, 2), (37, 3, 2, 1), (4, 2, 1, 2), (1, 4, 2, 2)])
+def test_each_pair_counts_once_and_ranks_run_alike(rows: int, ranks: int, micro: int, accumulation: int) -> None:
+    batches = epoch_of(rows, ranks, micro, accumulation)
+    assert len({len(of_rank) for of_rank in batches}) == 1
+    weights = np.zeros(rows)
+    for of_rank in batches:
+        for batch in of_rank:
+            assert 0 < len(batch) <= micro
+            for index, weight in batch:
+                weights[index] += weight
+    assert weights.tolist() == [1.0] * rows
+
+
+def test_a_step_is_the_same_pairs_in_every_layout() -> None:
+    """Global batch 8 as 1x8, 1x(4+4), 2x4, 2x(2+2): the same sets of pairs step by step."""
+
+    def steps(ranks: int, micro: int, accumulation: int) -> list[set[int]]:
+        batches = epoch_of(21, ranks, micro, accumulation)
+        return [
+            {i for of_rank in batches for b in of_rank[s : s + accumulation] for i, weight in b if weight}
+            for s in range(0, len(batches[0]), accumulation)
+        ]
+
+    expected = steps(1, 8, 1)
+    assert [len(step) for step in expected] == [8, 8, 5]
+    for layout in ((1, 4, 2), (2, 4, 1), (2, 2, 2), (4, 1, 2)):
+        assert steps(*layout) == expected
+
+
+def test_epochs_are_shuffled_differently_and_curriculum_not_at_all() -> None:
+    def order(**changes) -> list[int]:
+        return [i for b in epoch_of(16, 1, 4, 1, **changes)[0] for i, _ in b]
+
+    assert order(epoch=1) != order(epoch=2)
+    assert order(epoch=1) == order(epoch=1)
+    assert order(seed=4) != order(seed=5)
+    assert order(shuffle=False) == list(range(16))
+
+
+def test_file_round_trip(tmp_path) -> None:
+    path = tmp_path / "iteration-0" / "pairs.parquet"
+    write_pairs(path, table(), run="abc")
+    assert read_pairs(path, "abc").to_pydict() == table().to_pydict()
+    assert [p.name for p in path.parent.iterdir()] == ["pairs.parquet"]
+    dataset = PairDataset(read_pairs(path))
+    assert dataset[2]["chosen_ids"].tolist() == [7, 2]
+    assert dataset[2]["opponent_chosen_logp"] == -3.0
+    assert dataset.lengths("rejected_ids").tolist() == [1, 1, 1]
+
+
+def test_foreign_and_damaged_files_are_refused(tmp_path) -> None:
+    path = tmp_path / "pairs.parquet"
+    write_pairs(path, table(), run="abc")
+    with pytest.raises(ValueError, match="another run"):
+        read_pairs(path, "xyz")
+    whole = path.read_bytes()
+    for cut in (0, 4, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match="damaged"):
+            read_pairs(path, "abc")
+    pq.write_table(pa.table({"a": [1]}), path)
+    with pytest.raises(ValueError, match="columns"):
+        read_pairs(path)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail(aside) -> None:
+        aside.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_whole(path, fail)
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
