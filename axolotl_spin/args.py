@@ -37,21 +37,15 @@ class GenerationConfig(BaseModel):
         le=10,
         description="Sampling temperature; the theory assumes 1. 0 is greedy decoding.",
     )
-    top_p: float = Field(
-        default=1.0, gt=0, le=1, description="Nucleus sampling; the theory assumes 1 (off)."
-    )
-    top_k: int | None = Field(
-        default=None, ge=1, description="Sample among the k likeliest tokens. Default: off."
-    )
+    top_p: float = Field(default=1.0, gt=0, le=1, description="Nucleus sampling; the theory assumes 1 (off).")
+    top_k: int | None = Field(default=None, ge=1, description="Sample among the k likeliest tokens. Default: off.")
     batch_size: int = Field(
         default=32,
         ge=1,
         description="Prompts answered together on one rank; also the unit of work that is seeded "
         "and resumed, so changing it changes the samples.",
     )
-    seed: int | None = Field(
-        default=None, ge=0, description="Seed of the sampling. Default: the host's `seed`."
-    )
+    seed: int | None = Field(default=None, ge=0, description="Seed of the sampling. Default: the host's `seed`.")
 
 
 class SpinConfig(BaseModel):
@@ -69,8 +63,7 @@ class SpinConfig(BaseModel):
     )
     learning_rate: LearningRate | list[LearningRate] | None = Field(
         default=None,
-        description="Peak learning rate: a number, or one per iteration. Default: the host's "
-        "`learning_rate`.",
+        description="Peak learning rate: a number, or one per iteration. Default: the host's `learning_rate`.",
     )
     history: int = Field(
         default=1,
@@ -139,8 +132,9 @@ class SpinConfig(BaseModel):
                     f"spin.{key} lists {len(value)} values, but spin.iterations is {self.iterations}: "
                     f"give one number, or {self.iterations} of them"
                 )
-        # history is bounded by the iterations that exist; the default of 1 stays valid for one iteration
-        if "history" in self.model_fields_set and self.history > self.iterations - 1:
+        if "history" not in self.model_fields_set:
+            self.history = min(self.history, self.iterations - 1)  # a single iteration has no earlier one
+        if self.history > self.iterations - 1:
             raise ValueError(
                 f"spin.history is {self.history}, but only 0 to {self.iterations - 1} earlier iterations "
                 f"exist with spin.iterations: {self.iterations}"
@@ -163,9 +157,7 @@ def _per_iteration(value: float | list[float], iterations: int) -> list[float]:
 class SpinArgs(BaseModel):
     """What the plugin adds to the host's config schema: the `spin:` block, switched on by `rl: spin`."""
 
-    spin: SpinConfig | None = Field(
-        default=None, description="Self-Play Fine-Tuning settings; used with `rl: spin`."
-    )
+    spin: SpinConfig | None = Field(default=None, description="Self-Play Fine-Tuning settings; used with `rl: spin`.")
 
     @model_validator(mode="before")
     @classmethod

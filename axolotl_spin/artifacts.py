@@ -40,7 +40,7 @@ class RunDirectory:
         return self.iteration(iteration) / "chunks" / f"{chunk:06d}.parquet"
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Writes a file aside, flushes it to disk and renames it into place.
 
     Args:
@@ -71,8 +71,8 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON as a whole file (see `write_whole`)."""
-    text = json.dumps(value, indent=2, allow_nan=True) + "\n"
-    write_whole(path, lambda aside: aside.write_text(text, encoding="utf-8") and None)
+    text = json.dumps(value, indent=2) + "\n"
+    write_whole(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
 def read_json(path: Path) -> Any:

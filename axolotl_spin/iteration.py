@@ -173,7 +173,9 @@ class SelfPlay:
         """Fills in the opponent's log-probs of both answers, kept pairs included: they have a new opponent too."""
         accelerator = self.accelerator
         dataset = PairDataset(pairs)
-        length = dataset.lengths("prompt_ids") + np.maximum(dataset.lengths("chosen_ids"), dataset.lengths("rejected_ids"))
+        length = dataset.lengths("prompt_ids") + np.maximum(
+            dataset.lengths("chosen_ids"), dataset.lengths("rejected_ids")
+        )
         order = np.argsort(-length, kind="stable")
         batches = [order[start : start + self.score_batch] for start in range(0, len(order), self.score_batch)]
         rounds = -(-len(batches) // accelerator.num_processes)  # as many forwards on each rank

@@ -87,9 +87,7 @@ class PairDataset(Dataset):
         for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
             column = self._column(name)
             self._ids[name] = (column.offsets.to_numpy(), column.values.to_numpy())
-        self._logps = {
-            name: self.table[name].to_numpy() for name in ("opponent_chosen_logp", "opponent_rejected_logp")
-        }
+        self._logps = {name: self.table[name].to_numpy() for name in ("opponent_chosen_logp", "opponent_rejected_logp")}
 
     def _column(self, name: str) -> pa.ListArray:
         column = self.table[name]

@@ -112,7 +112,7 @@ class SpinPlugin(BasePlugin):
 
     def post_train_unload(self, cfg: Any) -> None:
         """Prints the table of iterations, behind everything that the host says at the end."""
-        if self._trained and int(os.environ.get("RANK", "0")) == 0:
+        if self._trained and self.run is not None and int(os.environ.get("RANK", "0")) == 0:
             from axolotl_spin.report import print_table
 
             print_table(self.run)

@@ -107,7 +107,9 @@ def prompt_dataset(dataset: Any, *, turns: Turns, max_prompts: int | None = None
         batched=True,
         with_indices=True,
         remove_columns=dataset.column_names,
-        features=Features({"prompt_ids": List(Value("int32")), "chosen_ids": List(Value("int32")), "row": Value("int64")}),
+        features=Features(
+            {"prompt_ids": List(Value("int32")), "chosen_ids": List(Value("int32")), "row": Value("int64")}
+        ),
         desc="Splitting rows into prompts and human answers",
     )
     if len(prompts) == 0:

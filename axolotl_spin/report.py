@@ -97,7 +97,15 @@ def plan_table(plan: Plan) -> Table:
     for heading in ("iteration", "pairs", "new", "kept", "epochs", "steps", "warmup", "learning rate", "beta"):
         table.add_column(heading, justify="right")
     for entry in plan.iterations:
-        counts = (entry.iteration, entry.rows, entry.new_rows, entry.kept_rows, entry.epochs, entry.steps, entry.warmup_steps)
+        counts = (
+            entry.iteration,
+            entry.rows,
+            entry.new_rows,
+            entry.kept_rows,
+            entry.epochs,
+            entry.steps,
+            entry.warmup_steps,
+        )
         table.add_row(*map(str, counts), f"{entry.learning_rate:g}", f"{entry.beta:g}")
     return table
 

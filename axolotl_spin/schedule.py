@@ -53,7 +53,7 @@ class IterationSchedule(LRScheduler):
         self._base_rate = base_rate
         super().__init__(optimizer)
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | torch.Tensor]:
         rate = self._rates[min(self.last_epoch, len(self._rates) - 1)]
         return [initial * rate / self._base_rate for initial in self.base_lrs]
 

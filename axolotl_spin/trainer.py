@@ -69,7 +69,7 @@ class SpinTrainer(AxolotlTrainer, WithoutTokenPerplexity):
         # (global step, its sum of losses and number of pairs on this rank)
         self._first_losses: tuple[int, Tensor] | None = None
         self._last_losses: tuple[int, Tensor] | None = None
-        switched_off = disable_dropout(self.model)
+        switched_off = disable_dropout(self.accelerator.unwrap_model(self.model))
         if switched_off:
             LOG.info(f"dropout is off, so that policy and opponent agree at step 0: {', '.join(switched_off)}")
         tokenizer = run.tokenizer
@@ -94,7 +94,7 @@ class SpinTrainer(AxolotlTrainer, WithoutTokenPerplexity):
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
-    def _run_epoch(self, model: Any, epoch: int, train_dataloader: Any, **kwargs: Any) -> None:
+    def _run_epoch(self, model: Any, epoch: int, train_dataloader: Any, **kwargs: Any) -> None:  # type: ignore[override]
         run = self.run
         if run is None:
             return super()._run_epoch(model=model, epoch=epoch, train_dataloader=train_dataloader, **kwargs)
@@ -222,7 +222,7 @@ class SpinTrainer(AxolotlTrainer, WithoutTokenPerplexity):
         return position.epoch, position.step_in_epoch * self.args.gradient_accumulation_steps
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Moves a pair batch to the device without DeepSpeed's cast: an opponent's log-prob of -200 in bf16 is off by 0.5."""
+        """Moves a pair batch to the device without DeepSpeed's cast: a log-prob of -200 in bf16 is off by up to 0.5."""
         if "completion_mask" not in inputs:
             return super()._prepare_inputs(inputs)
         return {key: value.to(self.args.device, non_blocking=True) for key, value in inputs.items()}
@@ -233,12 +233,14 @@ class SpinTrainer(AxolotlTrainer, WithoutTokenPerplexity):
         """Makes the schedule that restarts warmup and decay at each iteration; see `transformers.Trainer`."""
         if self.run is None:
             return super().create_scheduler(num_training_steps, optimizer=optimizer)
-        if self.lr_scheduler is None:
+        schedule: Any = self.lr_scheduler
+        if schedule is None:
             rates = learning_rate_table(self.run.plan, self._host_scheduler)
-            optimizer = self.optimizer if optimizer is None else optimizer
-            self.lr_scheduler = IterationSchedule(optimizer, rates, self.args.learning_rate)
+            target: Any = self.optimizer if optimizer is None else optimizer
+            schedule = IterationSchedule(target, rates, self.args.learning_rate)
+            self.lr_scheduler = schedule
             self._created_lr_scheduler = True
-        return self.lr_scheduler
+        return schedule
 
     def _host_scheduler(self, entry: IterationPlan, optimizer: torch.optim.Optimizer) -> LRScheduler:
         """Makes the host's scheduler for one iteration, on a copy: nothing of this trainer changes."""
@@ -326,8 +328,9 @@ class SpinTrainer(AxolotlTrainer, WithoutTokenPerplexity):
         if step == self.records[-1].plan.first_step:
             self._first_losses = self._last_losses
 
-    def _mean_over_ranks(self, losses: tuple[int, Tensor]) -> float:
+    def _mean_over_ranks(self, losses: tuple[int, Tensor] | None) -> float:
         """Returns a step's mean loss per pair from its (sum, pairs) on each rank."""
+        assert losses is not None, "no step was taken"
         total, pairs = self.accelerator.reduce(losses[1], "sum").tolist()
         return total / pairs
 
@@ -364,7 +367,7 @@ def disable_dropout(model: torch.nn.Module) -> list[str]:
             module.p = 0.0
         for name, value in vars(module).items():
             noisy = "dropout" in name or "jitter" in name
-            if noisy and isinstance(value, float) and 0 < value and math.isfinite(value):
+            if noisy and isinstance(value, float) and value > 0 and math.isfinite(value):
                 found[name] = value
                 setattr(module, name, 0.0)
     return [f"{name}={rate:g}" for name, rate in sorted(found.items())]

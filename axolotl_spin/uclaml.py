@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import BaseModel
+
 
 def load(tokenizer: Any, cfg: Any, ds_cfg: Any = None, processor: Any = None) -> Any:
     """Returns the host's `chat_template` strategy, reading `real` (the host's entry point for a dataset `type`).
@@ -20,7 +22,7 @@ def load(tokenizer: Any, cfg: Any, ds_cfg: Any = None, processor: Any = None) ->
     from axolotl.prompt_strategies.chat_template import load as load_chat_template
     from axolotl.utils.dict import DictDefault
 
-    settings = DictDefault(ds_cfg.model_dump() if hasattr(ds_cfg, "model_dump") else dict(ds_cfg or {}))
+    settings = DictDefault(ds_cfg.model_dump() if isinstance(ds_cfg, BaseModel) else dict(ds_cfg or {}))
     settings["field_messages"] = "real"
     if not settings["chat_template"] and cfg.chat_template:
         settings["chat_template"] = cfg.chat_template

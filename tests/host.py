@@ -162,11 +162,11 @@ def start(settings: dict[str, Any], *command: str, env: dict[str, str] | None = 
 def train(settings: dict[str, Any], kind: str = "single", **kwargs: Any) -> Run:
     """Trains through the host's module, with the launcher that the layout takes."""
     if kind == "single":
-        run = start(settings, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1",
-                    "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "axolotl.cli.train", "{config}", **kwargs)  # fmt: skip
+        launcher = "-m accelerate.commands.launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no"
+        marks = {}
     else:
         marks = {"ddp": {"ACCELERATE_USE_CPU": "true"}}.get(kind, {"DS_ACCELERATOR": "cpu", "CPU_CLUSTER": "1"})
-        run = start(settings, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d",
-                    "--rdzv-endpoint", "localhost:0", "-m", "axolotl.cli.train", "{config}", env=marks, **kwargs)  # fmt: skip
+        launcher = "-m torch.distributed.run --nproc_per_node 2 --rdzv-backend c10d --rdzv-endpoint localhost:0"
+    run = start(settings, *launcher.split(), "-m", "axolotl.cli.train", "{config}", env=marks, **kwargs)
     assert run.code == 0, run.output[-12000:]
     return run

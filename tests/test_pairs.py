@@ -43,7 +43,9 @@ def test_collator_worked_example() -> None:
 
 
 def test_opponent_logps_stay_in_double() -> None:
-    batch = PairCollator(0)([WeightedRows(PairDataset(table()))[(1, 0.0)], WeightedRows(PairDataset(table()))[(2, 1.0)]])
+    batch = PairCollator(0)(
+        [WeightedRows(PairDataset(table()))[(1, 0.0)], WeightedRows(PairDataset(table()))[(2, 1.0)]]
+    )
     assert batch["opponent_logps"].tolist() == [-2.0, -3.0, -2.0, -2.0]
     assert str(batch["opponent_logps"].dtype) == "torch.float64"
     assert batch["weight"].tolist() == [0.0, 1.0]
@@ -63,7 +65,9 @@ def epoch_of(rows: int, ranks: int, micro: int, accumulation: int, **changes) ->
     return batches
 
 
-@pytest.mark.parametrize(("rows", "ranks", "micro", "accumulation"), [(37, 2, 2, 2), (37, 3, 2, 1), (4, 2, 1, 2), (1, 4, 2, 2)])
+@pytest.mark.parametrize(
+    ("rows", "ranks", "micro", "accumulation"), [(37, 2, 2, 2), (37, 3, 2, 1), (4, 2, 1, 2), (1, 4, 2, 2)]
+)
 def test_each_pair_counts_once_and_ranks_run_alike(rows: int, ranks: int, micro: int, accumulation: int) -> None:
     batches = epoch_of(rows, ranks, micro, accumulation)
     assert len({len(of_rank) for of_rank in batches}) == 1

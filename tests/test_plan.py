@@ -29,9 +29,7 @@ def test_paper_recipe() -> None:
     assert (paper.total_steps, paper.total_epochs) == (10_942, 8)
 
 
-@pytest.mark.parametrize(
-    ("history", "rows"), [(0, [10, 10, 10]), (1, [10, 20, 20]), (2, [10, 20, 30])]
-)
+@pytest.mark.parametrize(("history", "rows"), [(0, [10, 10, 10]), (1, [10, 20, 20]), (2, [10, 20, 30])])
 def test_history_keeps_so_many_earlier_generations(history: int, rows: list[int]) -> None:
     assert [entry.rows for entry in plan(history=history).iterations] == rows
 

@@ -1,0 +1,43 @@
+# make quickstart   a real model and real data, two self-play iterations, in .venv
+# make test         the tests, on the default host
+# make test-hosts   contract and end-to-end tests on every pinned host, one rank and two
+# make check        style and types; rewrites nothing
+SHELL := /bin/bash
+HOST ?= 0.19.0
+HOSTS ?= 0.19.0 0.21.0
+export HF_HUB_OFFLINE ?= 1
+export AXOLOTL_DO_NOT_TRACK ?= 1
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: quickstart test test-hosts check
+
+quickstart: .venv/complete
+	.venv/bin/python example_configs/quickstart/prepare.py
+	PATH=$(CURDIR)/.venv/bin:$$PATH OMP_NUM_THREADS=$$(nproc) OMP_WAIT_POLICY=PASSIVE \
+	  accelerate launch -m axolotl.cli.train example_configs/quickstart.yml
+
+.venv/complete: pyproject.toml tests/hosts/axolotl-$(HOST).txt
+	$$(bash .ci/python 3.11) -m venv .venv
+	.venv/bin/pip install --disable-pip-version-check -q -c tests/hosts/axolotl-$(HOST).txt \
+	  "$$(sed -n 's/^torch==/torch==/p' tests/hosts/axolotl-$(HOST).txt)"
+	.venv/bin/pip install --disable-pip-version-check -q -c tests/hosts/axolotl-$(HOST).txt "axolotl==$(HOST)" -e '.[quickstart]'
+	touch $@
+
+test:
+	environment=$$(bash .ci/environment $(HOST)) && \
+	$$environment/bin/pip install --disable-pip-version-check -q --no-deps -e . && \
+	$$environment/bin/python -m pytest -m "not ranks and not game"
+
+test-hosts:
+	set -e; for host in $(HOSTS); do \
+	  environment=$$(bash .ci/environment $$host); \
+	  $$environment/bin/pip install --disable-pip-version-check -q --no-deps -e .; \
+	  echo "== axolotl $$host"; \
+	  if [ $$host = $(HOST) ]; then marks="ranks or game"; else marks="host or contract or ranks or game"; fi; \
+	  $$environment/bin/python -m pytest -m "$$marks"; \
+	done
+
+check:
+	environment=$$(bash .ci/environment $(HOST)) && \
+	$$environment/bin/ruff check . && $$environment/bin/ruff format --check . && \
+	$$environment/bin/mypy --python-executable $$environment/bin/python

@@ -1,0 +1,198 @@
+"""The commands that a user types, run as they are, with one YAML."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import host
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.host
+
+
+def axolotl(settings: dict, command: str, *arguments: str, **kwargs) -> host.Run:
+    return host.start(settings, "-m", "axolotl.cli.main", command, "{config}", *arguments, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("commands")
+
+
+@pytest.fixture(scope="module")
+def lora_run(folder: Path) -> tuple[dict, host.Run]:
+    """`axolotl train` with LoRA, held-out data, packing asked for, and evaluations and saves counted per epoch."""
+    changes = {
+        **host.LORA,
+        "output_dir": str(folder / "lora"),
+        "val_set_size": 5,
+        "sample_packing": True,
+        "attn_implementation": "sdpa",
+        "evals_per_epoch": 1,
+        "saves_per_epoch": 1,
+        "num_epochs": 2,
+        "bf16": False,
+        "gradient_checkpointing": True,
+    }
+    settings = {**host.config(folder), **changes}
+    run = axolotl(settings, "train", env={"ACCELERATE_USE_CPU": "true"})
+    assert run.code == 0, run.output[-6000:]
+    return settings, run
+
+
+def test_axolotl_train_reports_what_it_does(lora_run: tuple[dict, host.Run]) -> None:
+    _, run = lora_run
+    for phrase in (
+        "iteration 0: generated 32 answers in",
+        "iteration 0: scored 32 pairs in",
+        "iteration 1: training on 64 pairs (32 kept from before), 2 epoch(s), 32 steps",
+        "iteration 1: trained 32 steps in",
+        "Self-play iterations",
+        "each iteration's lora:",
+        "--lora-model-dir=",
+    ):
+        assert phrase in run.output, phrase
+    assert run.output.rindex("try it: axolotl inference") > run.output.rindex("Model successfully saved")
+
+
+def test_public_metric_names_reach_the_hosts_logging(lora_run: tuple[dict, host.Run]) -> None:
+    _, run = lora_run
+    rows = run.logs()
+    trained = [row for row in rows if "loss" in row]
+    for name in ("chosen", "rejected", "margins", "accuracies"):
+        assert all(f"rewards/{name}" in row for row in trained)
+    for row in trained:
+        assert row["rewards/margins"] == pytest.approx(row["rewards/chosen"] - row["rewards/rejected"], abs=1e-5)
+        assert row["logps/chosen"] < 0 and row["logps/rejected"] < 0
+        assert "ppl" not in row
+    begun = [row for row in rows if "spin/generation_seconds" in row]
+    assert [row["spin/iteration"] for row in begun] == [0, 1]
+    for name in (
+        "beta", "generation_tokens_per_second", "scoring_seconds", "rejected_length", "chosen_length", "truncated",
+        "empty", "identical",
+    ):  # fmt: skip
+        assert all(f"spin/{name}" in row for row in begun), name
+    assert sum("spin/training_seconds" in row for row in rows) >= 1
+    metrics = run.metrics(1)
+    assert {"eval_loss", "loss_first", "loss_last", "spin/training_seconds", "rewards/margins"} <= set(metrics)
+
+
+def test_evaluations_and_saves_are_spread_over_the_iterations(lora_run: tuple[dict, host.Run]) -> None:
+    """16 steps in iteration 0 and 32 in iteration 1, four epochs: every 12 steps, and at each iteration's end."""
+    _, run = lora_run
+    saved = sorted(int(path.name.split("-")[1]) for path in run.out.glob("checkpoint-*"))
+    assert saved == [16, 24, 36, 48]  # the host's rotation keeps four: 12 is gone
+    evaluated = sorted({row["step"] for row in run.logs() if "eval_loss" in row})
+    assert {0, 12, 16, 24, 36, 48} == set(evaluated)
+
+
+def test_each_iterations_adapter_and_the_files_around_it(lora_run: tuple[dict, host.Run]) -> None:
+    _, run = lora_run
+    spin = run.out / "spin"
+    names = sorted(
+        str(path.relative_to(spin)) for path in spin.rglob("*") if path.is_file() and "model" not in path.parts
+    )
+    assert names == [
+        "iteration-0/metrics.json", "iteration-0/pairs.parquet", "iteration-1/metrics.json", "iteration-1/pairs.parquet",
+        "plan.json",
+    ]  # fmt: skip
+    for iteration in range(2):
+        assert (spin / f"iteration-{iteration}" / "model" / "adapter_model.safetensors").exists()
+    plan = json.loads((spin / "plan.json").read_text())
+    assert [entry["steps"] for entry in plan["iterations"]] == [16, 32]
+    assert len(plan["hash"]) == 64
+
+
+def test_merge_lora_takes_the_same_yaml(lora_run: tuple[dict, host.Run]) -> None:
+    settings, run = lora_run
+    merged = axolotl(settings, "merge-lora")
+    assert merged.code == 0, merged.output[-4000:]
+    AutoModelForCausalLM.from_pretrained(run.out / "merged")
+
+
+def test_inference_takes_the_same_yaml(lora_run: tuple[dict, host.Run]) -> None:
+    _, run = lora_run
+    path = run.out.parent / f"{run.out.name}.yml"
+    done = subprocess.run(
+        [sys.executable, "-m", "axolotl.cli.main", "inference", str(path), f"--lora-model-dir={run.out}"],
+        input="w1 w2 w3", capture_output=True, text=True, env=host.environment(ACCELERATE_USE_CPU="true"), timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert "<|assistant|>" in done.stdout
+
+
+def test_evaluate_takes_the_same_yaml(lora_run: tuple[dict, host.Run]) -> None:
+    settings, run = lora_run
+    done = axolotl({**settings, "lora_model_dir": str(run.out)}, "evaluate", env={"ACCELERATE_USE_CPU": "true"})
+    assert done.code == 0, done.output[-4000:]
+    assert "train_loss" in (run.out / "eval_summary.csv").read_text() or "eval" in done.output
+    assert "eval_loss" in done.output
+
+
+def test_table_of_a_run_on_disk(lora_run: tuple[dict, host.Run]) -> None:
+    settings, run = lora_run
+    done = host.start(settings, "-m", "axolotl_spin", "table", str(run.out))
+    assert done.code == 0
+    assert "Self-play iterations" in done.output and "0.6931" in done.output
+    nothing = host.start(settings, "-m", "axolotl_spin", "table", str(run.out.parent))
+    assert nothing.code != 0 and "holds no SPIN run" in nothing.output
+
+
+def test_preprocess_and_plan_take_the_same_yaml_and_share_sfts_cache(folder: Path) -> None:
+    settings = {
+        **host.config(folder),
+        "output_dir": str(folder / "cache"),
+        "dataset_prepared_path": str(folder / "cache-p"),
+    }
+    done = axolotl(settings, "preprocess", env={"ACCELERATE_USE_CPU": "true"})
+    assert done.code == 0, done.output[-4000:]
+    cached = [path.name for path in (folder / "cache-p").iterdir()]
+    planned = host.start(settings, "-m", "axolotl.cli.main", "spin", "plan", "{config}", "--json")
+    assert planned.code == 0, planned.output[-4000:]
+    plan = json.loads(planned.output[planned.output.index('{\n  "global_batch"') :])
+    assert [(e["rows"], e["steps"], e["learning_rate"], e["beta"], e["epochs"]) for e in plan["iterations"]] == [
+        (37, 10, 1e-3, 0.1, 1), (74, 19, 1e-3, 0.1, 1),
+    ]  # fmt: skip
+    sft = {key: value for key, value in settings.items() if key not in ("rl", "spin")}
+    trained = axolotl({**sft, "output_dir": str(folder / "sft")}, "train", env={"ACCELERATE_USE_CPU": "true"})
+    assert trained.code == 0, trained.output[-4000:]
+    assert [path.name for path in (folder / "cache-p").iterdir()] == cached
+    # with SPIN off nothing of ours ran or was left
+    assert "axolotl_spin." not in trained.output and not (folder / "sft" / "spin").exists()
+
+
+def test_a_second_start_with_other_settings_is_refused_with_both_values(lora_run: tuple[dict, host.Run]) -> None:
+    settings, run = lora_run
+    before = (run.out / "spin" / "plan.json").read_bytes()
+    changed = {**settings, "spin": {**settings["spin"], "beta": 0.2}, "seed": 8}
+    done = axolotl(changed, "train", env={"ACCELERATE_USE_CPU": "true"})
+    assert done.code != 0
+    assert "spin.beta: 0.1 -> 0.2" in done.output and "seed: 7 -> 8" in done.output
+    assert "Loading model" not in done.output
+    assert (run.out / "spin" / "plan.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"spin": {"iteration": 2}}, "iteration"),
+        ({"train_on_inputs": True}, "set it to false"),
+        ({"datasets": "prompt_free"}, "there is no prompt before the answer"),
+    ],
+)
+def test_wrong_configs_stop_the_command_before_a_model_loads(folder: Path, change: dict, message: str) -> None:
+    settings = {**host.config(folder), "output_dir": str(folder / "wrong"), **change}
+    if settings["datasets"] == "prompt_free":
+        rows = folder / "prompt_free.jsonl"
+        rows.write_text(json.dumps({"input_ids": [7, 8, 6], "attention_mask": [1] * 3, "labels": [7, 8, 6]}) + "\n")
+        settings["datasets"] = [{"path": str(rows), "ds_type": "json", "type": None}]
+    done = host.start(settings, "-m", "axolotl.cli.train", "{config}")
+    assert done.code != 0
+    assert message in done.output
+    assert "loading model" not in done.output.lower()
+    assert yaml.safe_load((folder / "wrong.yml").read_text())["rl"] == "spin"

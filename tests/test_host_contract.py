@@ -1,0 +1,933 @@
+"""The host contract: every symbol and behaviour of the host that this package relies on, asserted on the installed host.
+
+The host is Axolotl with what it pins: transformers, accelerate, datasets, PEFT, torch. Where hosts differ, the test says
+in which versions. A failing test names what a new host changed; its docstring says what of ours depends on it.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import entry_points, requires, version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import host
+import pytest
+import tiny
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, broadcast_object_list
+from axolotl.cli.args import TrainerCliArgs
+from axolotl.cli.config import load_cfg
+from axolotl.cli.train import do_train
+from axolotl.common.datasets import TrainDatasetMeta, load_datasets
+from axolotl.core.builders.base import TrainerBuilderBase
+from axolotl.core.trainers.base import AxolotlTrainer
+from axolotl.core.training_args import AxolotlTrainingArguments
+from axolotl.integrations.base import BasePlugin, PluginManager
+from axolotl.integrations.config import merge_input_args
+from axolotl.loaders import load_tokenizer
+from axolotl.prompt_strategies import load as load_strategy
+from axolotl.utils.config import prepare_plugins, validate_config
+from axolotl.utils.data import prepare_datasets
+from axolotl.utils.data.wrappers import get_dataset_wrapper
+from axolotl.utils.dict import DictDefault
+from axolotl.utils.schemas.config import AxolotlInputConfig
+from axolotl.utils.tee import close_debug_log
+from axolotl.utils.train import determine_last_checkpoint
+from datasets import Dataset, Features, List, Value
+from packaging.requirements import Requirement
+from packaging.version import Version
+from peft import LoraConfig, get_peft_model
+from transformers import GenerationConfig, Trainer, TrainerControl, TrainerState
+from transformers.trainer_callback import DefaultFlowCallback, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, SchedulerType
+from transformers.training_args import OptimizerNames
+
+from axolotl_spin.args import SpinArgs, spin_config
+from axolotl_spin.callbacks import SaveAtIterationEnd
+from axolotl_spin.compat import FIRST_UNSUPPORTED, OLDEST, WithoutTokenPerplexity, check_host_version
+from axolotl_spin.generation.transformers import _generation_config
+from axolotl_spin.pairs import PairDataset, read_pairs
+from axolotl_spin.plan import make_plan
+from axolotl_spin.plan import warmup_steps as plan_warmup_steps
+from axolotl_spin.plugin import SpinPlugin
+from axolotl_spin.prompts import prompts_of_row
+from axolotl_spin.refusals import REFUSED
+from axolotl_spin.run import _HOST_KEYS
+from axolotl_spin.schedule import IterationSchedule, learning_rate_table, restart_optimizer
+from axolotl_spin.trainer import SpinTrainer, disable_dropout
+
+SPIN = "axolotl_spin.SpinPlugin"
+HOST = Version(version("axolotl"))
+REGISTERS_BY_ENTRY_POINT = HOST.release >= (0, 21)
+
+# tokens of the tiny tokenizer
+USER, ASSISTANT, END, UNKNOWN = 4, 5, 6, 1
+W1, W2, W3 = 8, 9, 10
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_as_before() -> Iterator[None]:
+    """Undoes what the host's commands leave in a process: signal handler, log file, distributed state."""
+    threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGINT)
+    torch.set_num_threads(1)
+    yield
+    close_debug_log()
+    signal.signal(signal.SIGINT, handler)
+    torch.set_num_threads(threads)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """Restores the environment; `monkeypatch` cannot, since `Dataset.map` puts another object in place of `os.environ`."""
+    kept = dict(os.environ)
+    os.environ["AXOLOTL_TEE_STDOUT"] = "0"
+    yield
+    os.environ.clear()
+    os.environ.update(kept)
+
+
+def settings(folder: Path, **changes: Any) -> dict[str, Any]:
+    """Returns a config over eight conversations; one process prepares them."""
+    data = folder / "conversations.jsonl"
+    if not data.exists():
+        tiny.conversations(data, 8)
+    datasets = [{"path": str(data), "ds_type": "json", "type": "chat_template"}]
+    return host.config(folder, **{"datasets": datasets, "dataset_num_proc": 1, **changes})
+
+
+def sft(folder: Path, **changes: Any) -> dict[str, Any]:
+    """Returns the same config without self-play, as a user without this package has it."""
+    return settings(folder, **{"rl": None, "spin": None, "plugins": None, **changes})
+
+
+def loaded(config: dict[str, Any], folder: Path) -> DictDefault:
+    """Reads a config as every command of the host does, in a host that holds no plugin of an earlier test."""
+    PluginManager.get_instance().plugins.clear()
+    path = folder / "config.yml"
+    path.write_text(yaml.safe_dump(config))
+    return load_cfg(str(path))
+
+
+def validated(config: dict[str, Any]) -> DictDefault:
+    """Validates a config against the host's schema with plugins merged in; nothing else of the host runs."""
+    PluginManager.get_instance().plugins.clear()
+    cfg = DictDefault(config)
+    prepare_plugins(cfg)
+    return validate_config(cfg)
+
+
+def registered() -> list[str]:
+    """Returns the names under which the host has instances of our plugin."""
+    plugins = PluginManager.get_instance().plugins
+    return [name for name, plugin in plugins.items() if isinstance(plugin, SpinPlugin)]
+
+
+def parameters(function: Any) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+# -- what is installed ------------------------------------------------------------------------------------------------
+
+
+def test_installed_host_is_supported_and_the_bounds_agree() -> None:
+    """The dependency in the package's metadata and the check at run time (`compat.py`) name the same versions."""
+    check_host_version()
+    needed = next(r for r in map(Requirement, requires("axolotl-spin") or []) if r.name == "axolotl" and not r.marker)
+    for edge in (OLDEST, FIRST_UNSUPPORTED):
+        assert needed.specifier.contains(f"{edge}.0") == (edge == OLDEST)
+        assert needed.specifier.contains(f"{edge.release[0]}.{edge.release[1] - 1}.9") == (edge != OLDEST)
+
+
+def python(code: str, folder: Path) -> Any:
+    """Runs code in a fresh interpreter and returns the JSON of its last line."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_leaves_import_nothing_heavy(tmp_path: Path) -> None:
+    """The host imports `args` for every config of an environment and `cli` for `axolotl --help`."""
+    code = (
+        "import json, sys\n"
+        "import axolotl_spin, axolotl_spin.args, axolotl_spin.refusals, axolotl_spin.plan, axolotl_spin.artifacts\n"
+        "import axolotl_spin.prompts, axolotl_spin.generation, axolotl_spin.cli\n"
+        "print(json.dumps([m for m in ('torch', 'transformers', 'axolotl', 'datasets', 'pyarrow') if m in sys.modules]))"
+    )
+    assert python(code, tmp_path) == []
+
+
+INERT = """
+import inspect, json, sys
+from axolotl.integrations.base import BasePlugin
+from axolotl.utils.dict import DictDefault
+from axolotl_spin.plugin import SpinPlugin
+
+def ours():
+    return sorted(name for name in sys.modules if name.startswith("axolotl_spin"))
+
+imported, plugin, answers = ours(), SpinPlugin(), {}
+for name, hook in inspect.getmembers(plugin, inspect.ismethod):
+    if not name.startswith("_") and hasattr(BasePlugin, name):
+        given = {p: DictDefault({"plugins": ["axolotl_spin.SpinPlugin"]}) if p == "cfg" else None
+                 for p in inspect.signature(hook).parameters}
+        answers[name] = hook(**given)
+print(json.dumps([imported, answers, ours()]))
+"""
+
+
+def test_every_hook_is_inert_without_rl_spin(tmp_path: Path) -> None:
+    """Host 0.21 registers the plugin in every environment that has it: other configs must not notice."""
+    imported, answers, afterwards = python(INERT, tmp_path)
+    assert imported == ["axolotl_spin", "axolotl_spin.args", "axolotl_spin.plugin", "axolotl_spin.refusals"]
+    assert afterwards == imported
+    assert answers.pop("get_input_args") == "axolotl_spin.args.SpinArgs"
+    assert len(answers) > 20
+    assert {name: answer for name, answer in answers.items() if answer not in (None, [], {})} == {}
+
+
+# -- plugin and commands ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("hook", "names"),
+    [
+        ("register", ["cfg"]),
+        ("get_input_args", []),
+        ("load_datasets", ["cfg", "preprocess"]),
+        ("get_trainer_cls", ["cfg"]),
+        ("get_training_args", ["cfg"]),
+        ("add_callbacks_post_trainer", ["cfg", "trainer"]),
+        ("post_trainer_create", ["cfg", "trainer"]),
+        ("post_train", ["cfg", "model"]),
+        ("post_train_unload", ["cfg"]),
+    ],
+)
+def test_hooks_exist_with_these_parameters(hook: str, names: list[str]) -> None:
+    """The host calls some hooks by keyword, so ours must be named alike too."""
+    assert parameters(getattr(BasePlugin(), hook)) == names
+    assert parameters(getattr(SpinPlugin(), hook)) == names
+
+
+def test_hooks_that_we_override_are_those_listed_above() -> None:
+    marked = test_hooks_exist_with_these_parameters.pytestmark[0]
+    listed = {hook for hook, _ in marked.args[1]}
+    assert {name for name in vars(SpinPlugin) if not name.startswith("_")} == listed
+
+
+def test_plugin_is_registered_once_under_its_dotted_name(tmp_path: Path) -> None:
+    """`plugins:` is what 0.19 and 0.20 need; on 0.21 it may stay in the config without registering a second instance.
+
+    `axolotl spin plan` and `load_datasets` look the instance up in `PluginManager.plugins`.
+    """
+    assert [point.value for point in entry_points(group="axolotl.plugins", name="spin")] == ["axolotl_spin:SpinPlugin"]
+    assert validated(settings(tmp_path)).spin.active
+    assert registered() == [SPIN]
+    if REGISTERS_BY_ENTRY_POINT:
+        from axolotl.integrations.base import get_builtin_plugins
+
+        assert SPIN in get_builtin_plugins()
+        assert validated(settings(tmp_path, plugins=None)).spin.active
+        assert registered() == [SPIN]
+    else:
+        with pytest.raises(ValueError, match="rl"):
+            validated(settings(tmp_path, plugins=None))
+        assert registered() == []
+
+
+def test_another_plugins_trainer_is_seen(tmp_path: Path) -> None:
+    """The first plugin that returns a trainer class wins, so `load_datasets` refuses a second one by name."""
+    cfg = validated(settings(tmp_path, plugins=[f"{__name__}.OtherTrainer", SPIN]))
+    plugins = PluginManager.get_instance()
+    assert plugins.get_trainer_cls(cfg) is AxolotlTrainer
+    assert plugins.plugins[SPIN]._other_trainers(cfg) == [f"{__name__}.OtherTrainer"]
+
+
+class OtherTrainer(BasePlugin):
+    """Brings a trainer for every config."""
+
+    def get_trainer_cls(self, cfg: Any) -> type:
+        return AxolotlTrainer
+
+
+def test_command_group_serves_axolotl_spin() -> None:
+    """`axolotl spin plan` and `axolotl spin table` come through the entry-point group `axolotl.cli_commands`."""
+    import click
+    from axolotl.cli.main import cli
+    from click.testing import CliRunner
+
+    context = click.Context(cli)
+    assert "spin" in cli.list_commands(context)
+    result = CliRunner().invoke(cli, ["spin", "--help"])
+    assert result.exit_code == 0, result.output
+    assert "plan" in result.output and "table" in result.output
+
+
+# -- config -----------------------------------------------------------------------------------------------------------
+
+
+def test_rl_spin_becomes_sft_with_an_active_block(tmp_path: Path) -> None:
+    """Our before-validator runs ahead of the host's checks of `rl`, which do not know the value."""
+    cfg = loaded(settings(tmp_path, spin={"iterations": 2, "beta": [0.1, 5]}), tmp_path)
+    assert cfg.rl is None
+    found = spin_config(cfg)
+    assert found is not None and found.active
+    assert (found.iterations, found.betas(), found.history) == (2, [0.1, 5.0], 1)
+    assert PluginManager.get_instance().get_trainer_cls(cfg) is SpinTrainer
+    assert Path(cfg.axolotl_config_path) == tmp_path / "config.yml"
+
+
+def test_validating_twice_keeps_the_claim(tmp_path: Path) -> None:
+    """The host validates again on its Ray workers, where `rl` is already None."""
+    once = validated(settings(tmp_path))
+    twice = validated(once.to_dict())
+    assert twice.rl is None and twice.spin == once.spin and spin_config(twice) == spin_config(once)
+
+
+def test_merged_schema_has_the_hosts_field_rl_and_our_validator() -> None:
+    """A plugin cannot add a value to `rl` (the host's class comes first), hence the claim before validation."""
+    PluginManager.get_instance().plugins[SPIN] = SpinPlugin()
+    for merged in merge_input_args():
+        bases = merged.__mro__
+        assert bases.index(AxolotlInputConfig) < bases.index(SpinArgs)
+        assert merged.model_fields["rl"].annotation == AxolotlInputConfig.model_fields["rl"].annotation
+        assert merged.model_fields["spin"].annotation == SpinArgs.model_fields["spin"].annotation
+
+
+@pytest.mark.parametrize("rl", [None, "kto"])
+def test_other_configs_are_untouched(tmp_path: Path, rl: str | None) -> None:
+    cfg = validated(sft(tmp_path, rl=rl, plugins=[SPIN], remove_unused_columns=False))
+    assert cfg.rl == rl and "spin" not in cfg and spin_config(cfg) is None
+    assert PluginManager.get_instance().get_trainer_cls(cfg) is None
+
+
+def test_unknown_keys_raise_under_spin_and_vanish_elsewhere(tmp_path: Path) -> None:
+    """The host drops keys that it does not know, so the blocks of ours must be the ones that forbid."""
+    with pytest.raises(ValueError, match=r"spin\.itertions"):
+        validated(settings(tmp_path, spin={"itertions": 2}))
+    with pytest.raises(ValueError, match=r"spin\.generation\.max_tokens"):
+        validated(settings(tmp_path, spin={"generation": {"max_tokens": 2}}))
+    assert "itertions" not in validated(settings(tmp_path, itertions=2))
+
+
+READ_KEYS = (
+    "base_model", "rl", "datasets", "micro_batch_size", "gradient_accumulation_steps", "num_epochs", "learning_rate",
+    "max_steps", "warmup_steps", "warmup_ratio", "output_dir", "sequence_len", "seed", "world_size", "eot_tokens",
+    "curriculum_sampling", "adapter", "axolotl_config_path", "device_map", "saves_per_epoch", "save_steps",
+    "evals_per_epoch", "eval_steps", "deepspeed", "chat_template", "chat_template_jinja", "fsdp_version", "fsdp_config",
+)  # fmt: skip
+
+
+def test_host_has_every_key_that_we_read() -> None:
+    """A renamed key would read as None, and drop silently out of the hash in `plan.json` (`run._HOST_KEYS`)."""
+    assert sorted({*READ_KEYS, *_HOST_KEYS} - set(AxolotlInputConfig.model_fields)) == []
+
+
+def test_host_has_every_key_that_we_refuse() -> None:
+    """A refusal of a renamed key would never fire again.
+
+    `is_multimodal` the host works out by itself, `expert_parallel_size` belongs to one of its plugins, `fsdp` is the
+    old name of `fsdp_config`.
+    """
+    absent = {key for key, _, _ in REFUSED} - set(AxolotlInputConfig.model_fields)
+    newer = {"use_dft": (0, 20), "balance_labels": (0, 21)}
+    assert absent - {key for key, since in newer.items() if HOST.release < since} == {
+        "is_multimodal",
+        "expert_parallel_size",
+    }
+
+
+def test_fsdp_version_that_the_host_takes_where_none_is_given(tmp_path: Path) -> None:
+    """0.19 means FSDP1, which we refuse; from 0.20 on only FSDP2 is left and needs no key."""
+    cfg = validated(sft(tmp_path, fsdp_config={"auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}))
+    assert cfg.fsdp_version == (2 if HOST.release >= (0, 20) else 1)
+
+
+def test_names_of_optimizers_and_schedulers_that_we_refuse() -> None:
+    """The refusals match by prefix or part of the name; these are all that they match today."""
+    tests = {key: [refused for name, refused, _ in REFUSED if name == key] for key in ("optimizer", "lr_scheduler")}
+    optimizers = {name.value for name in OptimizerNames if any(refused(name.value) for refused in tests["optimizer"])}
+    assert optimizers == {
+        "schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd", "lomo", "adalomo", "apollo_adamw_layerwise",
+        "galore_adamw_layerwise", "galore_adamw_8bit_layerwise", "galore_adafactor_layerwise",
+    }  # fmt: skip
+    schedulers = {name.value for name in SchedulerType if any(refused(name.value) for refused in tests["lr_scheduler"])}
+    assert schedulers == {"reduce_lr_on_plateau", "greedy"}
+
+
+def test_saves_and_evaluations_per_epoch_become_fractions_of_the_run(tmp_path: Path) -> None:
+    """`get_training_args` spreads them over the iterations; the host divides by `num_epochs` alone."""
+    cfg = loaded(settings(tmp_path, num_epochs=2, saves_per_epoch=2, evals_per_epoch=4, val_set_size=2), tmp_path)
+    assert (cfg.save_steps, cfg.eval_steps) == (1 / 4, 1 / 8)
+    plugins = PluginManager.get_instance()
+    meta = plugins.load_datasets(cfg)
+    arguments = plugins.get_training_args(cfg)
+    assert (arguments["save_steps"], arguments["eval_steps"]) == (1 / 8, 1 / 16)
+    assert (arguments["max_steps"], arguments["num_train_epochs"]) == (meta.total_num_steps, 4)
+
+
+def test_ranks_and_device_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan counts ranks by the launcher's variable; without an accelerator the host's device map names none."""
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda *devices: True)  # 0.20 asks, also without a driver
+    os.environ.update(WORLD_SIZE="2", LOCAL_RANK="1")
+    cfg = loaded(settings(tmp_path), tmp_path)
+    assert (cfg.world_size, cfg.device_map) == (2, {"": 1})
+    plugins = PluginManager.get_instance()
+    plugins.load_datasets(cfg, preprocess=True)
+    assert plugins.plugins[SPIN].run.plan.global_batch == 2 * 2 * 2
+    assert cfg.device_map is None or torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("steps", [1, 40, 200, 5000])
+@pytest.mark.parametrize("keys", [{}, {"warmup_steps": 0}, {"warmup_steps": 7}, {"warmup_ratio": 0.1}])
+def test_warmup_rule_of_the_host(keys: dict[str, Any], steps: int) -> None:
+    """`plan.warmup_steps` applies the host's rule to an iteration; it also keeps the warmup within the iteration."""
+    arguments: dict[str, Any] = {}
+    TrainerBuilderBase._configure_warmup_and_logging(SimpleNamespace(cfg=DictDefault(keys)), steps, arguments)
+    ours = plan_warmup_steps(steps, **{"warmup_steps": None, "warmup_ratio": None, **keys})
+    assert ours == min(arguments["warmup_steps"], steps)
+
+
+# -- data -------------------------------------------------------------------------------------------------------------
+
+
+def test_prepare_datasets_stops_before_counting_steps(tmp_path: Path) -> None:
+    """`plugin._rows_only` sets the variable of `axolotl preprocess`, so that no SFT run's steps are estimated."""
+    cfg = loaded(sft(tmp_path, val_set_size=2), tmp_path)
+    tokenizer = load_tokenizer(cfg)
+    train, evaluation, steps, prompters = prepare_datasets(cfg, tokenizer)
+    assert (len(train), len(evaluation), steps) == (6, 2, 2)
+    assert len(prompters) == 1
+    os.environ["AXOLOTL_IS_PREPROCESS"] = "1"
+    again, held_out, none, _ = prepare_datasets(cfg, tokenizer)
+    assert none == -1
+    assert again[:] == train[:] and held_out[:] == evaluation[:]
+    assert {"input_ids", "labels"} <= set(train.column_names)
+
+
+def test_prepared_rows_and_their_cache_are_those_of_sft(tmp_path: Path) -> None:
+    """Adding `rl: spin` to a config tokenises nothing anew: the host's cache knows neither `rl` nor `spin`."""
+    plain = load_datasets(cfg=loaded(sft(tmp_path), tmp_path), cli_args=TrainerCliArgs())
+    caches = sorted(path.name for path in (tmp_path / "prepared").iterdir() if path.is_dir())
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "prepared" / caches[0]).iterdir()}
+    meta = PluginManager.get_instance().load_datasets(loaded(settings(tmp_path), tmp_path))
+    assert isinstance(meta, TrainDatasetMeta) and isinstance(plain, TrainDatasetMeta)
+    assert [field.name for field in dataclasses.fields(meta)] == ["train_dataset", "eval_dataset", "total_num_steps"]
+    assert len(caches) == 1
+    assert sorted(path.name for path in (tmp_path / "prepared").iterdir() if path.is_dir()) == caches
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    assert meta.train_dataset[:] == plain.train_dataset[:]
+    assert meta.total_num_steps == 2 + 4  # iteration 1 trains on iteration 0's pairs again
+
+
+def said(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+@pytest.fixture(scope="module")
+def cfg(tmp_path_factory: pytest.TempPathFactory) -> DictDefault:
+    folder = tmp_path_factory.mktemp("strategies")
+    return loaded(settings(folder), folder)
+
+
+def test_chat_template_labels_are_the_answer_and_its_end_token(cfg: DictDefault) -> None:
+    """The prompt strategy takes a labelled span as the answer: the generation header must stay outside, the end token
+    inside, and what the chat template renders for generation must be what stands before."""
+    tokenizer = load_tokenizer(cfg)
+    messages = [said("user", "w1 w2"), said("assistant", "w3")]
+    row = load_strategy("chat_template", tokenizer, cfg, cfg.datasets[0]).tokenize_prompt({"messages": messages})
+    assert row["input_ids"] == [USER, W1, W2, END, ASSISTANT, W3, END]
+    assert row["labels"] == [-100] * 5 + [W3, END]
+    [(prompt, answer)] = prompts_of_row(row["input_ids"], row["labels"])
+    assert prompt == tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False)
+    assert answer == [W3, END]
+
+
+REAL = [
+    [said("user", "w1 w2"), said("assistant", "w3")],
+    [said("system", "w2"), said("user", "w1"), said("assistant", "w2"), said("user", "w3"), said("assistant", "w1")],
+    [said("user", "w3"), said("assistant", "w3 w3")],
+]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("template", [None, "tokenizer_default"])
+def test_uclaml_type_tokenises_like_chat_template(cfg: DictDefault, template: str | None, processes: int) -> None:
+    """A dataset `type` with a dot is a module of ours, called with the dataset's settings; rows come in batches.
+
+    The host copies the top-level `chat_template` only into datasets of its own types.
+    """
+    tokenizer = load_tokenizer(cfg)
+    here = DictDefault({**cfg, "dataset_num_proc": processes})
+    dataset = DictDefault({**cfg.datasets[0], "chat_template": template})
+    if template is None:
+        del dataset["chat_template"]
+    rows = [
+        {"real": REAL[0], "generated": [*REAL[0][:-1], said("assistant", "w1")]},
+        {"real": REAL[1], "generated": []},
+        {"real": REAL[2], "generated": None},
+    ] * 6
+    authors, _ = get_dataset_wrapper(
+        DictDefault({**dataset, "type": "axolotl_spin.uclaml"}),
+        tokenizer,
+        here,
+        "axolotl_spin.uclaml",
+        Dataset.from_list(rows),
+    )
+    messages = Dataset.from_list([{"messages": row["real"]} for row in rows])
+    plain, _ = get_dataset_wrapper(DictDefault(dataset), tokenizer, here, "chat_template", messages)
+    assert authors[:] == plain[:]
+    assert authors["input_ids"][1][:2] == [UNKNOWN, W2] and authors["labels"][0] == [-100] * 5 + [W3, END]
+
+
+def test_uclaml_type_refuses_rows(cfg: DictDefault) -> None:
+    strategy = load_strategy("axolotl_spin.uclaml", load_tokenizer(cfg), cfg, cfg.datasets[0])
+    other = [said("user", "w2"), said("assistant", "w3")]
+    with pytest.raises(ValueError, match="another prompt"):
+        strategy.tokenize_prompt({"real": REAL[0], "generated": other})
+    with pytest.raises(ValueError, match="another prompt"):
+        strategy.tokenize_prompt({"real": [REAL[0], REAL[0]], "generated": [[], other]})
+    with pytest.raises(ValueError, match="role assistant"):
+        strategy.tokenize_prompt({"real": REAL[0][:1], "generated": []})
+
+
+def test_datasets_have_lists_of_small_integers() -> None:
+    """`prompts.prompt_dataset` and `run._content_hash` read them as Arrow lists of int32."""
+    rows = Dataset.from_dict({"ids": [[1, 2], []]}, features=Features({"ids": List(Value("int32"))}))
+    column = next(rows.with_format("arrow").iter(batch_size=2))["ids"].combine_chunks()
+    assert column.value_lengths().to_pylist() == [2, 0]
+    assert column.flatten().to_numpy().dtype == "int32"
+
+
+# -- a run ------------------------------------------------------------------------------------------------------------
+
+
+class Recorder(BasePlugin):
+    """Notes the host's calls in the order in which they come."""
+
+    calls: list[str] = []
+    trainer: Any = None
+
+    def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
+        self.calls.append("load_datasets")
+
+    def get_training_args(self, cfg: Any) -> None:
+        self.calls.append("get_training_args")
+
+    def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list:
+        self.calls.append("add_callbacks_post_trainer")
+        return [Events(self.calls)]
+
+    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+        self.calls.append("post_trainer_create")
+        Recorder.trainer = trainer
+
+    def post_train(self, cfg: Any, model: Any) -> None:
+        self.calls.append("post_train")
+
+    def post_train_unload(self, cfg: Any) -> None:
+        self.calls.append("post_train_unload")
+
+
+class Events(TrainerCallback):
+    """Notes when training starts, ends an epoch, saves and stops."""
+
+    def __init__(self, calls: list[str]):
+        self.calls = calls
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.calls.append("train")
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.calls.append(f"epoch ends at {state.global_step}")
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.calls.append(f"saves at {state.global_step}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.calls.append("trained")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A whole run of the host's `train` command in this process: two iterations of 6 pairs, 3 micro-batches, 2 steps."""
+    folder = tmp_path_factory.mktemp("run")
+    spin = {"iterations": 2, "history": 0, "generation": {"max_new_tokens": 2, "batch_size": 8}}
+    plugins = [f"{__name__}.Recorder", SPIN]
+    config = settings(folder, spin=spin, plugins=plugins, val_set_size=2, save_strategy="steps", save_steps=1000)
+    Recorder.calls.clear()
+    cfg = loaded(config, folder)
+    do_train(cfg, TrainerCliArgs())
+    trainer = Recorder.trainer
+    return SimpleNamespace(cfg=cfg, trainer=trainer, calls=list(Recorder.calls), out=Path(cfg.output_dir))
+
+
+def pair_loader(run: SimpleNamespace) -> Any:
+    return run.trainer._pair_loader(PairDataset(read_pairs(run.trainer.run.directory.pairs(1))), epoch=0)
+
+
+def test_order_of_the_hosts_calls(run: SimpleNamespace) -> None:
+    """Each hook uses what an earlier one left; `post_train` fires twice, so the table is printed at the very end.
+
+    A save that is asked for at an epoch's end happens before the next epoch's generation (`SaveAtIterationEnd`); no
+    other is due here, until the host saves at the end of training.
+    """
+    assert run.calls == [
+        "load_datasets",
+        "get_training_args",
+        "add_callbacks_post_trainer",
+        "post_trainer_create",
+        "train",
+        "epoch ends at 2",
+        "saves at 2",
+        "saves at 4",
+        "epoch ends at 4",
+        "trained",
+        "post_train",
+        "post_train",
+        "post_train_unload",
+    ]
+
+
+def test_training_arguments_of_the_plugin_win(run: SimpleNamespace) -> None:
+    """`total_num_steps` of `load_datasets` becomes `max_steps`, and the run ends there."""
+    fields = {field.name for field in dataclasses.fields(AxolotlTrainingArguments)}
+    arguments = PluginManager.get_instance().plugins[SPIN].get_training_args(run.cfg) if registered() else {}
+    names = {"sample_packing", "eval_sample_packing", "dataloader_drop_last", "load_best_model_at_end", "save_steps"}
+    assert {*names, "eval_steps", "num_train_epochs", "max_steps", "neftune_noise_alpha", *arguments} <= fields
+    args, state = run.trainer.args, run.trainer.state
+    assert (args.max_steps, args.num_train_epochs) == (4, 2)
+    assert (args.load_best_model_at_end, args.dataloader_drop_last) == (False, False)
+    assert (state.max_steps, state.global_step, state.epoch) == (4, 4, 2.0)
+
+
+def test_logs_have_no_perplexity_of_the_pair_loss(run: SimpleNamespace) -> None:
+    """Held-out loss is a token's negative log-likelihood, so its perplexity stays."""
+    logs = run.trainer.state.log_history
+    assert [row["step"] for row in logs if "loss" in row] == [1, 2, 3, 4]
+    assert [row["step"] for row in logs if "eval_loss" in row] == [2, 4]
+    assert not any("ppl" in row for row in logs)
+    for row in logs:
+        if "eval_loss" in row:
+            assert row["eval_ppl"] == pytest.approx(math.exp(row["eval_loss"]), abs=1e-4)
+
+
+def test_the_hosts_trainer_would_log_a_perplexity(run: SimpleNamespace) -> None:
+    """Why `compat.WithoutTokenPerplexity` exists; 0.21 can only switch both off."""
+    plain = copy.copy(run.trainer)
+    plain.__class__ = AxolotlTrainer
+    plain.state = TrainerState()
+    plain.log({"loss": 2.0})
+    assert plain.state.log_history[-1]["ppl"] == pytest.approx(math.e**2, abs=1e-4)
+    assert hasattr(AxolotlTrainer, "reports_token_perplexity") == REGISTERS_BY_ENTRY_POINT
+    bases = SpinTrainer.__mro__
+    assert bases.index(AxolotlTrainer) < bases.index(WithoutTokenPerplexity) == bases.index(Trainer) - 1
+
+
+def test_the_host_resumes_from_the_last_checkpoint_and_ours_stay_out_of_its_way(run: SimpleNamespace) -> None:
+    """`RunDirectory` keeps everything in `OUTPUT_DIR/spin`, which is no checkpoint to the host."""
+    assert sorted(path.name for path in run.out.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    assert PREFIX_CHECKPOINT_DIR == "checkpoint"
+    assert (run.out / "spin" / "iteration-1").is_dir()
+    resumed = DictDefault({"output_dir": str(run.out), "auto_resume_from_checkpoints": True})
+    assert determine_last_checkpoint(resumed) == str(run.out / "checkpoint-4") == resumed.resume_from_checkpoint
+
+
+def test_save_model_writes_weights_config_and_tokenizer(run: SimpleNamespace) -> None:
+    """`spin/iteration-N/model` is made by it and must load by itself."""
+    assert parameters(Trainer.save_model) == ["self", "output_dir", "_internal_call"]
+    for folder in (run.out / "spin" / "iteration-1" / "model", run.out):
+        assert {"model.safetensors", "config.json", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
+
+
+# -- Trainer ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "names"),
+    [
+        ("_run_epoch", ["model", "epoch", "train_dataloader", "steps_in_epoch", "num_update_steps_per_epoch"]),
+        (
+            "_init_training_state",
+            ["max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint"],
+        ),
+        ("set_initial_training_values", ["args", "dataloader"]),
+        ("get_train_dataloader", []),
+        ("_prepare_inputs", ["inputs"]),
+        ("create_scheduler", ["num_training_steps", "optimizer"]),
+        ("_get_num_items_in_batch", ["batch_samples", "device"]),
+        ("compute_loss", ["model", "inputs", "return_outputs", "num_items_in_batch"]),
+        ("log", ["logs", "start_time"]),
+    ],
+)
+def test_overridden_methods_exist_with_these_parameters(method: str, names: list[str]) -> None:
+    """On transformers' Trainer and on the host's; a method that was renamed would simply never be called."""
+    for owner in (Trainer, AxolotlTrainer):
+        found = [name for name in parameters(getattr(owner, method)) if name not in ("self", "args_", "kwargs")]
+        assert found[: len(names)] == names or {"model", "epoch", "train_dataloader"} == set(found)
+    assert method in vars(SpinTrainer)
+
+
+def test_trainer_has_the_attributes_that_we_use(run: SimpleNamespace) -> None:
+    trainer = run.trainer
+    assert trainer.callback_handler.train_dataloader is not None
+    assert trainer._created_lr_scheduler is True and isinstance(trainer.lr_scheduler, IterationSchedule)
+    assert (trainer.is_fsdp_enabled, trainer.is_deepspeed_enabled) == (False, False)
+    assert trainer.accelerator.state.distributed_type == trainer.accelerator.distributed_type == DistributedType.NO
+    assert (trainer.accelerator.num_processes, trainer.accelerator.process_index) == (1, 0)
+    assert trainer.accelerator.unwrap_model(trainer.model_wrapped) is trainer.model
+    assert trainer.model_accepts_loss_kwargs in (True, False) and trainer.compute_loss_func is None
+    # the last of the run's three micro-batches stood alone in its step
+    assert trainer.current_gradient_accumulation_steps == 1
+
+
+def test_set_initial_training_values_in_this_order(run: SimpleNamespace) -> None:
+    """Ours returns a tuple in the same order: epochs, steps an epoch, rows, rows in all, batch, micro-batches, steps."""
+    plain = copy.copy(run.trainer)
+    plain.run, plain.args = None, copy.copy(run.trainer.args)
+    plain.args.max_steps, plain.args.num_train_epochs = -1, 5
+    loader = torch.utils.data.DataLoader(list(range(11)), batch_size=2)
+    assert plain.set_initial_training_values(plain.args, loader) == (5, 3, 11, 55, 4, 6, 15)
+    assert run.trainer.set_initial_training_values(run.trainer.args, range(3)) == (2, 2, 6, 12, 4, 3, 4)
+
+
+def test_init_training_state_returns_epochs_and_micro_batches(run: SimpleNamespace) -> None:
+    """A resume answers it with the plan's epoch and the micro-batches to skip in it."""
+    plain = copy.copy(run.trainer)
+    plain.run = None
+    given = dict(num_update_steps_per_epoch=3, num_train_epochs=5, resume_from_checkpoint=str(run.out / "checkpoint-4"))
+    assert plain._init_training_state(max_steps=15, trial=None, **given) == (1, (4 - 3) * 2)
+    resumed = copy.copy(run.trainer)
+    given["resume_from_checkpoint"] = str(run.out / "checkpoint-2")
+    assert resumed._init_training_state(max_steps=4, trial=None, **given) == (1, 0)
+
+
+def test_num_items_in_batch_of_pairs_is_none(run: SimpleNamespace) -> None:
+    """The pairs of a step are counted in the hook that sees all its micro-batches."""
+    batches, items = run.trainer.get_batch_samples(iter(pair_loader(run)), 2, torch.device("cpu"))
+    assert (len(batches), items) == (2, None)
+    assert run.trainer._pairs_in_step == 4
+
+
+def test_training_step_divides_by_the_accumulation_steps_without_items(run: SimpleNamespace) -> None:
+    """`compute_loss` multiplies by them; where `num_items_in_batch` is a count, some hosts leave the division out."""
+    trainer = run.trainer
+    batches, _ = trainer.get_batch_samples(iter(pair_loader(run)), 2, torch.device("cpu"))
+    trainer.current_gradient_accumulation_steps = 2
+    inputs = trainer._prepare_inputs(batches[0])
+    whole = trainer.compute_loss(trainer.model_wrapped, inputs).item()
+    assert trainer.training_step(trainer.model_wrapped, batches[0], None).item() == pytest.approx(whole / 2)
+    assert whole != 0
+    trainer.optimizer.zero_grad()
+
+
+def test_default_flow_stops_at_max_steps() -> None:
+    """The host's `max_steps` may end the last iteration in mid-epoch."""
+    args = AxolotlTrainingArguments(output_dir="unused", save_strategy="no")
+    state = TrainerState(max_steps=3, global_step=2, logging_steps=1, eval_steps=1, save_steps=1)
+    assert not DefaultFlowCallback().on_step_end(args, state, TrainerControl()).should_training_stop
+    state.global_step = 3
+    assert DefaultFlowCallback().on_step_end(args, state, TrainerControl()).should_training_stop
+
+
+def test_save_strategy_no_is_respected(tmp_path: Path) -> None:
+    plan = make_plan(4, global_batch=2, num_epochs=1, history=0, betas=[1, 1], learning_rates=[1, 1])
+    state = TrainerState(global_step=2)
+    for strategy, asked in (("no", False), ("steps", True), ("epoch", True)):
+        args = SimpleNamespace(output_dir=str(tmp_path), save_strategy=SaveStrategy(strategy))
+        assert SaveAtIterationEnd(plan).on_epoch_end(args, state, TrainerControl()).should_save is asked
+
+
+def test_deepspeed_casts_floating_inputs_and_ours_does_not() -> None:
+    """In bf16 an opponent's log-prob of -200.3 is -200 and one of -201.3 is -201: margins would be off by tenths."""
+    engine = SimpleNamespace(hf_ds_config=SimpleNamespace(dtype=lambda: torch.bfloat16))
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(device=torch.device("cpu")),
+        is_deepspeed_enabled=True,
+        accelerator=SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=engine)),
+    )
+    logps = torch.tensor([-200.3], dtype=torch.float64)
+    assert Trainer._prepare_input(trainer, logps).dtype == torch.bfloat16
+    batch = SpinTrainer._prepare_inputs(trainer, {"completion_mask": torch.ones(1), "opponent_logps": logps})
+    assert batch["opponent_logps"].item() == -200.3
+
+
+# -- learning rates ---------------------------------------------------------------------------------------------------
+
+SCHEDULER_SETTINGS: dict[str, dict[str, Any]] = {
+    "polynomial": {"lr_end": 0.0},
+    "cosine_with_restarts": {"num_cycles": 2},
+    "cosine_with_min_lr": {"min_lr_rate": 0.1},
+    "cosine_warmup_with_min_lr": {"min_lr_rate": 0.1},
+    "warmup_stable_decay": {"num_decay_steps": 3},
+}
+SCHEDULERS = sorted({name.value for name in SchedulerType} - {"reduce_lr_on_plateau", "greedy"} | {"one_cycle", "rex"})
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_that_we_accept_restarts(run: SimpleNamespace, name: str) -> None:
+    """The table plays the host's own scheduler once an iteration, on a copy of the trainer, at that iteration's peak."""
+    trainer = copy.copy(run.trainer)
+    trainer.args = copy.copy(trainer.args)
+    alternate = name in ("one_cycle", "rex")  # as the host's builder passes them
+    trainer.args.lr_scheduler_type = SchedulerType("cosine" if alternate else name)
+    trainer.args.alternate_lr_scheduler_type = name if alternate else None
+    trainer.args.lr_scheduler_kwargs = SCHEDULER_SETTINGS.get(name, {})
+    plan = make_plan(
+        20, global_batch=2, num_epochs=1, history=0, betas=[1, 1], learning_rates=[1e-3, 5e-4],
+        warmup={"warmup_steps": 2, "warmup_ratio": None},
+    )  # fmt: skip
+    rates = learning_rate_table(plan, trainer._host_scheduler)
+    assert len(rates) == plan.total_steps == 20
+    assert max(rates[:10]) == pytest.approx(1e-3) and min(rates) >= 0
+    assert rates[10:] == pytest.approx([rate / 2 for rate in rates[:10]])
+    assert trainer.lr_scheduler is run.trainer.lr_scheduler
+    if name == "linear":
+        assert rates[:10] == pytest.approx([0, 5e-4, *(1e-3 * left / 8 for left in range(8, 0, -1))])
+
+
+def test_a_copy_of_the_trainer_makes_a_scheduler_of_its_own(run: SimpleNamespace) -> None:
+    """DeepSpeed sets the copy's scheduler to None and asks it for one by keyword, over its own optimizer."""
+    other = copy.copy(run.trainer)
+    other.lr_scheduler = None
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    made = other.create_scheduler(num_training_steps=4, optimizer=optimizer)
+    assert isinstance(made, IterationSchedule) and made.optimizer is optimizer
+    assert made is not run.trainer.lr_scheduler and other.lr_scheduler is made
+
+
+# -- model, generation, accelerate ------------------------------------------------------------------------------------
+
+
+def test_dropout_is_found_in_modules_and_attention() -> None:
+    """`disable_dropout` sets both: attention modules keep their rate as a plain number, LoRA has modules of its own."""
+    model = tiny.model(50, attention_dropout=0.2)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], lora_dropout=0.1, task_type="CAUSAL_LM"))
+    assert disable_dropout(adapted) == ["attention_dropout=0.2", "dropout=0.1"]
+    assert disable_dropout(adapted) == []
+
+
+@pytest.fixture(scope="module")
+def uniform() -> Any:
+    """A model that gives each of 200 tokens nearly the same probability, without ties."""
+    model = tiny.model(200).eval()
+    torch.nn.init.normal_(model.lm_head.weight, std=1e-4)
+    return model
+
+
+def drawn(model: Any, **settings: Any) -> set[int]:
+    """Returns the distinct first tokens of 1000 samples."""
+    torch.manual_seed(0)
+    config = GenerationConfig(do_sample=True, max_new_tokens=1, pad_token_id=0, **settings)
+    ids = torch.full((1000, 1), 7)
+    answers = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, synced_gpus=False
+    )
+    assert answers.shape == (1000, 2)
+    return set(answers[:, 1].tolist())
+
+
+def test_top_k_of_zero_is_off_and_left_unset_it_is_not(uniform: Any) -> None:
+    """Our `top_k: null` must be passed as 0: unset, it is the model's own, or 50."""
+    uniform.generation_config = GenerationConfig(top_k=3)
+    assert len(drawn(uniform, temperature=1.0, top_p=1.0)) == 3
+    assert len(drawn(uniform, temperature=1.0, top_p=1.0, top_k=0)) > 150
+    assert len(drawn(uniform, temperature=1.0, top_p=1.0, top_k=5)) == 5
+
+
+def test_unset_values_come_from_the_models_own_generation_config(uniform: Any) -> None:
+    """Which is why `_generation_config` puts it aside: nothing but our settings may bend the samples."""
+    own = uniform.generation_config = GenerationConfig(suppress_tokens=list(range(190)))
+    assert drawn(uniform, top_k=0) == set(range(190, 200))
+    with _generation_config(uniform):
+        assert len(drawn(uniform, top_k=0)) > 150
+    assert uniform.generation_config is own
+    adapted = get_peft_model(tiny.model(50), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    inner = adapted.get_base_model().generation_config
+    with _generation_config(adapted):
+        assert adapted.generation_config is not inner and adapted.generation_config.eos_token_id is None
+    assert adapted.generation_config is inner
+
+
+def test_generation_stops_at_any_of_several_tokens_and_pads() -> None:
+    """`cut` looks for the first stop token and takes the rest for padding."""
+    model = tiny.model(8).eval()
+    ids = torch.full((64, 1), 7)
+    config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=6, eos_token_id=[3, 5], pad_token_id=0)
+    torch.manual_seed(0)
+    answers = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)[
+        :, 1:
+    ].tolist()
+    ended = {3: 0, 5: 0}
+    for answer in answers:
+        stops = [position for position, token in enumerate(answer) if token in (3, 5)]
+        if stops:
+            ended[answer[stops[0]]] += 1
+            assert set(answer[stops[0] + 1 :]) <= {0}
+    assert min(ended.values()) > 0
+
+
+def test_reduce_averages_unless_told_to_sum() -> None:
+    """Counts and log-probs of all ranks are summed: the argument must be given."""
+    assert parameters(Accelerator.reduce)[1:3] == ["tensor", "reduction"]
+
+
+def test_collectives_work_without_a_process_group(run: SimpleNamespace) -> None:
+    """On one rank, what rank 0 found is what there is (`SelfPlay._agree`), and a sum is itself."""
+    box = [{"done": [1, 2]}]
+    broadcast_object_list(box)
+    assert box == [{"done": [1, 2]}]
+    assert run.trainer.accelerator.reduce(torch.tensor([1.0, 2.0]), "sum").tolist() == [1.0, 2.0]
+    run.trainer.accelerator.wait_for_everyone()
+
+
+def test_fsdp_plugin_changes_its_state_dict_type_and_back() -> None:
+    """An iteration's model is saved whole, also where checkpoints are sharded (`_save_whole_model`)."""
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="SHARDED_STATE_DICT")
+    kept = plugin.state_dict_type
+    plugin.set_state_dict_type("FULL_STATE_DICT")
+    assert (kept.name, plugin.state_dict_type.name) == ("SHARDED_STATE_DICT", "FULL_STATE_DICT")
+    plugin.set_state_dict_type(kept)
+    assert plugin.state_dict_type == kept
+
+
+def test_optimizer_wrapper_shows_what_it_wraps(run: SimpleNamespace) -> None:
+    """`restart_optimizer` goes down to torch's optimizer, which makes state where a parameter has none."""
+    optimizer = copy.copy(run.trainer.optimizer)
+    assert isinstance(optimizer, AcceleratedOptimizer) and isinstance(optimizer.optimizer, torch.optim.AdamW)
+    parameter = torch.nn.Parameter(torch.ones(1))
+    wrapper = AcceleratedOptimizer(torch.optim.AdamW([parameter], lr=0.1))
+    for _ in range(2):
+        restart_optimizer(wrapper)
+        parameter.grad = torch.ones(1)
+        wrapper.step()
+        assert wrapper.optimizer.state[parameter]["step"].item() == 1
+
+
+def test_deepspeed_optimizers_live_in_its_runtime_and_wrap_one() -> None:
+    """`restart_optimizer` zeroes their state in place, and knows them by the module of the wrapper."""
+    pytest.importorskip("deepspeed")
+    from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    assert issubclass(DeepSpeedOptimizerWrapper, AcceleratedOptimizer)
+    for kind in (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3):
+        assert kind.__module__.startswith("deepspeed.runtime")
+        assert "self.optimizer = " in inspect.getsource(kind.__init__)
+        assert {"state", "param_groups"} <= set(dir(kind))

@@ -1,0 +1,145 @@
+"""Full fine-tuning and LoRA in every layout, through the host's command: the same run, and the right opponent.
+
+The global batch is four pairs everywhere, so single process, DDP, ZeRO and FSDP2 must generate the same answers and show
+the same losses; and in each, the log-probs in `pairs.parquet` must be those of the model that the iteration started from,
+computed here from the files on disk.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import host
+import numpy as np
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+pytestmark = [pytest.mark.host, pytest.mark.ranks]
+
+FULL = ["single", "ddp", "zero2", "zero3", "fsdp2"]
+LORA = [f"{name}-lora" for name in FULL]
+ITERATIONS = 3
+LN2 = 0.6931472
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("layouts")
+    host.config(made)
+    # one adapter to start from: hosts before 0.21 do not seed the adapter's initial weights
+    torch.manual_seed(5)
+    base = AutoModelForCausalLM.from_pretrained(made / "model")
+    adapter = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    get_peft_model(base, adapter).save_pretrained(made / "adapter")
+    return made
+
+
+@pytest.fixture(scope="module")
+def runs(folder: Path) -> dict[str, host.Run]:
+    return {}
+
+
+def run_of(name: str, folder: Path, runs: dict[str, host.Run]) -> host.Run:
+    """Runs a layout once for all tests of this module."""
+    if name not in runs:
+        changes: dict[str, Any] = host.layout(name, folder)
+        if name.endswith("-lora"):
+            changes["lora_model_dir"] = str(folder / "adapter")
+        spin = {
+            "iterations": ITERATIONS,
+            "beta": [0.5, 0.5, 1.0],
+            "generation": {"max_new_tokens": 10, "batch_size": 8},
+        }
+        runs[name] = host.train({**host.config(folder), **changes, "spin": spin}, name.partition("-")[0])
+    return runs[name]
+
+
+@pytest.mark.parametrize("name", FULL + LORA)
+def test_first_step_of_every_iteration_is_ln_2(name: str, folder: Path, runs: dict) -> None:
+    """37 prompts: 10 steps, then 74 pairs and 19 steps twice; the LoRA runs have a dropout that must be off."""
+    run = run_of(name, folder, runs)
+    losses = run.losses()
+    assert len(losses) == 10 + 19 + 19
+    assert [losses[0], losses[10], losses[29]] == pytest.approx([LN2] * 3, abs=1e-5)
+    assert [run.metrics(i)["loss_first"] for i in range(ITERATIONS)] == pytest.approx([LN2] * 3, abs=1e-5)
+    assert min(losses) < 0.68
+    assert "is off by" not in run.output
+    restarts = [row["learning_rate"] for row in run.logs() if "loss" in row]
+    assert restarts[0] == restarts[10] == restarts[29] == 0.0
+    assert max(restarts) == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize("name", FULL + LORA)
+def test_layouts_agree(name: str, folder: Path, runs: dict) -> None:
+    run = run_of(name, folder, runs)
+    single = run_of("single-lora" if name.endswith("-lora") else "single", folder, runs)
+    for iteration in range(ITERATIONS):
+        for column in ("prompt_ids", "chosen_ids", "rejected_ids", "finish_reason", "generated_in", "row"):
+            assert run.pairs(iteration)[column] == single.pairs(iteration)[column], (iteration, column)
+    assert run.losses() == pytest.approx(single.losses(), abs=1e-4)
+
+
+def starting_model(name: str, folder: Path, run: host.Run, iteration: int) -> torch.nn.Module:
+    """Loads the model that an iteration started from, as a user would, from disk."""
+    saved = run.out / "spin" / f"iteration-{iteration - 1}" / "model"
+    if name.endswith("-lora"):
+        base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+        return PeftModel.from_pretrained(base, folder / "adapter" if iteration == 0 else saved).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        folder / "model" if iteration == 0 else saved, dtype=torch.float32
+    ).eval()
+
+
+@torch.no_grad()
+def plain_logp(model: torch.nn.Module, prompt: list[int], completion: list[int]) -> float:
+    """The chain rule over one unpadded sequence."""
+    logps = model(torch.tensor([[*prompt, *completion]])).logits[0].double().log_softmax(-1)
+    return sum(logps[len(prompt) + i - 1, token].item() for i, token in enumerate(completion))
+
+
+@pytest.mark.parametrize("name", FULL + LORA)
+def test_the_opponent_is_the_model_the_iteration_started_from(name: str, folder: Path, runs: dict) -> None:
+    """Kept rows included; and the test could tell: the model before or after gives other values."""
+    run = run_of(name, folder, runs)
+    for iteration in range(ITERATIONS):
+        model = starting_model(name, folder, run, iteration)
+        rows = run.pairs(iteration).to_pylist()
+        assert sorted({row["generated_in"] for row in rows}) == ([0] if iteration == 0 else [iteration - 1, iteration])
+        for kind in ("chosen", "rejected"):
+            expected = [plain_logp(model, row["prompt_ids"], row[f"{kind}_ids"]) for row in rows]
+            found = [row[f"opponent_{kind}_logp"] for row in rows]
+            assert found == pytest.approx(expected, abs=1e-3)
+        after = starting_model(name, folder, run, iteration + 1)
+        moved = [plain_logp(after, r["prompt_ids"], r["chosen_ids"]) - r["opponent_chosen_logp"] for r in rows]
+        assert np.abs(moved).mean() > 0.05
+
+
+@pytest.mark.parametrize("name", FULL + LORA)
+def test_the_final_model_is_the_last_iterations(name: str, folder: Path, runs: dict) -> None:
+    run = run_of(name, folder, runs)
+    last = starting_model(name, folder, run, ITERATIONS)
+    if name.endswith("-lora"):
+        base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+        final = PeftModel.from_pretrained(base, run.out).eval()
+    else:
+        final = AutoModelForCausalLM.from_pretrained(run.out, dtype=torch.float32).eval()
+    ids = torch.arange(7, 20)[None]
+    assert torch.allclose(final(ids).logits, last(ids).logits, atol=1e-5)
+    start = starting_model(name, folder, run, 0)
+    assert not torch.allclose(final(ids).logits, start(ids).logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", FULL + LORA)
+def test_answers_are_samples_that_end_where_they_should(name: str, folder: Path, runs: dict) -> None:
+    end = tiny.tokenizer().eos_token_id
+    for row in run_of(name, folder, runs).pairs(ITERATIONS - 1).to_pylist():
+        ids = row["rejected_ids"]
+        assert 1 <= len(ids) <= 10
+        assert end not in ids[:-1]
+        assert (row["finish_reason"] == "stop") == (ids[-1] == end)
+        assert row["chosen_ids"][-1] == end
+        assert row["prompt"].endswith("<|assistant|>")
