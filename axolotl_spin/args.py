@@ -179,6 +179,8 @@ class SpinArgs(BaseModel):
                 raise ValueError(f"spin: expected a block of keys, got {block!r}")
             data["rl"] = None
             data["spin"] = {**(block or {}), "active": True}
+        elif data.get("inference"):
+            data["spin"] = None  # `axolotl inference` takes `rl` out of the config
         elif block is not None and not (isinstance(block, dict) and block.get("active")):
             raise ValueError(
                 "the config has a `spin:` block, but `rl` is "

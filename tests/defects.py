@@ -38,10 +38,18 @@ def _plant(defect: str) -> None:
         swaps |= {there: here for here, there in swaps.items()}
         return {name: pair[swaps.get(name, name)] for name in pair}
 
+    def dies_after_two_chunks(self, model, chunks):
+        for number, done in enumerate(answer(self, model, chunks)):
+            if number == 2:
+                raise RuntimeError("planted: out of memory")
+            yield done
+
     if defect == "frozen_opponent":
         SelfPlay._score = frozen_opponent
     elif defect == "stale_generations":
         TransformersBackend.answer = stale_generations
+    elif defect == "dies_after_two_chunks":
+        TransformersBackend.answer = dies_after_two_chunks
     elif defect == "swapped_answers":
         WeightedRows.__getitem__ = swapped_answers
     else:

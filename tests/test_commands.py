@@ -163,7 +163,7 @@ def test_preprocess_and_plan_take_the_same_yaml_and_share_sfts_cache(folder: Pat
     assert trained.code == 0, trained.output[-4000:]
     assert [path.name for path in (folder / "cache-p").iterdir()] == cached
     # with SPIN off nothing of ours ran or was left
-    assert "axolotl_spin." not in trained.output and not (folder / "sft" / "spin").exists()
+    assert "[axolotl_spin." not in trained.output and not (folder / "sft" / "spin").exists()
 
 
 def test_a_second_start_with_other_settings_is_refused_with_both_values(lora_run: tuple[dict, host.Run]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 import inspect
 import json
 import math
@@ -21,6 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import dill
 import host
 import pytest
 import tiny
@@ -102,6 +104,12 @@ def environment() -> Iterator[None]:
     os.environ.update(kept)
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds the model, the data and what the host prepared from it, for all tests: it is prepared only once."""
+    return tmp_path_factory.mktemp("host")
+
+
 def settings(folder: Path, **changes: Any) -> dict[str, Any]:
     """Returns a config over eight conversations; one process prepares them."""
     data = folder / "conversations.jsonl"
@@ -116,10 +124,10 @@ def sft(folder: Path, **changes: Any) -> dict[str, Any]:
     return settings(folder, **{"rl": None, "spin": None, "plugins": None, **changes})
 
 
-def loaded(config: dict[str, Any], folder: Path) -> DictDefault:
+def loaded(config: dict[str, Any]) -> DictDefault:
     """Reads a config as every command of the host does, in a host that holds no plugin of an earlier test."""
     PluginManager.get_instance().plugins.clear()
-    path = folder / "config.yml"
+    path = Path(config["base_model"]).with_name("config.yml")
     path.write_text(yaml.safe_dump(config))
     return load_cfg(str(path))
 
@@ -154,13 +162,6 @@ def test_installed_host_is_supported_and_the_bounds_agree() -> None:
         assert needed.specifier.contains(f"{edge.release[0]}.{edge.release[1] - 1}.9") == (edge != OLDEST)
 
 
-def python(code: str, folder: Path) -> Any:
-    """Runs code in a fresh interpreter and returns the JSON of its last line."""
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def test_leaves_import_nothing_heavy(tmp_path: Path) -> None:
     """The host imports `args` for every config of an environment and `cli` for `axolotl --help`."""
     code = (
@@ -169,32 +170,31 @@ def test_leaves_import_nothing_heavy(tmp_path: Path) -> None:
         "import axolotl_spin.prompts, axolotl_spin.generation, axolotl_spin.cli\n"
         "print(json.dumps([m for m in ('torch', 'transformers', 'axolotl', 'datasets', 'pyarrow') if m in sys.modules]))"
     )
-    assert python(code, tmp_path) == []
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert json.loads(done.stdout) == []
 
 
-INERT = """
-import inspect, json, sys
-from axolotl.integrations.base import BasePlugin
-from axolotl.utils.dict import DictDefault
-from axolotl_spin.plugin import SpinPlugin
-
-def ours():
-    return sorted(name for name in sys.modules if name.startswith("axolotl_spin"))
-
-imported, plugin, answers = ours(), SpinPlugin(), {}
-for name, hook in inspect.getmembers(plugin, inspect.ismethod):
-    if not name.startswith("_") and hasattr(BasePlugin, name):
-        given = {p: DictDefault({"plugins": ["axolotl_spin.SpinPlugin"]}) if p == "cfg" else None
-                 for p in inspect.signature(hook).parameters}
-        answers[name] = hook(**given)
-print(json.dumps([imported, answers, ours()]))
-"""
+def ours() -> set[str]:
+    return {name for name in sys.modules if name.partition(".")[0] == "axolotl_spin"}
 
 
-def test_every_hook_is_inert_without_rl_spin(tmp_path: Path) -> None:
+def test_every_hook_is_inert_without_rl_spin() -> None:
     """Host 0.21 registers the plugin in every environment that has it: other configs must not notice."""
-    imported, answers, afterwards = python(INERT, tmp_path)
-    assert imported == ["axolotl_spin", "axolotl_spin.args", "axolotl_spin.plugin", "axolotl_spin.refusals"]
+    kept = {name: sys.modules.pop(name) for name in ours()}
+    try:
+        plugin = importlib.import_module("axolotl_spin.plugin").SpinPlugin()
+        imported, answers = ours(), {}
+        for name, hook in inspect.getmembers(plugin, inspect.ismethod):
+            if not name.startswith("_") and hasattr(BasePlugin, name):
+                given = dict.fromkeys(parameters(hook))
+                answers[name] = hook(**{**given, **({"cfg": DictDefault({"rl": "dpo"})} if "cfg" in given else {})})
+        afterwards = ours()
+    finally:
+        for name in ours():
+            del sys.modules[name]
+        sys.modules.update(kept)
+    assert imported == {"axolotl_spin", "axolotl_spin.args", "axolotl_spin.plugin", "axolotl_spin.refusals"}
     assert afterwards == imported
     assert answers.pop("get_input_args") == "axolotl_spin.args.SpinArgs"
     assert len(answers) > 20
@@ -204,57 +204,57 @@ def test_every_hook_is_inert_without_rl_spin(tmp_path: Path) -> None:
 # -- plugin and commands ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("hook", "names"),
-    [
-        ("register", ["cfg"]),
-        ("get_input_args", []),
-        ("load_datasets", ["cfg", "preprocess"]),
-        ("get_trainer_cls", ["cfg"]),
-        ("get_training_args", ["cfg"]),
-        ("add_callbacks_post_trainer", ["cfg", "trainer"]),
-        ("post_trainer_create", ["cfg", "trainer"]),
-        ("post_train", ["cfg", "model"]),
-        ("post_train_unload", ["cfg"]),
-    ],
-)
-def test_hooks_exist_with_these_parameters(hook: str, names: list[str]) -> None:
-    """The host calls some hooks by keyword, so ours must be named alike too."""
-    assert parameters(getattr(BasePlugin(), hook)) == names
-    assert parameters(getattr(SpinPlugin(), hook)) == names
+HOOKS = {
+    "register": ["cfg"],
+    "get_input_args": [],
+    "load_datasets": ["cfg", "preprocess"],
+    "get_trainer_cls": ["cfg"],
+    "get_training_args": ["cfg"],
+    "add_callbacks_post_trainer": ["cfg", "trainer"],
+    "post_trainer_create": ["cfg", "trainer"],
+    "post_train": ["cfg", "model"],
+    "post_train_unload": ["cfg"],
+}
 
 
-def test_hooks_that_we_override_are_those_listed_above() -> None:
-    marked = test_hooks_exist_with_these_parameters.pytestmark[0]
-    listed = {hook for hook, _ in marked.args[1]}
-    assert {name for name in vars(SpinPlugin) if not name.startswith("_")} == listed
+@pytest.mark.parametrize("hook", HOOKS)
+def test_hook_exists_with_these_parameters(hook: str) -> None:
+    """The host calls some hooks by keyword, so ours must name them alike; one that was renamed would never be called."""
+    assert parameters(getattr(BasePlugin(), hook)) == parameters(getattr(SpinPlugin(), hook)) == HOOKS[hook]
 
 
-def test_plugin_is_registered_once_under_its_dotted_name(tmp_path: Path) -> None:
+def test_hooks_that_we_override_are_those() -> None:
+    assert {name for name in vars(SpinPlugin) if not name.startswith("_")} == set(HOOKS)
+
+
+def test_plugin_is_registered_once_under_its_dotted_name(folder: Path) -> None:
     """`plugins:` is what 0.19 and 0.20 need; on 0.21 it may stay in the config without registering a second instance.
 
     `axolotl spin plan` and `load_datasets` look the instance up in `PluginManager.plugins`.
     """
     assert [point.value for point in entry_points(group="axolotl.plugins", name="spin")] == ["axolotl_spin:SpinPlugin"]
-    assert validated(settings(tmp_path)).spin.active
+    assert validated(settings(folder)).spin.active
     assert registered() == [SPIN]
     if REGISTERS_BY_ENTRY_POINT:
         from axolotl.integrations.base import get_builtin_plugins
 
         assert SPIN in get_builtin_plugins()
-        assert validated(settings(tmp_path, plugins=None)).spin.active
+        assert validated(settings(folder, plugins=None)).spin.active
         assert registered() == [SPIN]
     else:
         with pytest.raises(ValueError, match="rl"):
-            validated(settings(tmp_path, plugins=None))
+            validated(settings(folder, plugins=None))
         assert registered() == []
 
 
-def test_another_plugins_trainer_is_seen(tmp_path: Path) -> None:
-    """The first plugin that returns a trainer class wins, so `load_datasets` refuses a second one by name."""
-    cfg = validated(settings(tmp_path, plugins=[f"{__name__}.OtherTrainer", SPIN]))
+def test_another_plugins_trainer_is_seen(folder: Path) -> None:
+    """The first plugin that returns a trainer class wins, so `load_datasets` refuses a second one by name.
+
+    From 0.21 on plugins found by their entry point stand before those of `plugins:`.
+    """
+    cfg = validated(settings(folder, plugins=[f"{__name__}.OtherTrainer", SPIN]))
     plugins = PluginManager.get_instance()
-    assert plugins.get_trainer_cls(cfg) is AxolotlTrainer
+    assert plugins.get_trainer_cls(cfg) is (SpinTrainer if REGISTERS_BY_ENTRY_POINT else AxolotlTrainer)
     assert plugins.plugins[SPIN]._other_trainers(cfg) == [f"{__name__}.OtherTrainer"]
 
 
@@ -281,20 +281,20 @@ def test_command_group_serves_axolotl_spin() -> None:
 # -- config -----------------------------------------------------------------------------------------------------------
 
 
-def test_rl_spin_becomes_sft_with_an_active_block(tmp_path: Path) -> None:
+def test_rl_spin_becomes_sft_with_an_active_block(folder: Path) -> None:
     """Our before-validator runs ahead of the host's checks of `rl`, which do not know the value."""
-    cfg = loaded(settings(tmp_path, spin={"iterations": 2, "beta": [0.1, 5]}), tmp_path)
+    cfg = loaded(settings(folder, spin={"iterations": 2, "beta": [0.1, 5]}))
     assert cfg.rl is None
     found = spin_config(cfg)
     assert found is not None and found.active
     assert (found.iterations, found.betas(), found.history) == (2, [0.1, 5.0], 1)
     assert PluginManager.get_instance().get_trainer_cls(cfg) is SpinTrainer
-    assert Path(cfg.axolotl_config_path) == tmp_path / "config.yml"
+    assert Path(cfg.axolotl_config_path) == folder / "config.yml"
 
 
-def test_validating_twice_keeps_the_claim(tmp_path: Path) -> None:
+def test_validating_twice_keeps_the_claim(folder: Path) -> None:
     """The host validates again on its Ray workers, where `rl` is already None."""
-    once = validated(settings(tmp_path))
+    once = validated(settings(folder))
     twice = validated(once.to_dict())
     assert twice.rl is None and twice.spin == once.spin and spin_config(twice) == spin_config(once)
 
@@ -310,19 +310,19 @@ def test_merged_schema_has_the_hosts_field_rl_and_our_validator() -> None:
 
 
 @pytest.mark.parametrize("rl", [None, "kto"])
-def test_other_configs_are_untouched(tmp_path: Path, rl: str | None) -> None:
-    cfg = validated(sft(tmp_path, rl=rl, plugins=[SPIN], remove_unused_columns=False))
+def test_other_configs_are_untouched(folder: Path, rl: str | None) -> None:
+    cfg = validated(sft(folder, rl=rl, plugins=[SPIN], remove_unused_columns=False))
     assert cfg.rl == rl and "spin" not in cfg and spin_config(cfg) is None
     assert PluginManager.get_instance().get_trainer_cls(cfg) is None
 
 
-def test_unknown_keys_raise_under_spin_and_vanish_elsewhere(tmp_path: Path) -> None:
+def test_unknown_keys_raise_under_spin_and_vanish_elsewhere(folder: Path) -> None:
     """The host drops keys that it does not know, so the blocks of ours must be the ones that forbid."""
     with pytest.raises(ValueError, match=r"spin\.itertions"):
-        validated(settings(tmp_path, spin={"itertions": 2}))
+        validated(settings(folder, spin={"itertions": 2}))
     with pytest.raises(ValueError, match=r"spin\.generation\.max_tokens"):
-        validated(settings(tmp_path, spin={"generation": {"max_tokens": 2}}))
-    assert "itertions" not in validated(settings(tmp_path, itertions=2))
+        validated(settings(folder, spin={"generation": {"max_tokens": 2}}))
+    assert "itertions" not in validated(settings(folder, itertions=2))
 
 
 READ_KEYS = (
@@ -352,9 +352,9 @@ def test_host_has_every_key_that_we_refuse() -> None:
     }
 
 
-def test_fsdp_version_that_the_host_takes_where_none_is_given(tmp_path: Path) -> None:
+def test_fsdp_version_that_the_host_takes_where_none_is_given(folder: Path) -> None:
     """0.19 means FSDP1, which we refuse; from 0.20 on only FSDP2 is left and needs no key."""
-    cfg = validated(sft(tmp_path, fsdp_config={"auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}))
+    cfg = validated(sft(folder, fsdp_config={"auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}))
     assert cfg.fsdp_version == (2 if HOST.release >= (0, 20) else 1)
 
 
@@ -370,9 +370,9 @@ def test_names_of_optimizers_and_schedulers_that_we_refuse() -> None:
     assert schedulers == {"reduce_lr_on_plateau", "greedy"}
 
 
-def test_saves_and_evaluations_per_epoch_become_fractions_of_the_run(tmp_path: Path) -> None:
+def test_saves_and_evaluations_per_epoch_become_fractions_of_the_run(folder: Path) -> None:
     """`get_training_args` spreads them over the iterations; the host divides by `num_epochs` alone."""
-    cfg = loaded(settings(tmp_path, num_epochs=2, saves_per_epoch=2, evals_per_epoch=4, val_set_size=2), tmp_path)
+    cfg = loaded(settings(folder, num_epochs=2, saves_per_epoch=2, evals_per_epoch=4, val_set_size=2))
     assert (cfg.save_steps, cfg.eval_steps) == (1 / 4, 1 / 8)
     plugins = PluginManager.get_instance()
     meta = plugins.load_datasets(cfg)
@@ -381,11 +381,11 @@ def test_saves_and_evaluations_per_epoch_become_fractions_of_the_run(tmp_path: P
     assert (arguments["max_steps"], arguments["num_train_epochs"]) == (meta.total_num_steps, 4)
 
 
-def test_ranks_and_device_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_and_device_map(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The plan counts ranks by the launcher's variable; without an accelerator the host's device map names none."""
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda *devices: True)  # 0.20 asks, also without a driver
     os.environ.update(WORLD_SIZE="2", LOCAL_RANK="1")
-    cfg = loaded(settings(tmp_path), tmp_path)
+    cfg = loaded(settings(folder))
     assert (cfg.world_size, cfg.device_map) == (2, {"": 1})
     plugins = PluginManager.get_instance()
     plugins.load_datasets(cfg, preprocess=True)
@@ -394,7 +394,10 @@ def test_ranks_and_device_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("steps", [1, 40, 200, 5000])
-@pytest.mark.parametrize("keys", [{}, {"warmup_steps": 0}, {"warmup_steps": 7}, {"warmup_ratio": 0.1}])
+@pytest.mark.parametrize(
+    "keys",
+    [{}, {"warmup_steps": 0}, {"warmup_steps": 1}, {"warmup_steps": 7}, {"warmup_ratio": 0.0}, {"warmup_ratio": 0.1}],
+)
 def test_warmup_rule_of_the_host(keys: dict[str, Any], steps: int) -> None:
     """`plan.warmup_steps` applies the host's rule to an iteration; it also keeps the warmup within the iteration."""
     arguments: dict[str, Any] = {}
@@ -406,13 +409,12 @@ def test_warmup_rule_of_the_host(keys: dict[str, Any], steps: int) -> None:
 # -- data -------------------------------------------------------------------------------------------------------------
 
 
-def test_prepare_datasets_stops_before_counting_steps(tmp_path: Path) -> None:
+def test_prepare_datasets_stops_before_counting_steps(folder: Path) -> None:
     """`plugin._rows_only` sets the variable of `axolotl preprocess`, so that no SFT run's steps are estimated."""
-    cfg = loaded(sft(tmp_path, val_set_size=2), tmp_path)
+    cfg = loaded(sft(folder, val_set_size=2))
     tokenizer = load_tokenizer(cfg)
-    train, evaluation, steps, prompters = prepare_datasets(cfg, tokenizer)
+    train, evaluation, steps, _ = prepare_datasets(cfg, tokenizer)
     assert (len(train), len(evaluation), steps) == (6, 2, 2)
-    assert len(prompters) == 1
     os.environ["AXOLOTL_IS_PREPROCESS"] = "1"
     again, held_out, none, _ = prepare_datasets(cfg, tokenizer)
     assert none == -1
@@ -420,16 +422,17 @@ def test_prepare_datasets_stops_before_counting_steps(tmp_path: Path) -> None:
     assert {"input_ids", "labels"} <= set(train.column_names)
 
 
-def test_prepared_rows_and_their_cache_are_those_of_sft(tmp_path: Path) -> None:
+def test_prepared_rows_and_their_cache_are_those_of_sft(folder: Path, tmp_path: Path) -> None:
     """Adding `rl: spin` to a config tokenises nothing anew: the host's cache knows neither `rl` nor `spin`."""
-    plain = load_datasets(cfg=loaded(sft(tmp_path), tmp_path), cli_args=TrainerCliArgs())
-    caches = sorted(path.name for path in (tmp_path / "prepared").iterdir() if path.is_dir())
-    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "prepared" / caches[0]).iterdir()}
-    meta = PluginManager.get_instance().load_datasets(loaded(settings(tmp_path), tmp_path))
+    here = {"dataset_prepared_path": str(tmp_path)}
+    plain = load_datasets(cfg=loaded(sft(folder, **here)), cli_args=TrainerCliArgs())
+    caches = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / caches[0]).iterdir()}
+    meta = PluginManager.get_instance().load_datasets(loaded(settings(folder, **here)))
     assert isinstance(meta, TrainDatasetMeta) and isinstance(plain, TrainDatasetMeta)
     assert [field.name for field in dataclasses.fields(meta)] == ["train_dataset", "eval_dataset", "total_num_steps"]
     assert len(caches) == 1
-    assert sorted(path.name for path in (tmp_path / "prepared").iterdir() if path.is_dir()) == caches
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == caches
     assert {path: path.stat().st_mtime_ns for path in written} == written
     assert meta.train_dataset[:] == plain.train_dataset[:]
     assert meta.total_num_steps == 2 + 4  # iteration 1 trains on iteration 0's pairs again
@@ -440,9 +443,8 @@ def said(role: str, content: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def cfg(tmp_path_factory: pytest.TempPathFactory) -> DictDefault:
-    folder = tmp_path_factory.mktemp("strategies")
-    return loaded(settings(folder), folder)
+def cfg(folder: Path) -> DictDefault:
+    return loaded(settings(folder))
 
 
 def test_chat_template_labels_are_the_answer_and_its_end_token(cfg: DictDefault) -> None:
@@ -465,15 +467,13 @@ REAL = [
 ]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("template", [None, "tokenizer_default"])
-def test_uclaml_type_tokenises_like_chat_template(cfg: DictDefault, template: str | None, processes: int) -> None:
+def test_uclaml_type_tokenises_like_chat_template(cfg: DictDefault, template: str | None) -> None:
     """A dataset `type` with a dot is a module of ours, called with the dataset's settings; rows come in batches.
 
     The host copies the top-level `chat_template` only into datasets of its own types.
     """
     tokenizer = load_tokenizer(cfg)
-    here = DictDefault({**cfg, "dataset_num_proc": processes})
     dataset = DictDefault({**cfg.datasets[0], "chat_template": template})
     if template is None:
         del dataset["chat_template"]
@@ -485,14 +485,21 @@ def test_uclaml_type_tokenises_like_chat_template(cfg: DictDefault, template: st
     authors, _ = get_dataset_wrapper(
         DictDefault({**dataset, "type": "axolotl_spin.uclaml"}),
         tokenizer,
-        here,
+        cfg,
         "axolotl_spin.uclaml",
         Dataset.from_list(rows),
     )
     messages = Dataset.from_list([{"messages": row["real"]} for row in rows])
-    plain, _ = get_dataset_wrapper(DictDefault(dataset), tokenizer, here, "chat_template", messages)
+    plain, _ = get_dataset_wrapper(DictDefault(dataset), tokenizer, cfg, "chat_template", messages)
     assert authors[:] == plain[:]
     assert authors["input_ids"][1][:2] == [UNKNOWN, W2] and authors["labels"][0] == [-100] * 5 + [W3, END]
+
+
+def test_uclaml_strategy_reaches_other_processes(cfg: DictDefault) -> None:
+    """Prepared by several processes, the host's default, the function that tokenises is pickled by `datasets`."""
+    strategy = load_strategy("axolotl_spin.uclaml", load_tokenizer(cfg), cfg, cfg.datasets[0])
+    arrived = dill.loads(dill.dumps(strategy.tokenize_prompt))
+    assert arrived({"real": REAL[0], "generated": []})["labels"] == [-100] * 5 + [W3, END]
 
 
 def test_uclaml_type_refuses_rows(cfg: DictDefault) -> None:
@@ -522,6 +529,9 @@ class Recorder(BasePlugin):
 
     calls: list[str] = []
     trainer: Any = None
+
+    def register(self, cfg: Any) -> None:
+        self.calls.append(f"register with rl: {cfg.get('rl')}")
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
         self.calls.append("load_datasets")
@@ -564,14 +574,13 @@ class Events(TrainerCallback):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+def run(folder: Path) -> SimpleNamespace:
     """A whole run of the host's `train` command in this process: two iterations of 6 pairs, 3 micro-batches, 2 steps."""
-    folder = tmp_path_factory.mktemp("run")
     spin = {"iterations": 2, "history": 0, "generation": {"max_new_tokens": 2, "batch_size": 8}}
-    plugins = [f"{__name__}.Recorder", SPIN]
-    config = settings(folder, spin=spin, plugins=plugins, val_set_size=2, save_strategy="steps", save_steps=1000)
+    own = {"dataloader_num_workers": 0, "plugins": [f"{__name__}.Recorder", SPIN], "output_dir": str(folder / "run")}
+    config = settings(folder, **own, spin=spin, val_set_size=2, save_strategy="steps", save_steps=1000)
     Recorder.calls.clear()
-    cfg = loaded(config, folder)
+    cfg = loaded(config)
     do_train(cfg, TrainerCliArgs())
     trainer = Recorder.trainer
     return SimpleNamespace(cfg=cfg, trainer=trainer, calls=list(Recorder.calls), out=Path(cfg.output_dir))
@@ -582,12 +591,14 @@ def pair_loader(run: SimpleNamespace) -> Any:
 
 
 def test_order_of_the_hosts_calls(run: SimpleNamespace) -> None:
-    """Each hook uses what an earlier one left; `post_train` fires twice, so the table is printed at the very end.
+    """Each hook uses what an earlier one left; `register` sees the config as written; `post_train` fires twice, so the
+    table is printed at the very end.
 
     A save that is asked for at an epoch's end happens before the next epoch's generation (`SaveAtIterationEnd`); no
     other is due here, until the host saves at the end of training.
     """
     assert run.calls == [
+        "register with rl: spin",
         "load_datasets",
         "get_training_args",
         "add_callbacks_post_trainer",
@@ -621,6 +632,7 @@ def test_logs_have_no_perplexity_of_the_pair_loss(run: SimpleNamespace) -> None:
     logs = run.trainer.state.log_history
     assert [row["step"] for row in logs if "loss" in row] == [1, 2, 3, 4]
     assert [row["step"] for row in logs if "eval_loss" in row] == [2, 4]
+    assert [row["learning_rate"] for row in logs if "loss" in row] == [0, 5e-4, 0, 5e-4]  # linear, 2 steps of warmup
     assert not any("ppl" in row for row in logs)
     for row in logs:
         if "eval_loss" in row:
@@ -658,29 +670,37 @@ def test_save_model_writes_weights_config_and_tokenizer(run: SimpleNamespace) ->
 # -- Trainer ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("method", "names"),
-    [
-        ("_run_epoch", ["model", "epoch", "train_dataloader", "steps_in_epoch", "num_update_steps_per_epoch"]),
-        (
-            "_init_training_state",
-            ["max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint"],
-        ),
-        ("set_initial_training_values", ["args", "dataloader"]),
-        ("get_train_dataloader", []),
-        ("_prepare_inputs", ["inputs"]),
-        ("create_scheduler", ["num_training_steps", "optimizer"]),
-        ("_get_num_items_in_batch", ["batch_samples", "device"]),
-        ("compute_loss", ["model", "inputs", "return_outputs", "num_items_in_batch"]),
-        ("log", ["logs", "start_time"]),
+METHODS = {
+    "_run_epoch": [
+        "model", "epoch", "train_dataloader", "steps_in_epoch", "num_update_steps_per_epoch", "trial",
+        "ignore_keys_for_eval", "start_time", "resume_from_checkpoint", "epochs_trained", "steps_trained_in_current_epoch",
     ],
-)
-def test_overridden_methods_exist_with_these_parameters(method: str, names: list[str]) -> None:
-    """On transformers' Trainer and on the host's; a method that was renamed would simply never be called."""
-    for owner in (Trainer, AxolotlTrainer):
-        found = [name for name in parameters(getattr(owner, method)) if name not in ("self", "args_", "kwargs")]
-        assert found[: len(names)] == names or {"model", "epoch", "train_dataloader"} == set(found)
-    assert method in vars(SpinTrainer)
+    "_init_training_state": [
+        "max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint", "trial",
+    ],
+    "set_initial_training_values": ["args", "dataloader"],
+    "get_train_dataloader": [],
+    "_prepare_inputs": ["inputs"],
+    "create_scheduler": ["num_training_steps", "optimizer"],
+    "_get_num_items_in_batch": ["batch_samples", "device"],
+    "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
+    "log": ["logs", "start_time"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_overridden_method_exists_with_these_parameters(method: str) -> None:
+    """A method of transformers' Trainer that was renamed would never be called; Axolotl's and ours must take as much."""
+    assert parameters(getattr(Trainer, method)) == ["self", *METHODS[method]]
+    if method != "_init_training_state":  # ours hands on whatever comes, by position
+        inspect.signature(getattr(SpinTrainer, method)).bind(None, **dict.fromkeys(METHODS[method]))
+    inspect.signature(getattr(AxolotlTrainer, method)).bind(None, **dict.fromkeys(METHODS[method]))
+
+
+def test_methods_that_we_override_are_those() -> None:
+    """A helper of ours whose name a new host takes for itself would be called in its place."""
+    functions = {name for name, value in vars(SpinTrainer).items() if inspect.isfunction(value)}
+    assert {name for name in functions if hasattr(AxolotlTrainer, name)} == set(METHODS)
 
 
 def test_trainer_has_the_attributes_that_we_use(run: SimpleNamespace) -> None:
@@ -736,9 +756,9 @@ def test_training_step_divides_by_the_accumulation_steps_without_items(run: Simp
     trainer.optimizer.zero_grad()
 
 
-def test_default_flow_stops_at_max_steps() -> None:
+def test_default_flow_stops_at_max_steps(run: SimpleNamespace) -> None:
     """The host's `max_steps` may end the last iteration in mid-epoch."""
-    args = AxolotlTrainingArguments(output_dir="unused", save_strategy="no")
+    args = run.trainer.args
     state = TrainerState(max_steps=3, global_step=2, logging_steps=1, eval_steps=1, save_steps=1)
     assert not DefaultFlowCallback().on_step_end(args, state, TrainerControl()).should_training_stop
     state.global_step = 3
@@ -769,36 +789,70 @@ def test_deepspeed_casts_floating_inputs_and_ours_does_not() -> None:
 
 # -- learning rates ---------------------------------------------------------------------------------------------------
 
-SCHEDULER_SETTINGS: dict[str, dict[str, Any]] = {
-    "polynomial": {"lr_end": 0.0},
+# name in the YAML: `lr_scheduler_kwargs` that it needs, or that make its rates proportional to the peak
+SCHEDULERS: dict[str, dict[str, Any]] = {
+    "linear": {},
+    "cosine": {},
     "cosine_with_restarts": {"num_cycles": 2},
+    "polynomial": {"lr_end": 0.0},
+    "constant": {},
+    "constant_with_warmup": {},
+    "inverse_sqrt": {},
     "cosine_with_min_lr": {"min_lr_rate": 0.1},
     "cosine_warmup_with_min_lr": {"min_lr_rate": 0.1},
     "warmup_stable_decay": {"num_decay_steps": 3},
+    "one_cycle": {},
+    "rex": {},
 }
-SCHEDULERS = sorted({name.value for name in SchedulerType} - {"reduce_lr_on_plateau", "greedy"} | {"one_cycle", "rex"})
+# the host's own keys beside `lr_scheduler`
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in SCHEDULERS),
+    ("cosine", {"lr_quadratic_warmup": True}),
+    ("cosine", {"cosine_min_lr_ratio": 0.1}),
+    ("cosine", {"cosine_min_lr_ratio": 0.1, "cosine_constant_lr_ratio": 0.8}),
+    ("rex", {"cosine_min_lr_ratio": 0.1}),
+]
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_every_scheduler_that_we_accept_restarts(run: SimpleNamespace, name: str) -> None:
+def test_schedulers_are_those() -> None:
+    assert {name.value for name in SchedulerType} | {"one_cycle", "rex"} == {
+        *SCHEDULERS,
+        "reduce_lr_on_plateau",
+        "greedy",
+    }
+
+
+@pytest.mark.parametrize(("name", "keys"), VARIANTS)
+def test_every_scheduler_that_we_accept_restarts(run: SimpleNamespace, name: str, keys: dict[str, Any]) -> None:
     """The table plays the host's own scheduler once an iteration, on a copy of the trainer, at that iteration's peak."""
     trainer = copy.copy(run.trainer)
-    trainer.args = copy.copy(trainer.args)
     alternate = name in ("one_cycle", "rex")  # as the host's builder passes them
-    trainer.args.lr_scheduler_type = SchedulerType("cosine" if alternate else name)
-    trainer.args.alternate_lr_scheduler_type = name if alternate else None
-    trainer.args.lr_scheduler_kwargs = SCHEDULER_SETTINGS.get(name, {})
-    plan = make_plan(
-        20, global_batch=2, num_epochs=1, history=0, betas=[1, 1], learning_rates=[1e-3, 5e-4],
-        warmup={"warmup_steps": 2, "warmup_ratio": None},
-    )  # fmt: skip
-    rates = learning_rate_table(plan, trainer._host_scheduler)
-    assert len(rates) == plan.total_steps == 20
-    assert max(rates[:10]) == pytest.approx(1e-3) and min(rates) >= 0
-    assert rates[10:] == pytest.approx([rate / 2 for rate in rates[:10]])
+    own = {
+        "lr_scheduler_type": SchedulerType("cosine" if alternate else name),
+        "alternate_lr_scheduler_type": name if alternate else None,
+        "lr_scheduler_kwargs": SCHEDULERS[name],
+        **keys,
+    }
+    trainer.args = copy.copy(trainer.args)
+    for key, value in own.items():
+        assert hasattr(trainer.args, key)
+        setattr(trainer.args, key, value)
+    warmup = {"warmup_steps": 2, "warmup_ratio": None}
+    rates = [1e-3, 5e-4]
+    plan = make_plan(20, global_batch=2, num_epochs=1, history=0, betas=[1, 1], learning_rates=rates, warmup=warmup)
+    table = learning_rate_table(plan, trainer._host_scheduler)
+    assert len(table) == plan.total_steps == 20
+    assert max(table[:10]) == pytest.approx(1e-3) and min(table) >= 0
+    assert table[10:] == pytest.approx([rate / 2 for rate in table[:10]])
     assert trainer.lr_scheduler is run.trainer.lr_scheduler
     if name == "linear":
-        assert rates[:10] == pytest.approx([0, 5e-4, *(1e-3 * left / 8 for left in range(8, 0, -1))])
+        assert table[:10] == pytest.approx([0, 5e-4, *(1e-3 * left / 8 for left in range(8, 0, -1))])
+    if keys:
+        plain = copy.copy(trainer)
+        plain.args = copy.copy(trainer.args)
+        for key in keys:
+            setattr(plain.args, key, None)
+        assert table != pytest.approx(learning_rate_table(plan, plain._host_scheduler))
 
 
 def test_a_copy_of_the_trainer_makes_a_scheduler_of_its_own(run: SimpleNamespace) -> None:
@@ -904,6 +958,13 @@ def test_fsdp_plugin_changes_its_state_dict_type_and_back() -> None:
     assert (kept.name, plugin.state_dict_type.name) == ("SHARDED_STATE_DICT", "FULL_STATE_DICT")
     plugin.set_state_dict_type(kept)
     assert plugin.state_dict_type == kept
+
+
+def test_fsdp2_modules_reshard() -> None:
+    """After a forward without backward the root's parameters stay gathered (`iteration._frozen`)."""
+    from torch.distributed.fsdp import FSDPModule
+
+    assert parameters(FSDPModule.reshard) == ["self"]
 
 
 def test_optimizer_wrapper_shows_what_it_wraps(run: SimpleNamespace) -> None:
