@@ -20,7 +20,7 @@ class IterationRecord:
         figures: What is known when training starts, under public metric names.
     """
 
-    def __init__(self, plan: IterationPlan, figures: dict[str, float]):
+    def __init__(self, plan: IterationPlan, figures: dict[str, float | None]):
         self.plan = plan
         self.figures = figures
         self._evaluated_at: int | None = None
@@ -32,7 +32,7 @@ class IterationRecord:
             logs: A row as logged.
             step: The run's global step.
         """
-        if "loss" in logs:
+        if "rewards/margins" in logs:
             self.figures.update({k: v for k, v in logs.items() if k.startswith(("rewards/", "logps/"))})
         if "eval_loss" in logs:
             self.figures["eval_loss"] = logs["eval_loss"]
@@ -48,7 +48,7 @@ class IterationRecord:
         `loss_first` and `loss_last` are the mean losses per pair of the iteration's first and last step, without
         `spin.sft_weight`'s part; `rewards/*` and `logps/*` are those of the last log.
         """
-        return dict(sorted(self.figures.items()))
+        return {name: value for name, value in sorted(self.figures.items()) if value is not None}
 
     def line(self) -> str:
         """Returns one line for the terminal, for the end of the iteration."""
@@ -56,7 +56,8 @@ class IterationRecord:
         parts = [f"iteration {self.plan.iteration}: trained {self.plan.steps} steps"]
         parts.append(f"in {figures['spin/training_seconds']:.1f} s")
         if "rewards/margins" in figures:
-            parts.append(f"(loss {figures['loss_first']:.4f} -> {figures['loss_last']:.4f},")
+            first = figures.get("loss_first")
+            parts.append(f"(loss {'?' if first is None else f'{first:.4f}'} -> {figures['loss_last']:.4f},")
             parts.append(f"accuracy {figures['rewards/accuracies']:.2f}, margin {figures['rewards/margins']:.4f})")
         if "eval_loss" in figures:
             parts.append(f"held-out NLL {figures['eval_loss']:.4f}")

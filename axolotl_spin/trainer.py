@@ -8,7 +8,6 @@ logging, evaluation, checkpoints, saving.
 from __future__ import annotations
 
 import copy
-import math
 import time
 from typing import Any
 
@@ -26,24 +25,16 @@ from axolotl_spin.generation.transformers import TransformersBackend
 from axolotl_spin.iteration import SelfPlay
 from axolotl_spin.logprobs import completion_logps
 from axolotl_spin.loss import LOSS_AT_START, spin_loss
+from axolotl_spin.metrics import PairMetrics
 from axolotl_spin.pairs import PairCollator, PairDataset, StepBatches, WeightedRows
 from axolotl_spin.plan import IterationPlan
+from axolotl_spin.policy import disable_dropout, save_whole
 from axolotl_spin.prompts import stop_token_ids
 from axolotl_spin.report import IterationRecord
 from axolotl_spin.run import SpinRun
 from axolotl_spin.schedule import IterationSchedule, learning_rate_table, restart_optimizer
 
 LOG = get_logger(__name__)
-
-# names of the metrics that are averaged over pairs, as TRL's preference trainers call them
-PAIR_METRICS = (
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/margins",
-    "rewards/accuracies",
-    "logps/chosen",
-    "logps/rejected",
-)
 
 
 class SpinTrainer(AxolotlTrainer, WithoutTokenPerplexity):
@@ -63,12 +54,9 @@ class SpinTrainer(AxolotlTrainer, WithoutTokenPerplexity):
         self.run = run
         self.records: list[IterationRecord] = []
         self._pairs: PairDataset | None = None
-        self._pairs_in_step = 0.0
-        self._sums: dict[str, Tensor] = {}
+        self._pairs_in_step: Tensor | None = None
+        self._metrics = PairMetrics(first_step=0)
         self._step_zero_due = False
-        # (global step, its sum of losses and number of pairs on this rank)
-        self._first_losses: tuple[int, Tensor] | None = None
-        self._last_losses: tuple[int, Tensor] | None = None
         switched_off = disable_dropout(self.accelerator.unwrap_model(self.model))
         if switched_off:
             LOG.info(f"dropout is off, so that policy and opponent agree at step 0: {', '.join(switched_off)}")
@@ -113,11 +101,15 @@ class SpinTrainer(AxolotlTrainer, WithoutTokenPerplexity):
         fresh = self.state.global_step == entry.first_step
         self._pairs, figures = self.self_play.begin(entry, model, fresh)
         path = self.run.directory.metrics(entry.iteration)
-        self.records.append(IterationRecord(entry, {**(read_json(path) if path.exists() else {}), **figures}))
+        known = read_json(path) if path.exists() else {}
+        if fresh:  # an earlier start may have made the pairs; what it trained does not count
+            known = {name: value for name, value in known.items() if name.startswith("spin/")}
+            known.pop("spin/training_seconds", None)
+        self._metrics = PairMetrics(entry.first_step)
+        self.records.append(IterationRecord(entry, {**known, **figures}))
         self.accelerator.wait_for_everyone()
         self._write_metrics()
         self.log(dict(figures))
-        self._first_losses = self._last_losses = None
         if fresh:
             self._step_zero_due = True
             if entry.iteration > 0 and self.run.settings.restart_optimizer:
@@ -128,13 +120,15 @@ class SpinTrainer(AxolotlTrainer, WithoutTokenPerplexity):
         run = self.run
         assert run is not None
         record = self.records[-1]
-        record.figures["spin/training_seconds"] = time.perf_counter() - self._training_started
-        self.log({"spin/training_seconds": record.figures["spin/training_seconds"]})
-        record.figures["loss_last"] = self._mean_over_ranks(self._last_losses)
+        seconds = record.figures["spin/training_seconds"] = time.perf_counter() - self._training_started
+        record.figures.setdefault("loss_first", self._metrics.first_loss(self._sum_over_ranks))
+        record.figures["loss_last"] = self._metrics.last_loss(self._sum_over_ranks)
+        # with pair metrics where the host's logging interval left some out
+        self.log({"spin/training_seconds": seconds, **self._metrics.take(self._sum_over_ranks)})
         if self.eval_dataset is not None and not record.evaluated_at(self.state.global_step):
             self.evaluate()
         if run.settings.save_iterations:
-            self._save_whole_model(str(run.directory.model(entry.iteration)))
+            save_whole(self, run.directory.model(entry.iteration))
         self._write_metrics()
         if self.accelerator.is_main_process:
             LOG.info(record.line())
@@ -146,20 +140,6 @@ class SpinTrainer(AxolotlTrainer, WithoutTokenPerplexity):
         record = self.records[-1]
         if self.accelerator.is_main_process:
             write_json(self.run.directory.metrics(record.plan.iteration), record.to_json())
-
-    def _save_whole_model(self, folder: str) -> None:
-        """Saves the model or adapter so that it loads with `from_pretrained`, also where checkpoints are sharded."""
-        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
-        kept = plugin.state_dict_type if plugin else None
-        if plugin:
-            plugin.set_state_dict_type("FULL_STATE_DICT")
-        try:
-            self.save_model(folder, _internal_call=True)
-        finally:
-            if plugin:
-                plugin.set_state_dict_type(kept)
-        if plugin and self.accelerator.is_main_process:
-            unwrap_architecture_names(folder)
 
     # -- data ---------------------------------------------------------------------------------------------------------
 
@@ -258,7 +238,7 @@ class SpinTrainer(AxolotlTrainer, WithoutTokenPerplexity):
         if not batch_samples or "completion_mask" not in batch_samples[0]:
             return super()._get_num_items_in_batch(batch_samples, device)
         count = torch.stack([batch["weight"].sum() for batch in batch_samples]).sum().to(device)
-        self._pairs_in_step = float(self.accelerator.reduce(count, "sum"))
+        self._pairs_in_step = self._sum_over_ranks(count)
         return None
 
     def compute_loss(
@@ -286,7 +266,8 @@ class SpinTrainer(AxolotlTrainer, WithoutTokenPerplexity):
         if settings.sft_weight:
             losses = losses - settings.sft_weight * chosen / inputs["completion_lengths"].chunk(2)[0]
         weight = inputs["weight"].to(losses.dtype)
-        self._add_metrics(result, chosen, rejected, weight)
+        self._metrics.add(self.state.global_step, result, chosen, rejected, weight)
+        assert self._pairs_in_step is not None
         share = self.accelerator.num_processes * self.current_gradient_accumulation_steps / self._pairs_in_step
         return (losses * weight).sum() * share
 
@@ -305,83 +286,20 @@ class SpinTrainer(AxolotlTrainer, WithoutTokenPerplexity):
                 "the model compute something else in training than in evaluation (noise, dropout, another kernel)?"
             )
 
-    # -- metrics ------------------------------------------------------------------------------------------------------
+    # -- logging ------------------------------------------------------------------------------------------------------
 
-    def _add_metrics(self, result: Any, chosen: Tensor, rejected: Tensor, weight: Tensor) -> None:
-        """Adds a micro-batch to the sums that `log` averages; nothing is read back from the device here."""
-        values = (
-            result.chosen_rewards,
-            result.rejected_rewards,
-            result.chosen_rewards - result.rejected_rewards,
-            (result.chosen_rewards > result.rejected_rewards).to(weight.dtype),
-            chosen.detach(),
-            rejected.detach(),
-        )
-        for name, value in zip(PAIR_METRICS, values, strict=True):
-            self._sums[name] = self._sums.get(name, torch.zeros((), device=weight.device)) + (value * weight).sum()
-        self._sums["pairs"] = self._sums.get("pairs", torch.zeros((), device=weight.device)) + weight.sum()
-        step = self.state.global_step
-        of_batch = torch.stack([(result.losses.detach() * weight).sum(), weight.sum()])
-        if self._last_losses is None or self._last_losses[0] != step:
-            self._last_losses = (step, torch.zeros_like(of_batch))
-        self._last_losses = (step, self._last_losses[1] + of_batch)
-        if step == self.records[-1].plan.first_step:
-            self._first_losses = self._last_losses
-
-    def _mean_over_ranks(self, losses: tuple[int, Tensor] | None) -> float:
-        """Returns a step's mean loss per pair from its (sum, pairs) on each rank."""
-        assert losses is not None, "no step was taken"
-        total, pairs = self.accelerator.reduce(losses[1], "sum").tolist()
-        return total / pairs
+    def _sum_over_ranks(self, value: Tensor) -> Tensor:
+        return self.accelerator.reduce(value, "sum")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the pair metrics, averaged over all pairs of all ranks since the last training log."""
-        if self.run is not None and "loss" in logs and self._sums:
-            sums = torch.stack([self._sums[name] for name in (*PAIR_METRICS, "pairs")])
-            sums = self.accelerator.reduce(sums, "sum")
-            *totals, pairs = sums.tolist()
-            logs.update({name: total / pairs for name, total in zip(PAIR_METRICS, totals, strict=True)})
-            logs["spin/iteration"] = self.records[-1].plan.iteration
-            self._sums = {}
-            if self._first_losses is not None and "loss_first" not in self.records[-1].figures:
-                self.records[-1].figures["loss_first"] = self._mean_over_ranks(self._first_losses)
-                self._write_metrics()
         if self.run is not None and self.records:
-            self.records[-1].note(logs, self.state.global_step)
+            record = self.records[-1]
+            if "loss" in logs:
+                logs.update(self._metrics.take(self._sum_over_ranks))
+                logs["spin/iteration"] = record.plan.iteration
+                if "loss_first" not in record.figures:
+                    record.figures["loss_first"] = self._metrics.first_loss(self._sum_over_ranks)
+                    self._write_metrics()
+            record.note(logs, self.state.global_step)
         super().log(logs, start_time)
-
-
-def disable_dropout(model: torch.nn.Module) -> list[str]:
-    """Sets every dropout of a model to 0, LoRA's and attention's included, as the host's preference trainers do.
-
-    Args:
-        model: Changed in place. Attention modules of transformers keep their rate as a plain number.
-
-    Returns:
-        What was switched off, for the log, as `name=rate` without repetition.
-    """
-    found: dict[str, float] = {}
-    for module in model.modules():
-        if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0:
-            found["dropout"] = module.p
-            module.p = 0.0
-        for name, value in vars(module).items():
-            noisy = "dropout" in name or "jitter" in name
-            if noisy and isinstance(value, float) and value > 0 and math.isfinite(value):
-                found[name] = value
-                setattr(module, name, 0.0)
-    return [f"{name}={rate:g}" for name, rate in sorted(found.items())]
-
-
-def unwrap_architecture_names(folder: str) -> None:
-    """Removes the prefix that FSDP2 gives to class names from a saved `config.json`, as the host does at the end."""
-    import json
-    from pathlib import Path
-
-    path = Path(folder) / "config.json"
-    if not path.exists():
-        return
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if config.get("architectures"):
-        config["architectures"] = [name.removeprefix("FSDP") for name in config["architectures"]]
-        write_json(path, config)

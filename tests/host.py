@@ -24,6 +24,8 @@ ZERO = {
     "fp16": {"enabled": False},
 }
 LORA = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "lora_target_linear": True}
+# the host switches its fused LoRA kernels on for inference by itself; they need a GPU
+LORA |= {f"lora_{part}_kernel": False for part in ("mlp", "qkv", "o")}
 FSDP2 = {
     "fsdp_version": 2,
     "fsdp_config": {

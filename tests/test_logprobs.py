@@ -13,7 +13,7 @@ import torch
 from axolotl_spin.logprobs import completion_logps
 from axolotl_spin.loss import spin_loss
 from axolotl_spin.pairs import PairCollator
-from axolotl_spin.trainer import disable_dropout
+from axolotl_spin.policy import disable_dropout
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "dolly_openqa_short_train.jsonl"
 

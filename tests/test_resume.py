@@ -67,7 +67,9 @@ def test_pairs_that_are_gone_are_not_made_by_half_trained_weights(whole: tuple[d
     assert "put the file back, or resume from a checkpoint at the start of iteration 1" in stopped.output
 
 
-def test_an_interrupted_generation_goes_on_with_the_missing_chunks(whole: tuple[dict, host.Run], tmp_path: Path) -> None:
+def test_an_interrupted_generation_goes_on_with_the_missing_chunks(
+    whole: tuple[dict, host.Run], tmp_path: Path
+) -> None:
     settings, run = whole
     plugins = ["defects.DefectPlugin", *settings["plugins"]]
     settings = {**settings, "output_dir": str(tmp_path / "out"), "plugins": plugins, "max_steps": 2}

@@ -1,0 +1,59 @@
+"""What is done to the policy as a module: no randomness in its forward, and saving it so that it loads anywhere."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from axolotl_spin.artifacts import write_json
+
+
+def disable_dropout(model: torch.nn.Module) -> list[str]:
+    """Sets every dropout of a model to 0, LoRA's and attention's included, as the host's preference trainers do.
+
+    Args:
+        model: Changed in place. Attention modules of transformers keep their rate as a plain number.
+
+    Returns:
+        What was switched off, for the log, as `name=rate` without repetition.
+    """
+    found: dict[str, float] = {}
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0:
+            found["dropout"] = module.p
+            module.p = 0.0
+        for name, value in vars(module).items():
+            noisy = "dropout" in name or "jitter" in name
+            if noisy and isinstance(value, float) and value > 0 and math.isfinite(value):
+                found[name] = value
+                setattr(module, name, 0.0)
+    return [f"{name}={rate:g}" for name, rate in sorted(found.items())]
+
+
+def save_whole(trainer: Any, folder: Path) -> None:
+    """Saves the model or adapter so that it loads with `from_pretrained`, also where checkpoints are sharded.
+
+    Args:
+        trainer: The host's trainer; every rank must call.
+        folder: Destination.
+    """
+    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    kept = plugin.state_dict_type if plugin else None
+    if plugin:
+        plugin.set_state_dict_type("FULL_STATE_DICT")
+    try:
+        trainer.save_model(str(folder), _internal_call=True)
+    finally:
+        if plugin:
+            plugin.set_state_dict_type(kept)
+    config_path = folder / "config.json"
+    if plugin and trainer.accelerator.is_main_process and config_path.exists():
+        # FSDP2 gives the classes another name, which the host takes back in its final save only
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+        if config.get("architectures"):
+            config["architectures"] = [name.removeprefix("FSDP") for name in config["architectures"]]
+            write_json(config_path, config)
