@@ -7,14 +7,19 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import tiny
 import yaml
+from packaging.version import Version
 
 TESTS = Path(__file__).parent
+
+# from 0.21 on the host finds the installed plugin by itself
+OURS = ["axolotl_spin.SpinPlugin"] if Version(version("axolotl")) < Version("0.21") else []
 
 ZERO = {
     "train_micro_batch_size_per_gpu": 1,
@@ -45,7 +50,7 @@ def config(folder: Path, **changes: Any) -> dict[str, Any]:
         tiny.conversations(folder / "data.jsonl", 37)
     base = {
         "base_model": str(folder / "model"),
-        "plugins": ["axolotl_spin.SpinPlugin"],
+        "plugins": OURS or None,
         "rl": "spin",
         "spin": {"iterations": 2, "generation": {"max_new_tokens": 10, "batch_size": 8}},
         "datasets": [{"path": str(folder / "data.jsonl"), "ds_type": "json", "type": "chat_template"}],
@@ -89,7 +94,7 @@ def layout(name: str, folder: Path) -> dict[str, Any]:
     if kind == "fsdp2":
         changes.update(FSDP2)
     if kind != "single":
-        changes["plugins"] = ["cpu_cluster.CpuClusterPlugin", "axolotl_spin.SpinPlugin"]
+        changes["plugins"] = ["cpu_cluster.CpuClusterPlugin", *OURS]
     if adapter:
         changes.update(LORA)
     return changes

@@ -71,7 +71,7 @@ def test_an_interrupted_generation_goes_on_with_the_missing_chunks(
     whole: tuple[dict, host.Run], tmp_path: Path
 ) -> None:
     settings, run = whole
-    plugins = ["defects.DefectPlugin", *settings["plugins"]]
+    plugins = ["defects.DefectPlugin", *host.OURS]
     settings = {**settings, "output_dir": str(tmp_path / "out"), "plugins": plugins, "max_steps": 2}
     planted = {"SPIN_DEFECT": "dies_after_two_chunks"}
     stopped = host.start(settings, "-m", "axolotl.cli.train", "{config}", env=planted)
