@@ -110,10 +110,12 @@ def warmup_steps(steps: int, *, warmup_steps: int | None, warmup_ratio: float | 
         warmup_ratio: The host's `warmup_ratio`; without either, the host warms up 3% of the steps, at most 100.
     """
     if warmup_steps is not None:
-        return min(int(warmup_steps), steps)
-    if warmup_ratio is not None:
-        return int(warmup_ratio * steps)
-    return min(int(0.03 * steps), 100)
+        warmup = int(warmup_steps)
+    elif warmup_ratio is not None:
+        warmup = int(warmup_ratio * steps)
+    else:
+        warmup = min(int(0.03 * steps), 100)
+    return min(2 if warmup == 1 else warmup, steps)  # transformers would read 1 as the whole run
 
 
 def make_plan(

@@ -67,11 +67,12 @@ from axolotl_spin.pairs import PairDataset, read_pairs
 from axolotl_spin.plan import make_plan
 from axolotl_spin.plan import warmup_steps as plan_warmup_steps
 from axolotl_spin.plugin import SpinPlugin
+from axolotl_spin.policy import disable_dropout
 from axolotl_spin.prompts import prompts_of_row
 from axolotl_spin.refusals import REFUSED
 from axolotl_spin.run import _HOST_KEYS
 from axolotl_spin.schedule import IterationSchedule, learning_rate_table, restart_optimizer
-from axolotl_spin.trainer import SpinTrainer, disable_dropout
+from axolotl_spin.trainer import SpinTrainer
 
 SPIN = "axolotl_spin.SpinPlugin"
 HOST = Version(version("axolotl"))
@@ -176,6 +177,7 @@ def test_leaves_import_nothing_heavy(tmp_path: Path) -> None:
 
 
 def ours() -> set[str]:
+    """Returns the modules of this package that are imported."""
     return {name for name in sys.modules if name.partition(".")[0] == "axolotl_spin"}
 
 
@@ -233,7 +235,7 @@ def test_plugin_is_registered_once_under_its_dotted_name(folder: Path) -> None:
     `axolotl spin plan` and `load_datasets` look the instance up in `PluginManager.plugins`.
     """
     assert [point.value for point in entry_points(group="axolotl.plugins", name="spin")] == ["axolotl_spin:SpinPlugin"]
-    assert validated(settings(folder)).spin.active
+    assert validated(settings(folder, plugins=[SPIN])).spin.active
     assert registered() == [SPIN]
     if REGISTERS_BY_ENTRY_POINT:
         from axolotl.integrations.base import get_builtin_plugins
@@ -616,14 +618,13 @@ def test_order_of_the_hosts_calls(run: SimpleNamespace) -> None:
 
 
 def test_training_arguments_of_the_plugin_win(run: SimpleNamespace) -> None:
-    """`total_num_steps` of `load_datasets` becomes `max_steps`, and the run ends there."""
-    fields = {field.name for field in dataclasses.fields(AxolotlTrainingArguments)}
-    arguments = PluginManager.get_instance().plugins[SPIN].get_training_args(run.cfg) if registered() else {}
-    names = {"sample_packing", "eval_sample_packing", "dataloader_drop_last", "load_best_model_at_end", "save_steps"}
-    assert {*names, "eval_steps", "num_train_epochs", "max_steps", "neftune_noise_alpha", *arguments} <= fields
+    """They replace the host's, by the names of its training arguments; the run ends at `total_num_steps`."""
+    names = {"sample_packing", "eval_sample_packing", "dataloader_drop_last", "load_best_model_at_end"}
+    names |= {"num_train_epochs", "max_steps", "save_steps", "eval_steps"}
+    assert names <= {field.name for field in dataclasses.fields(AxolotlTrainingArguments)}
     args, state = run.trainer.args, run.trainer.state
     assert (args.max_steps, args.num_train_epochs) == (4, 2)
-    assert (args.load_best_model_at_end, args.dataloader_drop_last) == (False, False)
+    assert (args.load_best_model_at_end, args.dataloader_drop_last, args.sample_packing) == (False, False, False)
     assert (state.max_steps, state.global_step, state.epoch) == (4, 4, 2.0)
 
 
@@ -924,11 +925,9 @@ def test_generation_stops_at_any_of_several_tokens_and_pads() -> None:
     ids = torch.full((64, 1), 7)
     config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=6, eos_token_id=[3, 5], pad_token_id=0)
     torch.manual_seed(0)
-    answers = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)[
-        :, 1:
-    ].tolist()
+    tokens = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
     ended = {3: 0, 5: 0}
-    for answer in answers:
+    for answer in tokens[:, 1:].tolist():
         stops = [position for position, token in enumerate(answer) if token in (3, 5)]
         if stops:
             ended[answer[stops[0]]] += 1
@@ -936,8 +935,8 @@ def test_generation_stops_at_any_of_several_tokens_and_pads() -> None:
     assert min(ended.values()) > 0
 
 
-def test_reduce_averages_unless_told_to_sum() -> None:
-    """Counts and log-probs of all ranks are summed: the argument must be given."""
+def test_reduce_takes_the_kind_of_reduction_second() -> None:
+    """Counts and log-probs are summed over ranks; we always say so, since accelerate's two `reduce` differ in default."""
     assert parameters(Accelerator.reduce)[1:3] == ["tensor", "reduction"]
 
 
@@ -951,7 +950,7 @@ def test_collectives_work_without_a_process_group(run: SimpleNamespace) -> None:
 
 
 def test_fsdp_plugin_changes_its_state_dict_type_and_back() -> None:
-    """An iteration's model is saved whole, also where checkpoints are sharded (`_save_whole_model`)."""
+    """An iteration's model is saved whole, also where checkpoints are sharded (`policy.save_whole`)."""
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="SHARDED_STATE_DICT")
     kept = plugin.state_dict_type
     plugin.set_state_dict_type("FULL_STATE_DICT")

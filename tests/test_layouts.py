@@ -83,6 +83,21 @@ def test_layouts_agree(name: str, folder: Path, runs: dict) -> None:
     assert run.losses() == pytest.approx(single.losses(), abs=1e-4)
 
 
+def test_agreement_shows_that_every_optimizer_restarts(folder: Path, runs: dict) -> None:
+    """With the moments of iteration 0 kept, iteration 1 takes other steps, far beyond the layouts' tolerance."""
+    single = run_of("single", folder, runs)
+    settings = {**host.config(folder), **host.layout("single", folder), "output_dir": str(folder / "kept")}
+    spin = {
+        "iterations": 2,
+        "beta": 0.5,
+        "restart_optimizer": False,
+        "generation": {"max_new_tokens": 10, "batch_size": 8},
+    }
+    kept = host.train({**settings, "spin": spin})
+    assert kept.losses()[:11] == pytest.approx(single.losses()[:11], abs=1e-6)
+    assert max(abs(a - b) for a, b in zip(kept.losses()[11:], single.losses()[11:29], strict=True)) > 2e-3
+
+
 def starting_model(name: str, folder: Path, run: host.Run, iteration: int) -> torch.nn.Module:
     """Loads the model that an iteration started from, as a user would, from disk."""
     saved = run.out / "spin" / f"iteration-{iteration - 1}" / "model"

@@ -60,6 +60,7 @@ def test_warmup_by_the_hosts_rule() -> None:
     assert warmup_steps(1000, warmup_steps=7, warmup_ratio=0.5) == 7
     assert warmup_steps(5, warmup_steps=7, warmup_ratio=None) == 5
     assert warmup_steps(1000, warmup_steps=None, warmup_ratio=0.1) == 100
+    assert warmup_steps(10, warmup_steps=None, warmup_ratio=0.1) == 2  # never one step
     assert warmup_steps(1000, warmup_steps=None, warmup_ratio=None) == 30
     assert warmup_steps(100_000, warmup_steps=None, warmup_ratio=None) == 100
 
