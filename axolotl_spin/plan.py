@@ -115,7 +115,7 @@ def warmup_steps(steps: int, *, warmup_steps: int | None, warmup_ratio: float | 
         warmup = int(warmup_ratio * steps)
     else:
         warmup = min(int(0.03 * steps), 100)
-    return min(2 if warmup == 1 else warmup, steps)  # transformers would read 1 as the whole run
+    return min(2 if warmup == 1 else warmup, steps)  # the host never warms up for a single step
 
 
 def make_plan(
@@ -152,7 +152,7 @@ def make_plan(
         rows = prompts * (1 + min(history, iteration))
         steps_per_epoch = math.ceil(rows / global_batch)
         steps = steps_per_epoch * num_epochs
-        if max_steps:
+        if max_steps and max_steps > 0:  # -1 is no cap, as for the host
             steps = min(steps, max_steps - first_step)
         if steps <= 0:
             break

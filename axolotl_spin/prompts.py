@@ -6,8 +6,10 @@ opponent answers is the one SFT trains on, and the answer keeps the end-of-turn 
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 IGNORED = -100  # the label of tokens that SFT does not train (torch.nn.CrossEntropyLoss)
@@ -102,6 +104,7 @@ def prompt_dataset(dataset: Any, *, turns: Turns, max_prompts: int | None = None
                 columns["row"].append(row)
         return columns
 
+    caches = {Path(file["filename"]).parent for file in dataset.cache_files}
     prompts = dataset.map(
         split,
         batched=True,
@@ -111,6 +114,8 @@ def prompt_dataset(dataset: Any, *, turns: Turns, max_prompts: int | None = None
             {"prompt_ids": List(Value("int32")), "chosen_ids": List(Value("int32")), "row": Value("int64")}
         ),
         desc="Splitting rows into prompts and human answers",
+        # beside the host's prepared rows, unless that folder is shared read-only
+        keep_in_memory=not all(os.access(folder, os.W_OK) for folder in caches),
     )
     if len(prompts) == 0:
         raise ValueError(

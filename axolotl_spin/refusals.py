@@ -118,9 +118,10 @@ def refuse_unsupported(data: dict[str, Any]) -> None:
         for key, refused, why in REFUSED
         if data.get(key) is not None and refused(data[key])
     ]
-    fsdp = data.get("fsdp_config") or {}
-    version = data.get("fsdp_version") or (fsdp.get("fsdp_version") if isinstance(fsdp, dict) else None)
-    if (data.get("fsdp") or fsdp) and str(version) != "2":
+    fsdp = data.get("fsdp_config")
+    fsdp = fsdp if isinstance(fsdp, dict) else {}
+    version = data.get("fsdp_version") or fsdp.get("fsdp_version") or fsdp.get("version")
+    if version is not None and str(version) != "2":
         found.append(
             f"`fsdp_version: {version}` does not work with `rl: spin`: generation runs under FSDP2; "
             "set `fsdp_version: 2`"
@@ -144,6 +145,11 @@ def refuse_loaded(cfg: Any, other_trainers: list[str], save_iterations: bool) ->
         raise ValueError(
             f"`base_model: {cfg.get('base_model')}` is multimodal, which does not work with `rl: spin`; "
             "use a text model"
+        )
+    if (cfg.get("fsdp") or cfg.get("fsdp_config")) and str(cfg.get("fsdp_version")) != "2":
+        raise ValueError(
+            f"`fsdp_version: {cfg.get('fsdp_version')}`, which this host takes where none is given, does not work with "
+            "`rl: spin`: generation runs under FSDP2; set `fsdp_version: 2`"
         )
     if other_trainers:
         raise ValueError(

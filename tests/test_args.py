@@ -125,10 +125,21 @@ def test_optimizers_that_cannot_restart(optimizer: str) -> None:
         claim(optimizer=optimizer)
 
 
-@pytest.mark.parametrize("config", [{"fsdp_config": {"x": 1}}, {"fsdp_version": 1, "fsdp_config": {"x": 1}}])
+@pytest.mark.parametrize(
+    "config",
+    [{"fsdp_version": 1, "fsdp_config": {"x": 1}}, {"fsdp_config": {"fsdp_version": 1}}, {"fsdp_version": "1"}],
+)
 def test_fsdp1_is_refused(config: dict) -> None:
     with pytest.raises(ValidationError, match="set `fsdp_version: 2`"):
         claim(**config)
+
+
+def test_fsdp1_by_default_is_refused_where_the_host_still_has_it() -> None:
+    """Axolotl 0.19 takes version 1 where none is given, later hosts 2."""
+    assert claim(fsdp_config={"x": 1})["spin"]["active"]
+    with pytest.raises(ValueError, match="which this host takes where none is given"):
+        refuse_loaded({"fsdp_config": {"x": 1}, "fsdp_version": None}, [], save_iterations=True)
+    refuse_loaded({"fsdp_config": {"x": 1}, "fsdp_version": 2}, [], save_iterations=True)
 
 
 @pytest.mark.parametrize(

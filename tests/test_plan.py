@@ -53,7 +53,8 @@ def test_max_steps_ends_the_run_in_mid_iteration() -> None:
     short = plan(max_steps=8)
     assert [(entry.steps, entry.epochs) for entry in short.iterations] == [(6, 2), (2, 1)]
     assert (short.total_steps, short.total_epochs) == (8, 3)
-    assert [entry.steps for entry in plan(max_steps=1000).iterations] == [6, 10, 10]
+    for no_cap in (1000, -1, 0, None):
+        assert [entry.steps for entry in plan(max_steps=no_cap).iterations] == [6, 10, 10]
 
 
 def test_warmup_by_the_hosts_rule() -> None:
