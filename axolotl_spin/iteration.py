@@ -62,29 +62,25 @@ class SelfPlay:
             The pairs with the opponent's log-probs, and the figures of generation and scoring under their public names.
         """
         path = self.run.directory.pairs(entry.iteration)
-        figures = {"spin/iteration": entry.iteration, "spin/beta": entry.beta}
-        if not self._agree(path.exists()):
-            if not fresh:
-                raise FileNotFoundError(
-                    f"{path} is missing, and the opponent that made it is gone: put the file back, or resume from a "
-                    f"checkpoint at the start of iteration {entry.iteration}"
-                )
+        figures: dict[str, float] = {"spin/iteration": entry.iteration, "spin/beta": entry.beta}
+        if self._agree(path.exists()):
+            self._say(f"iteration {entry.iteration}: using the pairs in {path}")
+        elif fresh:
             with _frozen(model):
-                started = time.perf_counter()
-                answers = self._generate(entry, model)
-                generated = time.perf_counter()
-                pairs = self._score(entry, model, self._assemble(entry, answers))
-                scored = time.perf_counter()
-            figures["spin/generation_seconds"] = generated - started
-            new_tokens = sum(len(completion.ids) for completion in answers)
-            figures["spin/generation_tokens_per_second"] = new_tokens / (generated - started)
-            figures["spin/scoring_seconds"] = scored - generated
+                pairs = self._score(entry, model, self._generate(entry, model, figures), figures)
             self._write(entry, pairs)
         else:
-            self._say(f"iteration {entry.iteration}: using the pairs in {path}")
+            raise FileNotFoundError(
+                f"{path} is missing, and the opponent that made it is gone: put the file back, or resume from a "
+                f"checkpoint at the start of iteration {entry.iteration}"
+            )
         dataset = PairDataset(self._read(entry))
         figures.update(describe_pairs(dataset.table, entry.iteration))
-        self._report(entry, figures)
+        kept = f" ({entry.kept_rows} kept from before)" if entry.kept_rows else ""
+        self._say(
+            f"iteration {entry.iteration}: training on {entry.rows} pairs{kept}, {entry.epochs} epoch(s), "
+            f"{entry.steps} steps, learning rate {entry.learning_rate:g}, beta {entry.beta:g}"
+        )
         return dataset, figures
 
     # -- generation ---------------------------------------------------------------------------------------------------
@@ -109,8 +105,13 @@ class SelfPlay:
             for index, rows in enumerate(chunk_rows([len(p) for p in prompts], settings.batch_size))
         ]
 
-    def _generate(self, entry: IterationPlan, model: Any) -> list[Completion]:
-        """Answers every prompt; finished chunks are on disk, so an interrupted phase makes only the missing ones."""
+    def _generate(self, entry: IterationPlan, model: Any, figures: dict[str, float]) -> pa.Table:
+        """Answers every prompt; finished chunks are on disk, so an interrupted phase makes only the missing ones.
+
+        Returns:
+            The iteration's pairs, still without the opponent's log-probs.
+        """
+        started = time.perf_counter()
         directory, iteration = self.run.directory, entry.iteration
         chunks = self.chunks(iteration)
         done = set(self._agree([c.index for c in chunks if directory.chunk(iteration, c.index).exists()]))
@@ -135,7 +136,18 @@ class SelfPlay:
                 answers[row] = completion
         missing = [row for row, answer in enumerate(answers) if answer is None]
         assert not missing, f"{len(missing)} prompts were not answered, the first are {missing[:5]}"
-        return answers  # type: ignore[return-value]
+        seconds = time.perf_counter() - started
+        pairs = self._assemble(entry, answers)  # type: ignore[arg-type]
+        about = describe_pairs(pairs, iteration)
+        rate = about["spin/rejected_length"] * entry.new_rows / seconds
+        figures.update({"spin/generation_seconds": seconds, "spin/generation_tokens_per_second": rate})
+        self._say(
+            f"iteration {iteration}: generated {entry.new_rows} answers in {seconds:.1f} s ({rate:.0f} tokens/s; mean "
+            f"{about['spin/rejected_length']:.1f} tokens, human {about['spin/chosen_length']:.1f}; "
+            f"{about['spin/truncated']:.1%} cut, {about['spin/empty']:.1%} empty, "
+            f"{about['spin/identical']:.1%} identical to the human's)"
+        )
+        return pairs
 
     def _assemble(self, entry: IterationPlan, answers: Sequence[Completion]) -> pa.Table:
         """Joins new pairs and those kept from the previous iteration; log-probs are still to be scored."""
@@ -169,8 +181,9 @@ class SelfPlay:
     # -- the opponent's pass ------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _score(self, entry: IterationPlan, model: Any, pairs: pa.Table) -> pa.Table:
+    def _score(self, entry: IterationPlan, model: Any, pairs: pa.Table, figures: dict[str, float]) -> pa.Table:
         """Fills in the opponent's log-probs of both answers, kept pairs included: they have a new opponent too."""
+        started = time.perf_counter()
         accelerator = self.accelerator
         dataset = PairDataset(pairs)
         length = dataset.lengths("prompt_ids") + np.maximum(
@@ -195,6 +208,8 @@ class SelfPlay:
         logps, scored = accelerator.reduce(logps, "sum"), accelerator.reduce(scored, "sum")
         wrong = torch.nonzero(scored != 1).flatten().tolist()
         assert not wrong, f"{len(wrong)} pairs were not scored exactly once, the first are {wrong[:5]}"
+        seconds = figures["spin/scoring_seconds"] = time.perf_counter() - started
+        self._say(f"iteration {entry.iteration}: scored {entry.rows} pairs in {seconds:.1f} s")
         for column, name in enumerate(("opponent_chosen_logp", "opponent_rejected_logp")):
             field = SCHEMA.get_field_index(name)
             pairs = pairs.set_column(field, SCHEMA.field(name), pa.array(logps[:, column].cpu().numpy()))
@@ -221,24 +236,6 @@ class SelfPlay:
                 f"{path} has {pairs.num_rows} pairs, but the plan has {entry.rows}: delete it and start again"
             )
         return pairs
-
-    def _report(self, entry: IterationPlan, figures: dict[str, float]) -> None:
-        if "spin/generation_seconds" in figures:
-            self._say(
-                f"iteration {entry.iteration}: generated {entry.new_rows} answers in "
-                f"{figures['spin/generation_seconds']:.1f} s ({figures['spin/generation_tokens_per_second']:.0f} tokens/s; "
-                f"mean {figures['spin/rejected_length']:.1f} tokens, human {figures['spin/chosen_length']:.1f}; "
-                f"{figures['spin/truncated']:.1%} cut, {figures['spin/empty']:.1%} empty, "
-                f"{figures['spin/identical']:.1%} identical to the human's)"
-            )
-            self._say(
-                f"iteration {entry.iteration}: scored {entry.rows} pairs in {figures['spin/scoring_seconds']:.1f} s"
-            )
-        kept = f" ({entry.kept_rows} kept from before)" if entry.kept_rows else ""
-        self._say(
-            f"iteration {entry.iteration}: training on {entry.rows} pairs{kept}, {entry.epochs} epoch(s), "
-            f"{entry.steps} steps, learning rate {entry.learning_rate:g}, beta {entry.beta:g}"
-        )
 
     def _agree(self, value: Any) -> Any:
         """Returns rank 0's value on every rank: what one rank finds on disk, all must act on."""

@@ -24,9 +24,9 @@ def _plant(defect: str) -> None:
     start = {}
     score, answer, row = SelfPlay._score, TransformersBackend.answer, WeightedRows.__getitem__
 
-    def frozen_opponent(self, entry, model, pairs):
+    def frozen_opponent(self, entry, model, pairs, figures):
         start.setdefault("model", copy.deepcopy(model))
-        return score(self, entry, start["model"], pairs)
+        return score(self, entry, start["model"], pairs, figures)
 
     def stale_generations(self, model, chunks):
         start.setdefault("model", copy.deepcopy(model))
