@@ -133,6 +133,6 @@ def _rows_only() -> Iterator[None]:
         yield
     finally:
         if kept is None:
-            del os.environ["AXOLOTL_IS_PREPROCESS"]
+            os.environ.pop("AXOLOTL_IS_PREPROCESS", None)
         else:
             os.environ["AXOLOTL_IS_PREPROCESS"] = kept

@@ -29,6 +29,8 @@ def play(folder: Path, seed: int, iterations: int, *, ranks: int = 1, defect: st
     if defect:
         run = host.start(settings, "-m", "axolotl.cli.train", "{config}", env={"SPIN_DEFECT": defect})
         assert run.code == 0, run.output[-6000:]
+        # a wrong opponent is also seen by the run itself, at the iteration's first step
+        assert ("is off by" in run.output) == (defect == "frozen_opponent")
     else:
         run = host.train(settings, "single" if ranks == 1 else "ddp")
     if not defect:
