@@ -41,12 +41,14 @@ def plan(config: str, as_json: bool, ranks: int) -> None:
 @click.argument("output_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def table(output_dir: Path) -> None:
     """Print the table of iterations of the run in OUTPUT_DIR, finished or not."""
-    from axolotl_spin.artifacts import RunDirectory, read_json
-    from axolotl_spin.report import iteration_table, print_wide
+    from axolotl_spin.artifacts import DamagedFileError, RunDirectory, read_json
+    from axolotl_spin.report import iteration_table, print_wide, read_metrics
 
     directory = RunDirectory(output_dir)
     if not directory.plan.exists():
         raise click.ClickException(f"{output_dir} holds no SPIN run: there is no {directory.plan}")
-    iterations = len(read_json(directory.plan)["iterations"])
-    paths = [directory.metrics(iteration) for iteration in range(iterations)]
-    print_wide(iteration_table([read_json(path) for path in paths if path.exists()]))
+    try:
+        iterations = len(read_json(directory.plan)["iterations"])
+    except (DamagedFileError, KeyError) as error:
+        raise click.ClickException(f"{directory.plan} is damaged: {error}") from error
+    print_wide(iteration_table(read_metrics(directory.metrics(iteration) for iteration in range(iterations))))

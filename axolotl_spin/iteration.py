@@ -16,17 +16,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from accelerate.utils import broadcast_object_list
 from axolotl.utils.logging import get_logger
 from tqdm import tqdm
 
-from axolotl_spin.artifacts import write_whole
+from axolotl_spin.artifacts import DamagedFileError, ForeignFileError
+from axolotl_spin.chunks import ChunkFiles
 from axolotl_spin.generation import Backend, Chunk, Completion, chunk_rows, chunk_seed, token_limit
+from axolotl_spin.health import check_answers, check_opponent_logps, describe_pairs, report
 from axolotl_spin.logprobs import completion_logps
 from axolotl_spin.pairs import SCHEMA, PairCollator, PairDataset, read_pairs, write_pairs
+from axolotl_spin.peers import Peers
 from axolotl_spin.plan import IterationPlan
+from axolotl_spin.resume import lost_pairs
 from axolotl_spin.run import SpinRun
 
 LOG = get_logger(__name__)
@@ -41,14 +44,24 @@ class SelfPlay:
         backend: Answers prompts.
         collator: Makes the batches that are scored.
         score_batch: Pairs in one forward of the scoring pass on one rank.
+        peers: Tells what happened to the other ranks.
     """
 
-    def __init__(self, run: SpinRun, accelerator: Any, backend: Backend, collator: PairCollator, score_batch: int):
+    def __init__(
+        self,
+        run: SpinRun,
+        accelerator: Any,
+        backend: Backend,
+        collator: PairCollator,
+        score_batch: int,
+        peers: Peers,
+    ):
         self.run = run
         self.accelerator = accelerator
         self.backend = backend
         self.collator = collator
         self.score_batch = score_batch
+        self.peers = peers
 
     def begin(self, entry: IterationPlan, model: Any, fresh: bool = True) -> tuple[PairDataset, dict[str, float]]:
         """Freezes the policy as the opponent and makes the iteration's pairs, or reads those already made.
@@ -60,21 +73,35 @@ class SelfPlay:
 
         Returns:
             The pairs with the opponent's log-probs, and the figures of generation and scoring under their public names.
+
+        Raises:
+            ForeignFileError: The pairs on disk are another run's.
+            ValueError: The pairs of an iteration that has begun are missing or damaged.
+            UnhealthyRunError: Nothing can be learnt from the answers, or the log-probs are not numbers.
         """
         path = self.run.directory.pairs(entry.iteration)
         figures: dict[str, float] = {"spin/iteration": entry.iteration, "spin/beta": entry.beta}
-        if self._agree(path.exists()):
+        main = self.accelerator.is_main_process
+        found = self._agree(self._look_for_pairs(entry) if main else None)
+        if isinstance(found, ForeignFileError):
+            raise ForeignFileError(f"{found}: choose another `output_dir`, or move the file away")
+        if found is None:
             self._say(f"iteration {entry.iteration}: using the pairs in {path}")
-        elif fresh:
-            with _frozen(model):
-                pairs = self._score(entry, model, self._generate(entry, model, figures), figures)
-            self._write(entry, pairs)
+            if main:  # a run stopped between writing them and this
+                ChunkFiles(self.run.directory, entry.iteration, "").remove()
+        elif not fresh:
+            raise ValueError(lost_pairs(found, self.run, entry.iteration))
         else:
-            raise FileNotFoundError(
-                f"{path} is missing, and the opponent that made it is gone: put the file back, or resume from a "
-                f"checkpoint at the start of iteration {entry.iteration}"
-            )
+            if isinstance(found, DamagedFileError):
+                self._say(f"{found}: they are made again, by the same opponent")
+            with _frozen(model):
+                pairs = self._generate(entry, model, figures)
+                self._check(pairs, entry)
+                pairs = self._score(entry, model, pairs, figures)
+            self._write(entry, pairs)
         dataset = PairDataset(self._read(entry))
+        if found is None:
+            self._check(dataset.table, entry)
         figures.update(describe_pairs(dataset.table, entry.iteration))
         kept = f" ({entry.kept_rows} kept from before)" if entry.kept_rows else ""
         self._say(
@@ -82,6 +109,20 @@ class SelfPlay:
             f"{entry.steps} steps, learning rate {entry.learning_rate:g}, beta {entry.beta:g}"
         )
         return dataset, figures
+
+    def _look_for_pairs(self, entry: IterationPlan) -> Exception | None:
+        """Returns None where an iteration's pairs are on disk and whole, else what is wrong with them."""
+        try:
+            self._read(entry)
+        except (FileNotFoundError, DamagedFileError, ForeignFileError) as error:
+            return error
+        return None
+
+    def _check(self, pairs: pa.Table, entry: IterationPlan) -> None:
+        settings = self.run.settings
+        limit = settings.generation.max_new_tokens
+        findings = check_answers(pairs, entry.iteration, sft_weight=settings.sft_weight, max_new_tokens=limit)
+        report(findings, self.accelerator.is_main_process)
 
     # -- generation ---------------------------------------------------------------------------------------------------
 
@@ -112,27 +153,30 @@ class SelfPlay:
             The iteration's pairs, still without the opponent's log-probs.
         """
         started = time.perf_counter()
-        directory, iteration = self.run.directory, entry.iteration
+        iteration = entry.iteration
+        files = ChunkFiles(self.run.directory, iteration, self.run.identity.before(iteration))
         chunks = self.chunks(iteration)
-        done = set(self._agree([c.index for c in chunks if directory.chunk(iteration, c.index).exists()]))
+        main = self.accelerator.is_main_process
+        done = set(self._agree([chunk.index for chunk in chunks if files.read(chunk) is not None] if main else []))
         todo = [chunk for chunk in chunks if chunk.index not in done]
         if len(todo) < len(chunks):
             self._say(f"iteration {iteration}: {len(chunks) - len(todo)} of {len(chunks)} chunks are already answered")
         mine = len(range(self.accelerator.process_index, len(todo), self.accelerator.num_processes))
         with self._bar(f"iteration {iteration}: generating", mine, "chunk") as bar:
             for chunk, completions in self.backend.answer(model, todo):
-                path = directory.chunk(iteration, chunk.index)
-                write_whole(path, lambda aside, done=completions: _write_completions(aside, done))
+                files.write(chunk, completions)
+                self.peers.check()
                 bar.update()
         self.accelerator.wait_for_everyone()
         answers: list[Completion | None] = [None] * entry.new_rows
         for chunk in chunks:
-            path = directory.chunk(iteration, chunk.index)
-            if not path.exists():
+            completions_on_disk = files.read(chunk)
+            if completions_on_disk is None:
                 raise FileNotFoundError(
-                    f"{path} is missing after generation: `output_dir` must be on a filesystem that all nodes share"
+                    f"chunk {chunk.index} of iteration {iteration} is missing after generation: `output_dir` must be on a "
+                    "filesystem that all nodes share"
                 )
-            for row, completion in zip(chunk.rows, _read_completions(path), strict=True):
+            for row, completion in zip(chunk.rows, completions_on_disk, strict=True):
                 answers[row] = completion
         missing = [row for row, answer in enumerate(answers) if answer is None]
         assert not missing, f"{len(missing)} prompts were not answered, the first are {missing[:5]}"
@@ -168,7 +212,7 @@ class SelfPlay:
         }
         table = pa.table([pa.chunked_array([_as_array(new[f.name], f.type)]) for f in SCHEMA], schema=SCHEMA)
         if entry.kept_rows:
-            before = read_pairs(self.run.directory.pairs(entry.iteration - 1), self.run.hash)
+            before = self._kept(self.run.plan.iterations[entry.iteration - 1])
             oldest = entry.iteration - self.run.settings.history
             kept = before.filter(pc.greater_equal(before["generated_in"], oldest))
             table = pa.concat_tables([table, kept.replace_schema_metadata(None)])
@@ -204,10 +248,12 @@ class SelfPlay:
                 if position < len(batches):
                     logps[torch.from_numpy(rows)] = both
                     scored[torch.from_numpy(rows)] += 1
+                self.peers.check()
                 bar.update()
         logps, scored = accelerator.reduce(logps, "sum"), accelerator.reduce(scored, "sum")
         wrong = torch.nonzero(scored != 1).flatten().tolist()
         assert not wrong, f"{len(wrong)} pairs were not scored exactly once, the first are {wrong[:5]}"
+        report(check_opponent_logps(logps.cpu().numpy(), entry.iteration), accelerator.is_main_process)
         seconds = figures["spin/scoring_seconds"] = time.perf_counter() - started
         self._say(f"iteration {entry.iteration}: scored {entry.rows} pairs in {seconds:.1f} s")
         for column, name in enumerate(("opponent_chosen_logp", "opponent_rejected_logp")):
@@ -218,24 +264,22 @@ class SelfPlay:
     # -- files and reports --------------------------------------------------------------------------------------------
 
     def _write(self, entry: IterationPlan, pairs: pa.Table) -> None:
-        directory = self.run.directory
+        directory, mark = self.run.directory, self.run.identity.before(entry.iteration)
         if self.accelerator.is_main_process:
-            write_pairs(directory.pairs(entry.iteration), pairs, self.run.hash)
-            for chunk in sorted((directory.iteration(entry.iteration) / "chunks").glob("*.parquet")):
-                chunk.unlink()
-            (directory.iteration(entry.iteration) / "chunks").rmdir()
+            write_pairs(directory.pairs(entry.iteration), pairs, mark)
+            ChunkFiles(directory, entry.iteration, mark).remove()
         self.accelerator.wait_for_everyone()
 
     def _read(self, entry: IterationPlan) -> pa.Table:
-        path = self.run.directory.pairs(entry.iteration)
-        if not path.exists():
-            raise FileNotFoundError(f"{path} is missing: `output_dir` must be on a filesystem that all nodes share")
-        pairs = read_pairs(path, self.run.hash)
-        if pairs.num_rows != entry.rows:
-            raise ValueError(
-                f"{path} has {pairs.num_rows} pairs, but the plan has {entry.rows}: delete it and start again"
-            )
-        return pairs
+        mark = self.run.identity.before(entry.iteration)
+        return read_pairs(self.run.directory.pairs(entry.iteration), mark, entry.rows)
+
+    def _kept(self, entry: IterationPlan) -> pa.Table:
+        """Reads the pairs of the iteration before, from which some are kept."""
+        try:
+            return self._read(entry)
+        except (FileNotFoundError, DamagedFileError, ForeignFileError) as error:
+            raise ValueError(lost_pairs(error, self.run, entry.iteration)) from error
 
     def _agree(self, value: Any) -> Any:
         """Returns rank 0's value on every rank: what one rank finds on disk, all must act on."""
@@ -249,22 +293,6 @@ class SelfPlay:
 
     def _bar(self, description: str, total: int, unit: str) -> tqdm:
         return tqdm(desc=description, total=total, unit=unit, disable=not self.accelerator.is_main_process)
-
-
-def describe_pairs(pairs: pa.Table, iteration: int) -> dict[str, float]:
-    """Returns lengths in tokens and fractions over the pairs generated in an iteration, under their public names."""
-    new = pairs.filter(pc.equal(pairs["generated_in"], iteration)).combine_chunks()
-    rejected = pc.list_value_length(new["rejected_ids"]).to_numpy()
-    same = [a == b for a, b in zip(new["chosen_ids"].to_pylist(), new["rejected_ids"].to_pylist(), strict=True)]
-    ended = pc.equal(new["finish_reason"], "stop").to_numpy()
-    return {
-        "spin/rejected_length": float(rejected.mean()),
-        "spin/chosen_length": float(pc.list_value_length(new["chosen_ids"]).to_numpy().mean()),
-        "spin/truncated": float((~ended).mean()),
-        # an answer that is nothing but its end token says nothing
-        "spin/empty": float((rejected - ended <= 0).mean()),
-        "spin/identical": float(np.mean(same)),
-    }
 
 
 @contextmanager
@@ -284,17 +312,3 @@ def _as_array(values: Any, kind: pa.DataType) -> pa.Array:
     if isinstance(values, pa.ChunkedArray):
         values = values.combine_chunks()
     return values.cast(kind) if isinstance(values, pa.Array) else pa.array(values, type=kind)
-
-
-def _write_completions(path: Any, completions: Sequence[Completion]) -> None:
-    ids = pa.array([completion.ids for completion in completions], type=pa.list_(pa.int32()))
-    reasons = pa.array([completion.finish_reason for completion in completions], type=pa.string())
-    pq.write_table(pa.table({"ids": ids, "finish_reason": reasons}), path)
-
-
-def _read_completions(path: Any) -> list[Completion]:
-    table = pq.read_table(path)
-    return [
-        Completion(ids, reason)
-        for ids, reason in zip(table["ids"].to_pylist(), table["finish_reason"].to_pylist(), strict=True)
-    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,6 +82,36 @@ class PairMetrics:
     def last_loss(self, reduce: Callable[[Tensor], Tensor]) -> float | None:
         """Returns the mean loss per pair of the latest step."""
         return _mean(self._last, reduce)
+
+    def state(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """Returns everything as plain JSON, summed over the ranks, for `restore`.
+
+        Args:
+            reduce: Sums a tensor over the ranks; every rank must call.
+        """
+
+        def summed(losses: tuple[int, Tensor] | None) -> list | None:
+            return None if losses is None else [losses[0], reduce(losses[1]).tolist()]
+
+        sums = None if self._sums is None else reduce(self._sums).tolist()
+        return {"sums": sums, "first": summed(self._first), "last": summed(self._last)}
+
+    def restore(self, state: dict[str, Any], device: torch.device, main: bool) -> None:
+        """Goes on from a `state`.
+
+        Args:
+            state: As saved.
+            device: Where the losses are computed.
+            main: Whether this is the rank that takes the sums; the others start from zero.
+        """
+
+        def tensor(values: list[float]) -> Tensor:
+            return torch.tensor(values, device=device) * float(main)
+
+        self._sums = None if state["sums"] is None else tensor(state["sums"])
+        first, last = state["first"], state["last"]
+        self._first = None if first is None else (first[0], tensor(first[1]))
+        self._last = None if last is None else (last[0], tensor(last[1]))
 
 
 def _mean(losses: tuple[int, Tensor] | None, reduce: Callable[[Tensor], Tensor]) -> float | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from axolotl_spin.artifacts import write_whole
+from axolotl_spin.artifacts import DamagedFileError, ForeignFileError, write_whole
 
 _IDS = pa.list_(pa.int32())
 
@@ -34,43 +34,72 @@ SCHEMA = pa.schema(
     ]
 )
 
-_RUN_KEY = b"axolotl_spin"
+_MARK = b"axolotl_spin"
 
 
-def write_pairs(path: Path, pairs: pa.Table, run: str) -> None:
-    """Writes `pairs.parquet` as a whole file.
+def write_pairs(path: Path, pairs: pa.Table, mark: str) -> None:
+    """Writes `pairs.parquet` as a whole file, each page with a checksum.
 
     Args:
         path: Destination.
         pairs: A table of `SCHEMA`, one row per pair trained on, in order.
-        run: The plan's hash, kept in the file's metadata.
+        mark: What the pairs depend on (`Identity.before`), kept in the file's metadata.
     """
-    pairs = pairs.cast(SCHEMA).replace_schema_metadata({_RUN_KEY: run.encode()})
-    write_whole(path, lambda aside: pq.write_table(pairs, aside))
+    pairs = pairs.cast(SCHEMA).replace_schema_metadata({_MARK: mark.encode()})
+    write_whole(path, lambda aside: pq.write_table(pairs, aside, write_page_checksum=True))
 
 
-def read_pairs(path: Path, run: str | None = None) -> pa.Table:
-    """Reads `pairs.parquet`.
+def check_pairs(path: Path, mark: str, rows: int) -> None:
+    """Checks by its footer alone that a file holds an iteration's pairs.
 
     Args:
         path: The file.
-        run: The plan's hash that the file must carry; None takes any.
+        mark: What the pairs must depend on.
+        rows: How many there must be.
 
     Raises:
-        ValueError: The file is damaged, has other columns or belongs to another run.
+        FileNotFoundError: There is no such file.
+        DamagedFileError: It is cut, corrupt, or has other columns or another number of rows.
+        ForeignFileError: It belongs to another run.
     """
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing")
     try:
-        pairs = pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it and start again") from error
-    if not pairs.schema.equals(SCHEMA):
-        raise ValueError(f"{path} does not hold the columns of a pairs file: delete it and start again")
-    found = (pairs.schema.metadata or {}).get(_RUN_KEY, b"").decode()
-    if run is not None and found != run:
-        raise ValueError(
-            f"{path} belongs to another run (plan {found[:12] or 'unknown'}, this run's is {run[:12]}): choose another "
-            "`output_dir`, or delete the `spin` folder in it"
+        file = pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise DamagedFileError(f"{path} is damaged ({error})") from error
+    with file:
+        schema, found_rows = file.schema_arrow, file.metadata.num_rows
+    if not schema.equals(SCHEMA):
+        raise DamagedFileError(f"{path} does not hold the columns of a pairs file")
+    found = (schema.metadata or {}).get(_MARK, b"").decode()
+    if found != mark:
+        raise ForeignFileError(
+            f"{path} belongs to another run or iteration (it is marked {found[:12] or 'not at all'})"
         )
+    if found_rows != rows:
+        raise DamagedFileError(f"{path} has {found_rows} pairs instead of {rows}")
+
+
+def read_pairs(path: Path, mark: str, rows: int) -> pa.Table:
+    """Reads `pairs.parquet`, verifying the checksums.
+
+    Args:
+        path: The file.
+        mark: What the pairs must depend on.
+        rows: How many there must be.
+
+    Raises:
+        FileNotFoundError, DamagedFileError, ForeignFileError: See `check_pairs`.
+    """
+    check_pairs(path, mark, rows)
+    try:
+        pairs = pq.ParquetFile(path, page_checksum_verification=True).read()
+    except (pa.ArrowException, OSError) as error:
+        raise DamagedFileError(f"{path} is damaged ({error})") from error
+    logps = (pairs["opponent_chosen_logp"].to_numpy(), pairs["opponent_rejected_logp"].to_numpy())
+    if not all(np.isfinite(column).all() for column in logps):
+        raise DamagedFileError(f"{path} is damaged (it has log-probs that are no numbers)")
     return pairs
 
 

@@ -60,7 +60,9 @@ class SpinPlugin(BasePlugin):
             train_dataset, eval_dataset, _, _ = prepare_datasets(cfg, tokenizer)
         self.run = prepare_run(cfg, train_dataset, tokenizer)
         if not preprocess:
-            self.run.check_directory()
+            from axolotl_spin.resume import settle_start
+
+            settle_start(self.run, cfg)
         return TrainDatasetMeta(train_dataset, eval_dataset, self.run.plan.total_steps)
 
     def _other_trainers(self, cfg: Any) -> list[str]:
@@ -99,9 +101,9 @@ class SpinPlugin(BasePlugin):
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list:
         if self.run is None:
             return []
-        from axolotl_spin.callbacks import SaveAtIterationEnd
+        from axolotl_spin.callbacks import SaveAtIterationEnd, TakeUp
 
-        return [SaveAtIterationEnd(self.run.plan)]
+        return [SaveAtIterationEnd(self.run.plan), TakeUp(trainer)]
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         if self.run is not None:
@@ -111,10 +113,11 @@ class SpinPlugin(BasePlugin):
         self._trained = self.run is not None
 
     def post_train_unload(self, cfg: Any) -> None:
-        """Prints the table of iterations, behind everything that the host says at the end."""
+        """Notes that the run is complete and prints the table of iterations, behind everything that the host says."""
         if self._trained and self.run is not None and int(os.environ.get("RANK", "0")) == 0:
             from axolotl_spin.report import print_table
 
+            self.run.write_plan(completed=True)
             print_table(self.run)
         self._trained = False
 

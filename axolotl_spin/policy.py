@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 
-from axolotl_spin.artifacts import write_json
+from axolotl_spin.artifacts import explained, publish_folder, read_json, write_json
 
 
 def disable_dropout(model: torch.nn.Module) -> list[str]:
@@ -37,23 +37,53 @@ def disable_dropout(model: torch.nn.Module) -> list[str]:
 def save_whole(trainer: Any, folder: Path) -> None:
     """Saves the model or adapter so that it loads with `from_pretrained`, also where checkpoints are sharded.
 
+    The folder appears complete or not at all; one that is there already is this very model and stays.
+
     Args:
         trainer: The host's trainer; every rank must call.
         folder: Destination.
     """
+    main = trainer.accelerator.is_main_process
+    present = [folder.exists()]
+    broadcast_object_list(present)
+    if present[0]:
+        return
+    aside = folder.with_name(f".{folder.name}")
     plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
     kept = plugin.state_dict_type if plugin else None
     if plugin:
         plugin.set_state_dict_type("FULL_STATE_DICT")
     try:
-        trainer.save_model(str(folder), _internal_call=True)
+        with explained(folder):
+            trainer.save_model(str(aside), _internal_call=True)
     finally:
         if plugin:
             plugin.set_state_dict_type(kept)
-    config_path = folder / "config.json"
-    if plugin and trainer.accelerator.is_main_process and config_path.exists():
-        # FSDP2 gives the classes another name, which the host takes back in its final save only
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-        if config.get("architectures"):
-            config["architectures"] = [name.removeprefix("FSDP") for name in config["architectures"]]
-            write_json(config_path, config)
+    trainer.accelerator.wait_for_everyone()
+    if main:
+        config_path = aside / "config.json"
+        if plugin and config_path.exists():
+            # FSDP2 gives the classes another name, which the host takes back in its final save only
+            config = read_json(config_path)
+            if config.get("architectures"):
+                config["architectures"] = [name.removeprefix("FSDP") for name in config["architectures"]]
+                write_json(config_path, config)
+        publish_folder(aside, folder)
+    trainer.accelerator.wait_for_everyone()
+
+
+def nonfinite_weights(model: torch.nn.Module) -> list[str]:
+    """Returns the names of trainable parameters with a NaN or infinite value in what this rank holds of them.
+
+    Args:
+        model: The policy, wrapped or not. Of a sharded parameter only this rank's shard is read.
+    """
+    found = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        held = getattr(parameter, "ds_tensor", parameter)  # ZeRO-3 leaves the parameter itself empty
+        held = held.to_local() if hasattr(held, "to_local") else held  # FSDP2's DTensor
+        if not torch.isfinite(held.detach()).all():
+            found.append(name)
+    return found

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+from axolotl.utils.logging import get_logger
 from rich.console import Console
 from rich.table import Table
 
-from axolotl_spin.artifacts import read_json
+from axolotl_spin.artifacts import DamagedFileError, read_json
 from axolotl_spin.plan import IterationPlan, Plan
 from axolotl_spin.run import SpinRun
+
+LOG = get_logger(__name__)
 
 
 class IterationRecord:
@@ -18,12 +23,13 @@ class IterationRecord:
     Args:
         plan: The iteration.
         figures: What is known when training starts, under public metric names.
+        evaluated_at: Global step of the last evaluation, where there was one.
     """
 
-    def __init__(self, plan: IterationPlan, figures: dict[str, float | None]):
+    def __init__(self, plan: IterationPlan, figures: dict[str, float | None], evaluated_at: int | None = None):
         self.plan = plan
         self.figures = figures
-        self._evaluated_at: int | None = None
+        self.evaluated_at = evaluated_at
 
     def note(self, logs: dict[str, Any], step: int) -> None:
         """Takes what the trainer logs: the latest metrics of the pairs and the latest `eval_loss`.
@@ -36,11 +42,7 @@ class IterationRecord:
             self.figures.update({k: v for k, v in logs.items() if k.startswith(("rewards/", "logps/"))})
         if "eval_loss" in logs:
             self.figures["eval_loss"] = logs["eval_loss"]
-            self._evaluated_at = step
-
-    def evaluated_at(self, step: int) -> bool:
-        """Whether the host has already evaluated at this global step."""
-        return self._evaluated_at == step
+            self.evaluated_at = step
 
     def to_json(self) -> dict[str, Any]:
         """Returns the content of `metrics.json`: figures under the names under which they are logged.
@@ -80,6 +82,19 @@ _COLUMNS = (
 )
 
 
+def read_metrics(paths: Iterable[Path]) -> list[dict[str, Any]]:
+    """Reads those `metrics.json` that are there; a damaged one is named and left out."""
+    found = []
+    for path in paths:
+        try:
+            found.append(read_json(path))
+        except FileNotFoundError:
+            continue
+        except DamagedFileError as error:
+            LOG.warning(f"{error}: its figures are left out")
+    return found
+
+
 def iteration_table(metrics: list[dict[str, Any]]) -> Table:
     """Lays out the iterations' `metrics.json`, one row each."""
     table = Table(title="Self-play iterations", header_style="bold")
@@ -88,7 +103,7 @@ def iteration_table(metrics: list[dict[str, Any]]) -> Table:
         table.add_column(heading, justify="right")
     for figures in metrics:
         cells = [form.format(figures[name]) if figures.get(name) is not None else "-" for _, name, form in _COLUMNS]
-        table.add_row(str(figures["spin/iteration"]), *cells)
+        table.add_row(str(figures.get("spin/iteration", "?")), *cells)
     return table
 
 
@@ -122,7 +137,7 @@ def print_wide(*parts: Any) -> None:
 def print_table(run: SpinRun) -> None:
     """Prints the table of finished iterations, where everything is, and the next command to type."""
     paths = [run.directory.metrics(entry.iteration) for entry in run.plan.iterations]
-    metrics = [read_json(path) for path in paths if path.exists()]
+    metrics = read_metrics(paths)
     output_dir = run.directory.root.parent
     lines = [f"pairs and metrics: {run.directory.root}/iteration-*/{{pairs.parquet,metrics.json}}"]
     if run.settings.save_iterations:

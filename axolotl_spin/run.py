@@ -1,51 +1,28 @@
-"""A run before any model is loaded: settings, prompts, plan, and the check that `OUTPUT_DIR/spin` belongs to it."""
+"""A run before any model is loaded: settings, prompts, plan, and what identifies it."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from axolotl_spin.args import SpinConfig, spin_config
-from axolotl_spin.artifacts import RunDirectory, read_json, write_json
+from axolotl_spin.artifacts import RunDirectory, write_json
+from axolotl_spin.identity import Identity, identify
 from axolotl_spin.plan import Plan, make_plan
 from axolotl_spin.prompts import prompt_dataset
 
-# host keys that the result depends on, beside the prompts themselves and the spin block
-_HOST_KEYS = (
-    "base_model",
-    "adapter",
-    "lora_r",
-    "lora_alpha",
-    "lora_target_modules",
-    "lora_target_linear",
-    "lora_model_dir",
-    "peft_use_dora",
-    "load_in_4bit",
-    "load_in_8bit",
-    "bf16",
-    "fp16",
-    "sequence_len",
-    "learning_rate",
-    "lr_scheduler",
-    "lr_scheduler_kwargs",
-    "cosine_min_lr_ratio",
-    "warmup_steps",
-    "warmup_ratio",
-    "num_epochs",
-    "max_steps",
-    "optimizer",
-    "optim_args",
-    "weight_decay",
-    "max_grad_norm",
-    "seed",
-    "curriculum_sampling",
-)
-# settings of the spin block that change nothing in the result
-_HARMLESS = ("save_iterations", "active")
+
+@dataclass(frozen=True)
+class Launch:
+    """How ranks share the work, as far as the host's checkpoints depend on it.
+
+    Attributes:
+        ranks: Processes.
+        sharding: `ZeRO-1`, `ZeRO-2`, `ZeRO-3` or `FSDP2`; None where every rank holds everything.
+    """
+
+    ranks: int
+    sharding: str | None
 
 
 @dataclass
@@ -57,7 +34,7 @@ class SpinRun:
         prompts: Prompts and human answers (`datasets.Dataset` with `prompt_ids`, `chosen_ids`, `row`).
         plan: Rows, steps, learning rates, betas.
         directory: Paths of the artifacts.
-        inputs: What the result depends on, as written to `plan.json`.
+        identity: What the result depends on.
         tokenizer: The host's.
         sequence_len: The host's, in tokens.
         seed: Of shuffling and, unless `spin.generation.seed` is set, of sampling.
@@ -65,13 +42,14 @@ class SpinRun:
         eot_tokens: The host's `eot_tokens`, which end an answer as well.
         command: How the user names this config on the command line.
         adapter: The host's `adapter`, or None for full fine-tuning.
+        launch: Ranks and sharding.
     """
 
     settings: SpinConfig
     prompts: Any
     plan: Plan
     directory: RunDirectory
-    inputs: dict[str, Any]
+    identity: Identity
     tokenizer: Any
     sequence_len: int
     seed: int
@@ -79,56 +57,18 @@ class SpinRun:
     eot_tokens: tuple[str, ...]
     command: str
     adapter: str | None
+    launch: Launch
 
-    @property
-    def hash(self) -> str:
-        """A hash of what the result depends on; artifacts carry it."""
-        return hashlib.sha256(json.dumps(self.inputs, sort_keys=True).encode()).hexdigest()
+    def write_plan(self, completed: bool = False) -> None:
+        """Writes `plan.json`. Call it on one rank.
 
-    def check_directory(self) -> None:
-        """Checks that `OUTPUT_DIR/spin` is empty or this run's.
-
-        Raises:
-            ValueError: The folder holds another run; names each input that differs, with both values.
+        Args:
+            completed: The run has ended and its final model is saved.
         """
-        if not self.directory.plan.exists():
-            return
-        kept = read_json(self.directory.plan)
-        if kept.get("hash") == self.hash:
-            return
-        old = kept.get("inputs", {})
-        changes = [
-            f"  {key}: {old.get(key)!r} -> {self.inputs.get(key)!r}"
-            for key in sorted({*old, *self.inputs})
-            if old.get(key) != self.inputs.get(key)
-        ]
-        raise ValueError(
-            f"{self.directory.root} holds a run with other settings:\n" + "\n".join(changes) + "\n"
-            "choose another `output_dir`, restore these settings, or delete that folder"
-        )
-
-    def write_plan(self) -> None:
-        """Writes `plan.json`. Call it on one rank."""
-        write_json(self.directory.plan, {"hash": self.hash, **self.plan.to_json(), "inputs": self.inputs})
-
-    def set_aside_after(self, iteration: int) -> list[Path]:
-        """Moves iterations beyond the one that a run starts or resumes in out of the way; nothing is deleted.
-
-        Their opponents came from weights that this run is only going to make. The pairs of `iteration` itself stay:
-        its opponent is the model that the run starts from. Call it on one rank.
-
-        Returns:
-            Where they are now.
-        """
-        later = [entry.iteration for entry in self.plan.iterations if entry.iteration > iteration]
-        found = [self.directory.iteration(index) for index in later if self.directory.iteration(index).exists()]
-        if not found:
-            return []
-        number = 1
-        while (replaced := self.directory.root / f"replaced-{number}").exists():
-            number += 1
-        replaced.mkdir()
-        return [path.rename(replaced / path.name) for path in found]
+        value = {**self.identity.to_json(), **self.plan.to_json(), "completed_steps": None}
+        if completed:
+            value["completed_steps"] = self.plan.total_steps
+        write_json(self.directory.plan, value)
 
 
 def prepare_run(cfg: Any, train_dataset: Any, tokenizer: Any) -> SpinRun:
@@ -157,18 +97,12 @@ def prepare_run(cfg: Any, train_dataset: Any, tokenizer: Any) -> SpinRun:
         max_steps=cfg.max_steps,
         warmup={"warmup_steps": cfg.warmup_steps, "warmup_ratio": cfg.warmup_ratio},
     )
-    inputs = {
-        "prompts": _content_hash(prompts),
-        "global_batch": global_batch,
-        **{key: _plain(cfg.get(key)) for key in _HOST_KEYS},
-        **{f"spin.{key}": value for key, value in _flat(settings.model_dump()) if key not in _HARMLESS},
-    }
     return SpinRun(
         settings=settings,
         prompts=prompts,
         plan=plan,
         directory=RunDirectory(cfg.output_dir),
-        inputs=json.loads(json.dumps(inputs)),
+        identity=identify(cfg, settings, prompts, plan),
         tokenizer=tokenizer,
         sequence_len=int(cfg.sequence_len),
         seed=int(cfg.seed if cfg.seed is not None else 42),
@@ -176,33 +110,13 @@ def prepare_run(cfg: Any, train_dataset: Any, tokenizer: Any) -> SpinRun:
         eot_tokens=tuple(cfg.eot_tokens or ()),
         command=str(cfg.axolotl_config_path or "spin.yml"),
         adapter=cfg.adapter or None,
+        launch=Launch(ranks, _sharding(cfg)),
     )
 
 
-def _content_hash(prompts: Any) -> str:
-    """Hashes prompts and human answers, so that other data, another template or another tokenizer is another run."""
-    digest = hashlib.sha256()
-    for batch in prompts.with_format("arrow").iter(batch_size=1000):
-        for name in ("prompt_ids", "chosen_ids"):
-            column = batch[name].combine_chunks()
-            digest.update(column.value_lengths().to_numpy().tobytes())
-            digest.update(column.flatten().to_numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _flat(block: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in block.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if hasattr(value, "items"):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return str(value)
+def _sharding(cfg: Any) -> str | None:
+    deepspeed = cfg.get("deepspeed")
+    if isinstance(deepspeed, dict):
+        stage = (deepspeed.get("zero_optimization") or {}).get("stage") or 0
+        return f"ZeRO-{stage}"
+    return "FSDP2" if cfg.get("fsdp") or cfg.get("fsdp_config") else None

@@ -8,7 +8,8 @@ logging, evaluation, checkpoints, saving.
 from __future__ import annotations
 
 import copy
-import time
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,20 +18,23 @@ from axolotl.utils.logging import get_logger
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from axolotl_spin.artifacts import read_json, write_json
+from axolotl_spin.checkpoints import read_checkpoint, saving
 from axolotl_spin.compat import WithoutTokenPerplexity
 from axolotl_spin.generation import Sampling
 from axolotl_spin.generation.transformers import TransformersBackend
+from axolotl_spin.health import check_loss, check_step_zero, check_weights, report
 from axolotl_spin.iteration import SelfPlay
 from axolotl_spin.logprobs import completion_logps
 from axolotl_spin.loss import LOSS_AT_START, spin_loss
-from axolotl_spin.metrics import PairMetrics
 from axolotl_spin.pairs import PairCollator, PairDataset, StepBatches, WeightedRows
+from axolotl_spin.peers import Peers
 from axolotl_spin.plan import IterationPlan
-from axolotl_spin.policy import disable_dropout, save_whole
+from axolotl_spin.policy import disable_dropout, nonfinite_weights, save_whole
+from axolotl_spin.progress import Progress
 from axolotl_spin.prompts import stop_token_ids
-from axolotl_spin.report import IterationRecord
+from axolotl_spin.resume import set_aside
 from axolotl_spin.run import SpinRun
 from axolotl_spin.schedule import IterationSchedule, learning_rate_table, restart_optimizer
 
@@ -52,11 +56,12 @@ class SpinTrainer(AxolotlTrainer, WithoutTokenPerplexity):
             run: Settings, prompts, plan.
         """
         self.run = run
-        self.records: list[IterationRecord] = []
+        self.progress = Progress(run.directory, self.accelerator)
         self._pairs: PairDataset | None = None
         self._pairs_in_step: Tensor | None = None
-        self._metrics = PairMetrics(first_step=0)
         self._step_zero_due = False
+        self._peers = Peers()
+        self._resumed: dict[str, Any] | None = None
         switched_off = disable_dropout(self.accelerator.unwrap_model(self.model))
         if switched_off:
             LOG.info(f"dropout is off, so that policy and opponent agree at step 0: {', '.join(switched_off)}")
@@ -70,7 +75,7 @@ class SpinTrainer(AxolotlTrainer, WithoutTokenPerplexity):
         self._collator = PairCollator(pad or 0)
         backend = TransformersBackend(self.accelerator, sampling, pad or 0)
         score_batch = self.args.per_device_train_batch_size
-        self.self_play = SelfPlay(run, self.accelerator, backend, self._collator, score_batch)
+        self.self_play = SelfPlay(run, self.accelerator, backend, self._collator, score_batch, self._peers)
 
     def _stop_tokens(self, run: SpinRun) -> tuple[int, ...]:
         eos = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
@@ -87,59 +92,41 @@ class SpinTrainer(AxolotlTrainer, WithoutTokenPerplexity):
         if run is None:
             return super()._run_epoch(model=model, epoch=epoch, train_dataloader=train_dataloader, **kwargs)
         entry = run.plan.of_epoch(epoch)
-        if self._pairs is None or epoch == run.plan.first_epoch(entry):
-            self._begin_iteration(entry, model)
-        loader = self._pair_loader(self._pairs, epoch)
-        self.callback_handler.train_dataloader = loader
-        kwargs.update(steps_in_epoch=len(loader), num_update_steps_per_epoch=entry.steps_per_epoch)
-        super()._run_epoch(model=model, epoch=epoch, train_dataloader=loader, **kwargs)
-        if self.state.global_step == entry.first_step + entry.steps:
-            self._end_iteration(entry)
+        with self._peers:
+            if self._pairs is None or epoch == run.plan.first_epoch(entry):
+                self._begin_iteration(entry, model)
+            loader = self._pair_loader(self._pairs, epoch)
+            self.callback_handler.train_dataloader = loader
+            kwargs.update(steps_in_epoch=len(loader), num_update_steps_per_epoch=entry.steps_per_epoch)
+            super()._run_epoch(model=model, epoch=epoch, train_dataloader=loader, **kwargs)
+            if self.state.global_step == entry.first_step + entry.steps:
+                self._end_iteration(entry)
 
     def _begin_iteration(self, entry: IterationPlan, model: Any) -> None:
         assert self.run is not None
         fresh = self.state.global_step == entry.first_step
         self._pairs, figures = self.self_play.begin(entry, model, fresh)
-        path = self.run.directory.metrics(entry.iteration)
-        known = read_json(path) if path.exists() else {}
-        if fresh:  # an earlier start may have made the pairs; what it trained does not count
-            known = {name: value for name, value in known.items() if name.startswith("spin/")}
-            known.pop("spin/training_seconds", None)
-        self._metrics = PairMetrics(entry.first_step)
-        self.records.append(IterationRecord(entry, {**known, **figures}))
-        self.accelerator.wait_for_everyone()
-        self._write_metrics()
-        self.log(dict(figures))
         if fresh:
+            self.progress.begin(entry, figures)
+            self.log({name: value for name, value in self.progress.record.figures.items() if value is not None})
             self._step_zero_due = True
             if entry.iteration > 0 and self.run.settings.restart_optimizer:
                 restart_optimizer(self.optimizer)
-        self._training_started = time.perf_counter()
+        self.progress.write()
 
     def _end_iteration(self, entry: IterationPlan) -> None:
-        run = self.run
-        assert run is not None
-        record = self.records[-1]
-        seconds = record.figures["spin/training_seconds"] = time.perf_counter() - self._training_started
-        record.figures.setdefault("loss_first", self._metrics.first_loss(self._sum_over_ranks))
-        record.figures["loss_last"] = self._metrics.last_loss(self._sum_over_ranks)
-        # with pair metrics where the host's logging interval left some out
-        self.log({"spin/training_seconds": seconds, **self._metrics.take(self._sum_over_ranks)})
-        if self.eval_dataset is not None and not record.evaluated_at(self.state.global_step):
+        assert self.run is not None
+        self.log(self.progress.end())
+        record = self.progress.record
+        if self.eval_dataset is not None and record.evaluated_at != self.state.global_step:
             self.evaluate()
-        if run.settings.save_iterations:
-            save_whole(self, run.directory.model(entry.iteration))
-        self._write_metrics()
+        self._refuse_nonfinite_weights()
+        if self.run.settings.save_iterations:
+            save_whole(self, self.run.directory.model(entry.iteration))
+        self.progress.write()
         if self.accelerator.is_main_process:
             LOG.info(record.line())
         self._pairs = None
-
-    def _write_metrics(self) -> None:
-        """Writes the iteration's `metrics.json` as far as it is known, so that a resume keeps it."""
-        assert self.run is not None
-        record = self.records[-1]
-        if self.accelerator.is_main_process:
-            write_json(self.run.directory.metrics(record.plan.iteration), record.to_json())
 
     # -- data ---------------------------------------------------------------------------------------------------------
 
@@ -193,10 +180,12 @@ class SpinTrainer(AxolotlTrainer, WithoutTokenPerplexity):
         epochs, batches = super()._init_training_state(*args, **kwargs)
         if self.run is None:
             return epochs, batches
+        folder = kwargs.get("resume_from_checkpoint", args[3] if len(args) > 3 else None)
+        self._resumed = read_checkpoint(Path(folder)).state if folder else None
         position = self.run.plan.locate(self.state.global_step)
         if self.accelerator.is_main_process:
             self.run.write_plan()
-            for path in self.run.set_aside_after(position.iteration):
+            for path in set_aside(self.run, self.state.global_step):
                 LOG.info(f"made by a run that got further than where this one starts; now in {path}")
         self.accelerator.wait_for_everyone()
         return position.epoch, position.step_in_epoch * self.args.gradient_accumulation_steps
@@ -253,38 +242,87 @@ class SpinTrainer(AxolotlTrainer, WithoutTokenPerplexity):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         assert self.run is not None
         settings = self.run.settings
-        entry = self.records[-1].plan
+        entry = self.progress.record.plan
         logps = completion_logps(model, inputs)
         chosen, rejected = logps.chunk(2)
         opponent_chosen, opponent_rejected = inputs["opponent_logps"].to(logps.dtype).chunk(2)
         result = spin_loss(
             chosen, rejected, opponent_chosen, opponent_rejected, beta=entry.beta, loss_type=settings.loss
         )
+        step = self.state.global_step
+        report(check_loss(result.losses, logps, step=step, iteration=entry.iteration), main=True)
         if self._step_zero_due:
-            self._check_step_zero(result.losses, inputs["weight"])
+            self._check_step_zero(result.losses, logps, inputs)
         losses = result.losses
         if settings.sft_weight:
             losses = losses - settings.sft_weight * chosen / inputs["completion_lengths"].chunk(2)[0]
         weight = inputs["weight"].to(losses.dtype)
-        self._metrics.add(self.state.global_step, result, chosen, rejected, weight)
+        self.progress.metrics.add(step, result, chosen, rejected, weight)
         assert self._pairs_in_step is not None
         share = self.accelerator.num_processes * self.current_gradient_accumulation_steps / self._pairs_in_step
         return (losses * weight).sum() * share
 
-    def _check_step_zero(self, losses: Tensor, weight: Tensor) -> None:
+    def _check_step_zero(self, losses: Tensor, logps: Tensor, inputs: dict[str, Tensor]) -> None:
         """At an iteration's first step policy and opponent are one model, so every pair's loss is l(0)."""
         assert self.run is not None
         self._step_zero_due = False
-        expected = LOSS_AT_START[self.run.settings.loss]
-        found = losses.detach()[weight > 0]
-        off = (found - expected).abs().mean().item() if found.numel() else 0.0
+        entry = self.progress.record.plan
         half = self.args.bf16 or self.args.fp16 or self.is_deepspeed_enabled
-        if not off <= (0.05 * max(1.0, self.records[-1].plan.beta) if half else 1e-3):
-            LOG.warning(
-                f"iteration {self.records[-1].plan.iteration}: each pair's loss at the first step should be "
-                f"{expected:.6f}, since policy and opponent are the same model, but is off by {off:.6f} on average: does "
-                "the model compute something else in training than in evaluation (noise, dropout, another kernel)?"
-            )
+        off = (logps.detach() - inputs["opponent_logps"]).abs() / inputs["completion_lengths"]
+        real = inputs["weight"] > 0
+        findings = check_step_zero(
+            losses.detach()[real],
+            off.view(2, -1).mean(0)[real],
+            expected=LOSS_AT_START[self.run.settings.loss],
+            tolerance=0.05 * max(1.0, entry.beta) if half else 1e-3,
+            iteration=entry.iteration,
+        )
+        report(findings, main=True)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any, **kwargs: Any) -> None:
+        if self.run is None:
+            return super()._save_checkpoint(model, trial, **kwargs)
+        self._refuse_nonfinite_weights()
+        step = self.state.global_step
+        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{step}")
+        loss_sum = self._sum_over_ranks(self._tr_loss.detach().clone()) / self.accelerator.num_processes
+        logged = {"sum": loss_sum.item(), "total": self._total_loss_scalar, "at": self._globalstep_last_logged}
+        mark = {
+            "run": self.run.identity.through(self.progress.record.plan.iteration),
+            "step": step,
+            **asdict(self.run.launch),
+            "resumable": not self.args.save_only_model,
+            "state": {**self.progress.state(), "logged_loss": logged},
+        }
+        with saving(self, folder, root=self.run.directory.root, mark=mark):
+            super()._save_checkpoint(model, trial, **kwargs)
+
+    def take_up(self) -> None:
+        """Goes on from what `_save_checkpoint` kept beside the host's files; called when training begins.
+
+        Where the checkpoint is an iteration's last step, the run may have been stopped before that iteration was closed:
+        it is closed (again), which gives the same figures.
+        """
+        state = self._resumed
+        if self.run is None or state is None:
+            return
+        entry = self.run.plan.iterations[state["iteration"]]
+        self.progress.restore(state, entry)
+        logged = state["logged_loss"]
+        self._tr_loss = torch.tensor(logged["sum"], device=self.args.device)
+        self._globalstep_last_logged = logged["at"]
+        self.args.eval_on_start = False  # the whole run's start is behind
+        if not hasattr(self, "_initial_global_step"):  # transformers 5.20 averages over the steps of one start
+            self._total_loss_scalar = logged["total"]
+        if self.state.global_step == entry.first_step + entry.steps:
+            with self._peers:
+                self._end_iteration(entry)
+
+    def _refuse_nonfinite_weights(self) -> None:
+        bad = nonfinite_weights(self.accelerator.unwrap_model(self.model))
+        report(check_weights(bad, step=self.state.global_step), main=True)
 
     # -- logging ------------------------------------------------------------------------------------------------------
 
@@ -292,14 +330,7 @@ class SpinTrainer(AxolotlTrainer, WithoutTokenPerplexity):
         return self.accelerator.reduce(value, "sum")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the pair metrics, averaged over all pairs of all ranks since the last training log."""
-        if self.run is not None and self.records:
-            record = self.records[-1]
-            if "loss" in logs:
-                logs.update(self._metrics.take(self._sum_over_ranks))
-                logs["spin/iteration"] = record.plan.iteration
-                if "loss_first" not in record.figures:
-                    record.figures["loss_first"] = self._metrics.first_loss(self._sum_over_ranks)
-                    self._write_metrics()
-            record.note(logs, self.state.global_step)
+        """Adds the pair metrics to what the Trainer logs."""
+        if self.run is not None and self.progress.begun:
+            self.progress.note(logs, self.state.global_step)
         super().log(logs, start_time)

@@ -43,11 +43,11 @@ FSDP2 = {
 }
 
 
-def config(folder: Path, **changes: Any) -> dict[str, Any]:
-    """Returns a config over a tiny model and 37 conversations, which it makes in `folder` where they are missing."""
+def config(folder: Path, rows: int = 37, **changes: Any) -> dict[str, Any]:
+    """Returns a config over a tiny model and so many conversations, which it makes in `folder` where they are missing."""
     if not (folder / "model").exists():
         tiny.save(folder / "model")
-        tiny.conversations(folder / "data.jsonl", 37)
+        tiny.conversations(folder / "data.jsonl", rows)
     base = {
         "base_model": str(folder / "model"),
         "plugins": OURS or None,

@@ -40,7 +40,7 @@ def test_resumed_run_equals_the_whole_one(whole: tuple[dict, host.Run], stop: in
         if int(path.name.split("-")[1]) > stop:
             shutil.rmtree(path)
     (out / "model.safetensors").unlink()
-    resumed = host.train({**settings, "output_dir": str(out), "auto_resume_from_checkpoints": True})
+    resumed = host.train({**settings, "output_dir": str(out)})
     for iteration in range(2):
         assert resumed.pairs(iteration).equals(run.pairs(iteration))
         ours, theirs = resumed.metrics(iteration), run.metrics(iteration)

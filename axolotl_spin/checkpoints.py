@@ -1,0 +1,141 @@
+"""What makes the host's checkpoints safe to resume from: a mark in each, written when it is complete.
+
+`checkpoint-N/spin.json` says which run saved it, on how many ranks, and whether the save was finished; and it keeps what
+the host's own files leave out, so that a resumed run logs what the whole one would have.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from axolotl_spin.artifacts import DamagedFileError, explained, flush, read_json, remove_folder, write_json
+
+_MARK = "spin.json"
+_NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint folder as found on disk.
+
+    Attributes:
+        folder: Where it is.
+        step: Optimizer steps of the run before it.
+        mark: Content of its `spin.json`; empty where there is none.
+        fault: Why it cannot be resumed from; empty where it can.
+        finished: False where a run was stopped while it saved this, so that nothing can use it.
+        ours: Whether a run with `rl: spin` saved it.
+    """
+
+    folder: Path
+    step: int
+    mark: dict[str, Any] = field(default_factory=dict)
+    fault: str = ""
+    finished: bool = True
+    ours: bool = True
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What the trainer gave `saving`, on rank 0."""
+        return self.mark["state"]
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Reads a checkpoint's mark and compares the files with it.
+
+    Args:
+        folder: `checkpoint-N`, or another name where a user renamed it.
+    """
+    match = _NAME.fullmatch(folder.name)
+    found = Checkpoint(folder, int(match[1]) if match else -1)
+    files = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if not (folder / _MARK).exists():
+        # killed between making the folder and marking it, a save leaves nothing but what it wrote aside
+        found.finished = any(not name.startswith(".") for name in files)
+        found.ours = not found.finished
+        found.fault = f"it has no {_MARK}, so no run with `rl: spin` saved it"
+        return found
+    try:
+        found.mark = read_json(folder / _MARK)
+        found.step = int(found.mark["step"])
+        found.finished = bool(found.mark["complete"])
+        sizes = dict(found.mark["files"])
+    except (DamagedFileError, KeyError, TypeError, ValueError) as error:
+        found.fault = f"its {_MARK} is damaged ({error})"
+        return found
+    wrong = [name for name, size in sizes.items() if not _has_size(folder / name, size)]
+    if not found.finished:
+        found.fault = "the run was stopped while saving it"
+    elif wrong:
+        found.fault = f"{', '.join(sorted(wrong)[:3])} {'is' if len(wrong) == 1 else 'are'} missing or cut"
+    elif not found.mark.get("resumable", True):
+        found.fault = "it was saved with `save_only_model: true`, without the optimizer's state"
+    return found
+
+
+def _has_size(path: Path, size: int) -> bool:
+    try:
+        return path.stat().st_size == size
+    except OSError:
+        return False
+
+
+def read_checkpoints(output_dir: Path) -> list[Checkpoint]:
+    """Returns the checkpoints in a folder, in the order of their steps."""
+    folders = [path for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _NAME.fullmatch(path.name)]
+    return sorted((read_checkpoint(folder) for folder in folders), key=lambda found: found.step)
+
+
+@contextmanager
+def saving(trainer: Any, folder: Path, *, root: Path, mark: dict[str, Any]) -> Iterator[None]:
+    """Surrounds the host's saving of a checkpoint: marks it first as unfinished, and as complete when it is on disk.
+
+    The host's rotation runs inside its save, so that a kill could leave nothing to resume from. It is put off until the new
+    checkpoint is marked complete.
+
+    Args:
+        trainer: The host's; every rank must call.
+        folder: The checkpoint's.
+        root: The run's `spin` folder.
+        mark: What `spin.json` is to hold; `files` and `complete` are added.
+    """
+    accelerator, arguments = trainer.accelerator, trainer.args
+    limit, arguments.save_total_limit = arguments.save_total_limit, None
+    try:
+        if accelerator.is_main_process:
+            write_json(folder / _MARK, {**mark, "complete": False, "files": {}})
+        accelerator.wait_for_everyone()
+        with explained(folder):
+            yield
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            _complete(folder, mark)
+            _rotate(folder.parent, root, limit, trainer.state.best_model_checkpoint)
+    finally:
+        arguments.save_total_limit = limit
+
+
+def _complete(folder: Path, mark: dict[str, Any]) -> None:
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != _MARK]
+    for path in [*files, *(path for path in folder.rglob("*") if path.is_dir())]:
+        flush(path)
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(files)}
+    write_json(folder / _MARK, {**mark, "complete": True, "files": sizes})
+    flush(folder.parent)
+
+
+def _rotate(output_dir: Path, root: Path, limit: int | None, best: str | None) -> None:
+    """Removes the oldest checkpoints beyond `save_total_limit`, each from one moment to the next; never the best one."""
+    if not limit or limit <= 0:
+        return
+    complete = [found for found in read_checkpoints(output_dir) if not found.fault]
+    spare = [found for found in complete[:-1] if best is None or found.folder.resolve() != Path(best).resolve()]
+    for found in spare[: max(0, len(complete) - limit)]:
+        remove_folder(found.folder, root)

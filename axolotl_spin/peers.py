@@ -1,0 +1,104 @@
+"""When one rank fails, all stop within seconds and say why, instead of waiting for a collective's time-out.
+
+The failing rank leaves its message in the process group's key-value store. A thread on every rank looks for it each second:
+the main thread raises it at its next `check`; where that thread is stuck in a collective, the process is ended.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+import traceback
+from types import TracebackType
+from typing import Any
+
+import torch.distributed as dist
+from axolotl.utils.logging import get_logger
+from torch.distributed import distributed_c10d
+
+LOG = get_logger(__name__)
+
+_KEY = "axolotl_spin/failure"
+_SEEN = "axolotl_spin/failure_seen"
+
+
+class PeerFailedError(RuntimeError):
+    """Another rank failed; carries its message."""
+
+
+class Peers:
+    """A context in which a failure on any rank reaches all of them.
+
+    Args:
+        interval: Seconds between two looks.
+        grace: Seconds that the main thread has to notice a failure by itself before its process is ended.
+    """
+
+    def __init__(self, interval: float = 1.0, grace: float = 5.0):
+        self.interval, self.grace = interval, grace
+        self.failure: str | None = None
+        self._store: Any = None
+        self._thread: threading.Thread | None = None
+        self._stop = threading.Event()
+
+    def __enter__(self) -> Peers:
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            # a connection of its own: the process group's may be held by a blocking wait of the main thread
+            store: Any = distributed_c10d._get_default_store()
+            self._store = store.clone()
+            self._stop.clear()
+            self._thread = threading.Thread(target=self._watch, name="axolotl-spin-peers", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._stop.set()
+        if self._thread is None:
+            return
+        self._thread.join(timeout=2 * self.interval)
+        self._thread = None
+        if error is not None and not isinstance(error, PeerFailedError) and self.failure is None:
+            self._tell(error)
+
+    def check(self) -> None:
+        """Raises what another rank failed with; costs nothing.
+
+        Raises:
+            PeerFailedError: Another rank failed.
+        """
+        if self.failure is not None:
+            raise PeerFailedError(self.failure)
+
+    def _tell(self, error: BaseException) -> None:
+        rank = dist.get_rank()
+        last = traceback.extract_tb(error.__traceback__)[-1:]
+        where = f" ({last[0].filename}:{last[0].lineno})" if last else ""
+        message = f"rank {rank} failed: {type(error).__name__}: {error}{where}"
+        LOG.error(f"{message}; telling the other ranks")
+        try:
+            self._store.set(_KEY, message)
+            # this process may hold the store: leave the others time to read it
+            deadline = time.monotonic() + 5 * self.interval
+            while self._store.add(_SEEN, 0) < dist.get_world_size() - 1 and time.monotonic() < deadline:
+                time.sleep(self.interval / 10)
+        except Exception as lost:
+            LOG.error(f"the other ranks could not be told: {lost}")
+
+    def _watch(self) -> None:
+        """Runs in a thread of its own."""
+        while not self._stop.wait(self.interval):
+            try:
+                if not self._store.check([_KEY]):
+                    continue
+                self.failure = self._store.get(_KEY).decode()
+                self._store.add(_SEEN, 1)
+            except Exception as lost:
+                self.failure = self.failure or f"the process that holds the ranks' store is gone ({lost})"
+            break
+        if self.failure is None or self._stop.wait(self.grace):
+            return
+        # through the file descriptor: the main thread may hold the stream's lock
+        os.write(sys.stderr.fileno(), f"axolotl-spin: {self.failure}; this rank stops too\n".encode())
+        os._exit(1)

@@ -1,0 +1,141 @@
+"""A test-only plugin that kills the run at a point named by SPIN_KILL: SIGKILL to its whole process group."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from axolotl.integrations.base import BasePlugin
+
+
+class Point(NamedTuple):
+    """Where a run is killed.
+
+    Attributes:
+        target: A function as `module:qualified.name`.
+        after: Whether the call has returned by then.
+        call: Which call it is, counted from 1 among those that `where` takes.
+        where: Told the call's arguments, says whether the call counts.
+    """
+
+    target: str
+    after: bool = False
+    call: int = 1
+    where: Callable[..., bool] | None = None
+
+
+def _to(name: str, parent: str = "") -> Callable[..., bool]:
+    """Takes the renaming of a file into place."""
+    return lambda aside, path, *_, **__: Path(path).name == name and parent in Path(path).parent.name
+
+
+def _chunk(path: Path, **_: Any) -> bool:
+    return path.parent.name == "chunks"
+
+
+REPLACE = "os:replace"
+STEP = "transformers:Trainer.training_step"
+WEIGHTS = "accelerate.optimizer:AcceleratedOptimizer.step"
+CHUNK = "axolotl_spin.chunks:ChunkFiles.write"
+OURS = "axolotl_spin.trainer:SpinTrainer."
+
+# in the order in which a run comes by; 16 prompts: 8 steps of two micro-batches in iteration 0, 16 in iteration 1
+POINTS: dict[str, Point] = {
+    "start/config read": Point("axolotl_spin.run:prepare_run"),
+    "start/folder locked": Point("axolotl_spin.resume:hold_directory", after=True),
+    "start/plan written aside": Point(REPLACE, where=_to("plan.json")),
+    "start/plan whole": Point(REPLACE, after=True, where=_to("plan.json")),
+    "generate/first answers drawn": Point(CHUNK),
+    "generate/chunk written aside": Point(REPLACE, where=_to("000001.parquet")),
+    "generate/chunk whole": Point(REPLACE, after=True, where=_to("000002.parquet")),
+    "generate/all chunks whole": Point("axolotl_spin.iteration:SelfPlay._assemble"),
+    "score/second batch": Point("axolotl_spin.iteration:completion_logps", after=True, call=2),
+    "score/all scored": Point("axolotl_spin.iteration:write_pairs"),
+    "pairs/written aside": Point(REPLACE, where=_to("pairs.parquet")),
+    "pairs/whole": Point(REPLACE, after=True, where=_to("pairs.parquet")),
+    "pairs/chunks half removed": Point("pathlib:Path.unlink", after=True, call=2, where=_chunk),
+    "pairs/metrics written aside": Point(REPLACE, where=_to("metrics.json")),
+    "train/first micro-batch": Point(STEP, after=True),
+    "train/first step taken": Point(WEIGHTS, after=True),
+    "train/before the first checkpoint": Point(STEP, call=5),
+    "checkpoint/marked as unfinished": Point(REPLACE, after=True, where=_to("spin.json")),
+    "checkpoint/model saved": Point("transformers:Trainer._save_optimizer_and_scheduler"),
+    "checkpoint/optimizer saved": Point("transformers:Trainer._save_rng_state"),
+    "checkpoint/random state saved": Point("transformers:TrainerState.save_to_json"),
+    "checkpoint/all files saved": Point("axolotl_spin.checkpoints:_complete"),
+    "checkpoint/marked as complete": Point("axolotl_spin.checkpoints:_complete", after=True),
+    "train/after a checkpoint": Point(STEP, after=True, call=9),
+    "checkpoint/second, optimizer saved": Point("transformers:Trainer._save_rng_state", call=2),
+    "checkpoint/half rotated away": Point(
+        "axolotl_spin.artifacts:shutil.rmtree", where=lambda path, *_, **__: "checkpoint" in Path(path).name
+    ),
+    "train/last step of the iteration": Point(WEIGHTS, after=True, call=8),
+    "iteration end/checkpoint complete": Point(OURS + "_end_iteration"),
+    "iteration end/evaluated": Point("transformers:Trainer.evaluate", after=True),
+    "iteration end/model written aside": Point("axolotl_spin.policy:publish_folder"),
+    "iteration end/model whole": Point("axolotl_spin.policy:publish_folder", after=True),
+    "iteration end/closed": Point(OURS + "_end_iteration", after=True),
+    "iteration 1/generating": Point(CHUNK, call=6),
+    "iteration 1/keeping pairs": Point("axolotl_spin.iteration:SelfPlay._kept", after=True),
+    "iteration 1/pairs written aside": Point(REPLACE, call=2, where=_to("pairs.parquet")),
+    "iteration 1/optimizer restarting": Point("axolotl_spin.trainer:restart_optimizer"),
+    "iteration 1/optimizer restarted": Point("axolotl_spin.trainer:restart_optimizer", after=True),
+    "iteration 1/first epoch": Point(STEP, call=23),
+    "iteration 1/second epoch": Point(STEP, call=40),
+    "iteration 1/last checkpoint": Point("transformers:TrainerState.save_to_json", call=9),
+    "iteration 1/before closing": Point(OURS + "_end_iteration", call=2),
+    "iteration 1/model written aside": Point("axolotl_spin.policy:publish_folder", call=2),
+    "final/before the save": Point("axolotl.train:save_trained_model"),
+    "final/model half written": Point(
+        "transformers.modeling_utils:safe_save_file",
+        where=lambda _, path, **__: not {"checkpoint", "spin"} & {part.split("-")[0] for part in Path(path).parts},
+    ),
+    "final/saved": Point("axolotl.train:save_trained_model", after=True),
+    "final/marked as complete": Point("axolotl_spin.run:SpinRun.write_plan", after=True, call=2),
+}
+
+
+class FaultPlugin(BasePlugin):
+    """Plants the kill as late as our own modules are imported anyway."""
+
+    def get_input_args(self):
+        name = os.environ.get("SPIN_KILL")
+        if name:
+            _plant(name, POINTS[name])
+        return None
+
+
+def _plant(name: str, point: Point) -> None:
+    module, _, path = point.target.partition(":")
+    owner: Any = importlib.import_module(module)
+    *parents, attribute = path.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent)
+    function = getattr(owner, attribute)
+    calls = 0
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        counts = point.where is None or point.where(*args, **kwargs)
+        calls += counts
+        due = counts and calls == point.call
+        if due and not point.after:
+            kill(name, args)
+        result = function(*args, **kwargs)
+        if due and point.after:
+            kill(name, args)
+        return result
+
+    setattr(owner, attribute, wrapped)
+
+
+def kill(name: str, arguments: tuple) -> None:
+    """Kills the group, after leaving half a file where the point says so."""
+    if name == "final/model half written":
+        Path(arguments[1]).write_bytes(b"half a model")
+    os.write(2, f"killed at: {name}\n".encode())
+    os.killpg(os.getpgrp(), signal.SIGKILL)

@@ -1,0 +1,145 @@
+"""A process that has imported the host once and forks: a run of the host's command then starts in a second, not in fifteen.
+
+A forked run is a process of its own: it has its own session, environment, standard streams and exit code, runs the module as
+`python -m` does, and can be killed. Everything that it imports is what a fresh interpreter would import.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+_IMPORTS = (
+    "axolotl.cli.train",
+    "axolotl.train",
+    "axolotl.core.builders",
+    "axolotl.utils.data",
+    "axolotl.prompt_strategies.chat_template",
+    "axolotl_spin.trainer",
+    "axolotl_spin.resume",
+    "axolotl_spin.args",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.auto.modeling_auto",
+)
+
+
+def _serve() -> None:
+    """Reads requests from standard input, a JSON object a line, and answers each with a line."""
+    import importlib
+
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what imports print is not an answer
+    for name in _IMPORTS:
+        importlib.import_module(name)
+    answers.write("ready\n")
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            status = os.waitpid(request["wait"], 0)[1]
+            answers.write(f"{os.waitstatus_to_exitcode(status)}\n")
+            continue
+        child = os.fork()
+        if child == 0:
+            _run(request)
+        answers.write(f"{child}\n")
+
+
+def _run(request: dict[str, Any]) -> None:
+    code = 1
+    try:
+        os.setsid()
+        os.environ.clear()
+        os.environ.update(request["env"])
+        os.chdir(request["cwd"])
+        log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        module, *arguments = request["module"]
+        sys.argv = [module, *arguments]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+class Warm:
+    """A warm process; use it as a context."""
+
+    def __init__(self, env: dict[str, str]):
+        self._env = env
+
+    def __enter__(self) -> Warm:
+        self._server = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=self._env,
+        )
+        assert self._server.stdout is not None and self._server.stdout.readline() == "ready\n"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.kill()
+        self._server.wait()
+
+    def _ask(self, request: dict[str, Any]) -> int:
+        assert self._server.stdin is not None and self._server.stdout is not None
+        self._server.stdin.write(json.dumps(request) + "\n")
+        self._server.stdin.flush()
+        return int(self._server.stdout.readline())
+
+    def run(
+        self, *module: str, env: dict[str, str], cwd: Path, timeout: float = 300, kill_after: float | None = None
+    ) -> tuple[int, str]:
+        """Runs a module in a fork.
+
+        Args:
+            module: The module's name and its arguments.
+            env: Its whole environment.
+            cwd: Its working folder.
+            timeout: Seconds after which it is killed and counts as hung.
+            kill_after: Seconds after which it is killed on purpose.
+
+        Returns:
+            Its exit code (negative: the signal that ended it) and what it printed.
+        """
+        log = cwd / f"warm-{time.monotonic_ns()}.log"
+        child = self._ask({"module": module, "env": env, "cwd": str(cwd), "log": str(log)})
+        limit = time.monotonic() + (timeout if kill_after is None else kill_after)
+        while _alive(child):
+            if time.monotonic() > limit:
+                os.killpg(child, signal.SIGKILL)
+                assert kill_after is not None, f"hung: {log.read_text()[-4000:]}"
+                break
+            time.sleep(0.02)
+        code = self._ask({"wait": child})
+        return code, log.read_text(errors="replace")
+
+
+def _alive(child: int) -> bool:
+    try:
+        return Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+if __name__ == "__main__":
+    _serve()
