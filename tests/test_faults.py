@@ -1,7 +1,7 @@
 """Killed anywhere and started again with the same command, a run ends as one that was never stopped, bit for bit.
 
-The run has two iterations of two epochs, a checkpoint every three steps of which two are kept, held-out data, and a log every
-second step, so that logging intervals lie across checkpoints and iterations.
+The run has two iterations of two epochs, a checkpoint every three steps of which two are kept, held-out data, and a log
+every second step, so that logging intervals lie across checkpoints and iterations.
 """
 
 from __future__ import annotations
