@@ -59,8 +59,11 @@ class Peers:
             return
         self._thread.join(timeout=2 * self.interval)
         self._thread = None
-        if error is not None and not isinstance(error, PeerFailedError) and self.failure is None:
-            self._tell(error)
+        if error is None or isinstance(error, PeerFailedError):
+            return
+        if self.failure is not None:  # a collective broke because the rank that failed has gone
+            raise PeerFailedError(self.failure) from error
+        self._tell(error)
 
     def check(self) -> None:
         """Raises what another rank failed with; costs nothing.
@@ -76,7 +79,7 @@ class Peers:
         last = traceback.extract_tb(error.__traceback__)[-1:]
         where = f" ({last[0].filename}:{last[0].lineno})" if last else ""
         message = f"rank {rank} failed: {type(error).__name__}: {error}{where}"
-        LOG.error(f"{message}; telling the other ranks")
+        LOG.error(f"{message}; telling the other ranks", main_process_only=False)
         try:
             self._store.set(_KEY, message)
             # this process may hold the store: leave the others time to read it
@@ -84,7 +87,7 @@ class Peers:
             while self._store.add(_SEEN, 0) < dist.get_world_size() - 1 and time.monotonic() < deadline:
                 time.sleep(self.interval / 10)
         except Exception as lost:
-            LOG.error(f"the other ranks could not be told: {lost}")
+            LOG.error(f"the other ranks could not be told: {lost}", main_process_only=False)
 
     def _watch(self) -> None:
         """Runs in a thread of its own."""

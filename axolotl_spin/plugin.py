@@ -56,7 +56,7 @@ class SpinPlugin(BasePlugin):
         if not torch.cuda.is_available():
             cfg.device_map = None  # with several ranks the host sets an accelerator's index
         tokenizer = load_tokenizer(cfg)
-        with _rows_only():
+        with _rows_only(), _named(cfg):
             train_dataset, eval_dataset, _, _ = prepare_datasets(cfg, tokenizer)
         self.run = prepare_run(cfg, train_dataset, tokenizer)
         if not preprocess:
@@ -120,6 +120,17 @@ class SpinPlugin(BasePlugin):
             self.run.write_plan(completed=True)
             print_table(self.run)
         self._trained = False
+
+
+@contextmanager
+def _named(cfg: Any) -> Iterator[None]:
+    """Names the key where `datasets` refuses a split in words of its own."""
+    try:
+        yield
+    except ValueError as error:
+        if "test_size" not in str(error):
+            raise
+        raise ValueError(f"`val_set_size: {cfg.val_set_size}` leaves nothing to train on: {error}") from error
 
 
 @contextmanager

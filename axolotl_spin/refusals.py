@@ -20,6 +20,17 @@ def _not_whole(value: Any) -> bool:
     return value is not None and (not isinstance(value, (int, float)) or value < 1 or value != int(value))
 
 
+def _below_one(value: Any) -> bool:
+    return not isinstance(value, (int, float)) or value < 1
+
+
+def _not_positive(value: Any) -> bool:
+    try:
+        return not float(value) > 0
+    except (TypeError, ValueError):
+        return True
+
+
 def _one_of(*names: str) -> Test:
     return lambda value: str(value).lower() in names
 
@@ -96,6 +107,9 @@ REFUSED: tuple[tuple[str, Test, str], ...] = (
         _not_whole,
         "it counts per iteration and an iteration is made of whole epochs; use a whole number",
     ),
+    ("micro_batch_size", _below_one, "it is the number of pairs in a rank's forward; use 1 or more"),
+    ("gradient_accumulation_steps", _below_one, "it is the number of forwards in a step; use 1 or more"),
+    ("learning_rate", _not_positive, "nothing would be learnt, or unlearnt; use a number above 0, such as 5e-7"),
     (
         "train_on_inputs",
         _truthy,

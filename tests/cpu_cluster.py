@@ -8,6 +8,17 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from axolotl.integrations.base import BasePlugin
 
+_set_device = PartialState.set_device
+
+
+def _plain_cpu(self):
+    # accelerate numbers CPU devices, and torch cannot load an optimizer's state onto `cpu:0`
+    _set_device(self)
+    self.device = torch.device("cpu")
+
+
+PartialState.set_device = _plain_cpu
+
 if os.environ.get("CPU_CLUSTER"):
 
     def _backend(self, cpu, sagemaker_dp=False, backend=None):

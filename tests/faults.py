@@ -1,4 +1,8 @@
-"""A test-only plugin that kills the run at a point named by SPIN_KILL: SIGKILL to its whole process group."""
+"""A test-only plugin that kills the run at a point named by SPIN_KILL, or raises there.
+
+SPIN_KILL_RANK names the one rank to which that happens; without it every rank is killed with its whole process group.
+SPIN_RAISE is the message of an exception that is raised instead of killing.
+"""
 
 from __future__ import annotations
 
@@ -104,7 +108,7 @@ class FaultPlugin(BasePlugin):
 
     def get_input_args(self):
         name = os.environ.get("SPIN_KILL")
-        if name:
+        if name and os.environ.get("SPIN_KILL_RANK", os.environ.get("RANK", "0")) == os.environ.get("RANK", "0"):
             _plant(name, POINTS[name])
         return None
 
@@ -135,7 +139,11 @@ def _plant(name: str, point: Point) -> None:
 
 def kill(name: str, arguments: tuple) -> None:
     """Kills the group, after leaving half a file where the point says so."""
+    if "SPIN_RAISE" in os.environ:
+        raise RuntimeError(os.environ["SPIN_RAISE"])
     if name == "final/model half written":
         Path(arguments[1]).write_bytes(b"half a model")
     os.write(2, f"killed at: {name}\n".encode())
+    if "SPIN_KILL_RANK" in os.environ:
+        os.kill(os.getpid(), signal.SIGKILL)
     os.killpg(os.getpgrp(), signal.SIGKILL)

@@ -166,14 +166,37 @@ def start(settings: dict[str, Any], *command: str, env: dict[str, str] | None = 
     return Run(done.returncode, done.stdout, out)
 
 
-def train(settings: dict[str, Any], kind: str = "single", **kwargs: Any) -> Run:
-    """Trains through the host's module, with the launcher that the layout takes."""
+def launcher(kind: str) -> tuple[list[str], dict[str, str]]:
+    """Returns the arguments before the host's module, and the environment, of the launch that a layout takes."""
     if kind == "single":
-        launcher = "-m accelerate.commands.launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no"
-        marks = {}
-    else:
-        marks = {"ddp": {"ACCELERATE_USE_CPU": "true"}}.get(kind, {"DS_ACCELERATOR": "cpu", "CPU_CLUSTER": "1"})
-        launcher = "-m torch.distributed.run --nproc_per_node 2 --rdzv-backend c10d --rdzv-endpoint localhost:0"
-    run = start(settings, *launcher.split(), "-m", "axolotl.cli.train", "{config}", env=marks, **kwargs)
-    assert run.code == 0, run.output[-12000:]
+        single = "-m accelerate.commands.launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no"
+        return single.split(), {}
+    both = "-m torch.distributed.run --nproc_per_node 2 --rdzv-backend c10d --rdzv-endpoint localhost:0"
+    return both.split(), rank_environment(kind)
+
+
+def rank_environment(kind: str) -> dict[str, str]:
+    """Returns what makes two ranks of a layout run on a CPU."""
+    return {"ACCELERATE_USE_CPU": "true"} if kind == "ddp" else {"DS_ACCELERATOR": "cpu", "CPU_CLUSTER": "1"}
+
+
+def train(
+    settings: dict[str, Any],
+    kind: str = "single",
+    env: dict[str, str] | None = None,
+    fails: bool = False,
+    **kwargs: Any,
+) -> Run:
+    """Trains through the host's module, with the launcher that the layout takes.
+
+    Args:
+        settings: The config.
+        kind: The layout.
+        env: More environment variables.
+        fails: The run is expected to fail.
+        kwargs: For `start`.
+    """
+    arguments, marks = launcher(kind)
+    run = start(settings, *arguments, "-m", "axolotl.cli.train", "{config}", env={**marks, **(env or {})}, **kwargs)
+    assert (run.code != 0) == fails, run.output[-12000:]
     return run

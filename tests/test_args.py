@@ -92,7 +92,7 @@ OFFENDING = {
     "neftune_noise_alpha": 5, "noisy_embedding_alpha": 5, "use_dft": True, "use_eaft": True, "orpo_alpha": 0.1,
     "rl_beta": 0.1, "balance_labels": True, "dataloader_drop_last": True, "jagged_restart_steps": 10,
     "lr_scheduler": "reduce_lr_on_plateau", "optimizer": "schedule_free_adamw", "num_epochs": 1.5,
-    "train_on_inputs": True,
+    "train_on_inputs": True, "micro_batch_size": 0, "gradient_accumulation_steps": -1, "learning_rate": 0.0,
 }  # fmt: skip
 
 

@@ -46,16 +46,21 @@ def runs(folder: Path) -> dict[str, host.Run]:
 def run_of(name: str, folder: Path, runs: dict[str, host.Run]) -> host.Run:
     """Runs a layout once for all tests of this module."""
     if name not in runs:
-        changes: dict[str, Any] = host.layout(name, folder)
-        if name.endswith("-lora"):
-            changes["lora_model_dir"] = str(folder / "adapter")
-        spin = {
-            "iterations": ITERATIONS,
-            "beta": [0.5, 0.5, 1.0],
-            "generation": {"max_new_tokens": 10, "batch_size": 8},
-        }
-        runs[name] = host.train({**host.config(folder), **changes, "spin": spin}, name.partition("-")[0])
+        runs[name] = host.train(settings_of(name, folder), name.partition("-")[0])
     return runs[name]
+
+
+def settings_of(name: str, folder: Path) -> dict[str, Any]:
+    """Returns a layout's config."""
+    changes: dict[str, Any] = host.layout(name, folder)
+    if name.endswith("-lora"):
+        changes["lora_model_dir"] = str(folder / "adapter")
+    spin = {
+        "iterations": ITERATIONS,
+        "beta": [0.5, 0.5, 1.0],
+        "generation": {"max_new_tokens": 10, "batch_size": 8},
+    }
+    return {**host.config(folder), **changes, "spin": spin}
 
 
 @pytest.mark.parametrize("name", FULL + LORA)
@@ -158,3 +163,20 @@ def test_answers_are_samples_that_end_where_they_should(name: str, folder: Path,
         assert (row["finish_reason"] == "stop") == (ids[-1] == end)
         assert row["chosen_ids"][-1] == end
         assert row["prompt"].endswith("<|assistant|>")
+
+
+@pytest.mark.parametrize("name", ["ddp", "zero3", "fsdp2"])
+def test_a_run_of_which_one_rank_is_killed_goes_on(name: str, folder: Path, runs: dict) -> None:
+    """In mid-iteration 1, as the system does it when memory runs out; the launcher then stops the other rank."""
+    whole = run_of(name, folder, runs)
+    settings = {**settings_of(name, folder), "output_dir": str(folder / f"{name}-killed")}
+    settings["plugins"] = ["cpu_cluster.CpuClusterPlugin", "faults.FaultPlugin", *host.OURS]
+    fault = {"SPIN_KILL": "iteration 1/second epoch", "SPIN_KILL_RANK": "1"}
+    killed = host.train(settings, name, env=fault, fails=True)
+    assert "killed at: iteration 1/second epoch" in killed.output
+    resumed = host.train(settings, name)
+    assert "going on from" in resumed.output and "using the pairs in" in resumed.output
+    for iteration in range(ITERATIONS):
+        for column in ("rejected_ids", "finish_reason", "generated_in", "row"):
+            assert resumed.pairs(iteration)[column] == whole.pairs(iteration)[column]
+    assert resumed.losses() == pytest.approx(whole.losses(), abs=1e-5)

@@ -1,6 +1,6 @@
 """A process that has imported the host once and forks: a run of the host's command then starts at once.
 
-A forked run is a process of its own: it has its own session, environment, standard streams and exit code, runs the module as
+A forked run is a process of its own: it has its own session, environment, standard streams and exit code, runs a module as
 `python -m` does, and can be killed. Everything that it imports is what a fresh interpreter would import.
 """
 

@@ -1,0 +1,195 @@
+"""Wrong configs and datasets through the host's own command: each stops before a model loads, and names what to change."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import host
+import pytest
+import tiny
+import yaml
+from test_args import OFFENDING
+from warm import Warm
+
+pytestmark = pytest.mark.host
+
+Change = dict[str, Any] | Callable[[Path], dict[str, Any]]
+
+
+def rows(*made: dict[str, Any], **dataset: Any) -> Callable[[Path], dict[str, Any]]:
+    """Returns the change to a dataset of the given rows."""
+
+    def change(folder: Path) -> dict[str, Any]:
+        path = folder / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in made))
+        entry = {"path": str(path), "ds_type": "json", "type": "chat_template", **dataset}
+        return {"datasets": [{key: value for key, value in entry.items() if value is not None}]}
+
+    return change
+
+
+def tokens(labels: list[int]) -> dict[str, Any]:
+    return {"input_ids": [7, 8, 6], "attention_mask": [1, 1, 1], "labels": labels}
+
+
+def turn(role: str, content: Any) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+def deepspeed(**changes: Any) -> Callable[[Path], dict[str, Any]]:
+    def change(folder: Path) -> dict[str, Any]:
+        (folder / "zero.json").write_text(json.dumps({**host.ZERO, **changes}))
+        return {
+            "deepspeed": str(folder / "zero.json"),
+            "plugins": ["cpu_cluster.CpuClusterPlugin", *host.OURS],
+        }
+
+    return change
+
+
+def inside(name: str, make: Callable[[Path], Any], **changes: Any) -> Callable[[Path], dict[str, Any]]:
+    """Returns the change after something was put into the output folder."""
+
+    def change(folder: Path) -> dict[str, Any]:
+        path = folder / "out" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        make(path)
+        return changes
+
+    return change
+
+
+def sft_checkpoint(path: Path) -> None:
+    path.mkdir()
+    (path / "model.safetensors").write_bytes(b"weights")
+
+
+def output_is_a_file(folder: Path) -> dict[str, Any]:
+    (folder / "taken").write_text("")
+    return {"output_dir": str(folder / "taken")}
+
+
+def output_is_the_start(folder: Path) -> dict[str, Any]:
+    return {"base_model": str(tiny.save(folder / "out")), "output_dir": str(folder / "out")}
+
+
+SPIN: dict[str, tuple[Any, str]] = {
+    "unknown key": ({"iteration": 2}, "spin.iteration\n"),
+    "unknown generation key": ({"generation": {"max_tokens": 3}}, "spin.generation.max_tokens"),
+    "no iterations": ({"iterations": 0}, "spin.iterations"),
+    "iterations as a word": ({"iterations": "three"}, "spin.iterations"),
+    "fractional iterations": ({"iterations": 2.5}, "spin.iterations"),
+    "beta 0": ({"beta": 0}, "spin.beta"),
+    "negative beta": ({"beta": -1}, "spin.beta"),
+    "beta as a word": ({"beta": "high"}, "spin.beta"),
+    "beta not a number": ({"beta": float("nan")}, "spin.beta"),
+    "infinite beta": ({"beta": float("inf")}, "spin.beta"),
+    "too few betas": ({"beta": [0.1]}, "spin.beta lists 1 values, but spin.iterations is 3"),
+    "a wrong beta in a list": ({"beta": [0.1, "x", 0.1]}, "spin.beta"),
+    "too many learning rates": ({"learning_rate": [1e-6] * 4}, "spin.learning_rate lists 4 values"),
+    "learning rate 0": ({"learning_rate": 0}, "spin.learning_rate"),
+    "learning rate as a word": ({"learning_rate": "fast"}, "spin.learning_rate"),
+    "too much history": ({"iterations": 2, "history": 2}, "spin.history is 2, but only 0 to 1"),
+    "negative history": ({"history": -1}, "spin.history"),
+    "unknown loss": ({"loss": "ipo"}, "'sigmoid' or 'hinge'"),
+    "negative sft weight": ({"sft_weight": -0.1}, "spin.sft_weight"),
+    "no prompts": ({"max_prompts": 0}, "spin.max_prompts"),
+    "unknown turns": ({"turns": "first"}, "'last' or 'all'"),
+    "unknown backend": ({"generation": {"backend": "sglang"}}, "spin.generation.backend"),
+    "negative temperature": ({"generation": {"temperature": -1}}, "spin.generation.temperature"),
+    "top_p 0": ({"generation": {"top_p": 0}}, "spin.generation.top_p"),
+    "top_p above 1": ({"generation": {"top_p": 1.5}}, "spin.generation.top_p"),
+    "top_k 0": ({"generation": {"top_k": 0}}, "spin.generation.top_k"),
+    "batch size 0": ({"generation": {"batch_size": 0}}, "spin.generation.batch_size"),
+    "no new tokens": ({"generation": {"max_new_tokens": 0}}, "spin.generation.max_new_tokens"),
+    "negative seed": ({"generation": {"seed": -1}}, "spin.generation.seed"),
+    "not a block": ("yes", "block of keys"),
+    "a list for a block": (["iterations"], "block of keys"),
+    "generation not a block": ({"generation": "vllm"}, "spin.generation"),
+}
+HOST: dict[str, tuple[Change, str]] = {
+    "block without the switch": ({"rl": None, "spin": {"iterations": 2}}, "write `rl: spin`"),
+    "block with another rl": ({"rl": "dpo", "spin": {"iterations": 2}}, "write `rl: spin`"),
+    "fsdp 1": ({"fsdp_version": 1, "fsdp_config": {"fsdp_version": 1}}, "set `fsdp_version: 2`"),
+    "no epochs": ({"num_epochs": 0}, "num_epochs"),
+    "unknown schedule": ({"lr_scheduler": "linnear"}, "lr_scheduler"),
+    "deepspeed scheduler": (
+        deepspeed(zero_optimization={"stage": 3}, scheduler={"type": "WarmupLR", "params": {}}),
+        "`scheduler` section",
+    ),
+    "zero 3 that cannot save": (
+        deepspeed(zero_optimization={"stage": 3}),
+        "stage3_gather_16bit_weights_on_model_save: true",
+    ),
+    "checkpoint that is not there": ({"resume_from_checkpoint": "none/checkpoint-7"}, "`resume_from_checkpoint: none"),
+    "checkpoints of another trainer": (inside("checkpoint-500", sft_checkpoint), "checkpoint-500, saved by a run without"),
+    "output over the start": (output_is_the_start, "is also `base_model`"),
+    "output is a file": (output_is_a_file, "output_dir"),
+    "output cannot be made": ({"output_dir": "/proc/none"}, "output_dir"),
+}  # fmt: skip
+DATA: dict[str, tuple[Change, str]] = {
+    "no such file": ({"datasets": [{"path": "none.jsonl", "ds_type": "json", "type": "chat_template"}]}, "none.jsonl"),
+    "no datasets": ({"datasets": None}, "datasets"),
+    "unknown type": (rows({"messages": [turn("user", "w1"), turn("assistant", "w2")]}, type="chat_tmpl"), "chat_tmpl"),
+    "empty file": (rows(), "datasets"),
+    "no messages column": (rows({"text": "w1"}), "messages"),
+    "nobody answers": (rows({"messages": [turn("user", "w1")]}), "roles_to_train"),
+    "nothing is trained": (
+        rows({"messages": [turn("user", "w1"), turn("assistant", "w2")]}, roles_to_train=["tool"]),
+        "roles_to_train",
+    ),
+    "no prompt": (rows(tokens([7, 8, 6]), type=None), "there is no prompt before the answer"),
+    "nothing labelled": (rows(tokens([-100] * 3), type=None), "no row of the prepared dataset has a labelled token"),
+    "completion data": (rows({"text": "w1 w2"}, type="completion"), "there is no prompt before the answer"),
+    "rows that do not fit": ({"sequence_len": 2}, "sequence_len"),
+    "everything held out": ({"val_set_size": 37}, "val_set_size"),
+    "authors' format without its columns": (
+        rows({"messages": [turn("user", "w1")]}, type="axolotl_spin.uclaml"),
+        "real",
+    ),
+}  # fmt: skip
+
+# as `accelerate launch` sets it: with `deepspeed:` the host makes a process group while it reads the config
+LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+LAUNCHED |= {"DS_ACCELERATOR": "cpu", "CPU_CLUSTER": "1"}
+
+CASES: dict[str, tuple[Change, str]] = {
+    **{f"spin: {name}": ({"spin": block}, message) for name, (block, message) in SPIN.items()},
+    **{f"refused: {key}": ({key: value}, f"`{key}: ") for key, value in OFFENDING.items()},
+    **{f"host: {name}": case for name, case in HOST.items()},
+    **{f"data: {name}": case for name, case in DATA.items()},
+}
+
+
+def test_there_are_enough() -> None:
+    assert len(CASES) >= 60
+
+
+@pytest.fixture(scope="module")
+def warm() -> Iterator[Warm]:
+    with Warm(host.environment(ACCELERATE_USE_CPU="true")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("wrong")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_stops_at_once_and_names_the_key(name: str, warm: Warm, shared: Path, tmp_path: Path) -> None:
+    change, message = CASES[name]
+    settings = {**host.config(shared), "output_dir": str(tmp_path / "out"), "dataset_prepared_path": None}
+    settings.update(change(tmp_path) if callable(change) else change)
+    settings = {key: value for key, value in settings.items() if value is not None}
+    (tmp_path / "wrong.yml").write_text(yaml.safe_dump(settings))
+    env = host.environment(ACCELERATE_USE_CPU="true", **LAUNCHED)
+    code, output = warm.run("axolotl.cli.train", "wrong.yml", env=env, cwd=tmp_path, timeout=60)
+    assert code == 1, output[-3000:]
+    end = output[output.rindex("Traceback") :] if "Traceback" in output else output[-3000:]
+    assert message in end, end
+    assert "loading model" not in output.lower()
+    assert not list((tmp_path / "out").glob("spin/iteration-*"))

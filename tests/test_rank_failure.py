@@ -1,0 +1,63 @@
+"""An exception on one rank ends the others within seconds, with its message, and without a launcher's help.
+
+The two ranks are started by hand, as on two machines: nothing but the run itself can tell one of the other's failure.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import host
+import pytest
+import yaml
+
+pytestmark = [pytest.mark.host, pytest.mark.ranks]
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("localhost", 0))
+        return listening.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "point", "rank"),
+    [
+        ("ddp", "generate/first answers drawn", 1),
+        ("ddp", "score/second batch", 0),  # the rank that holds the store
+        ("zero3", "generate/first answers drawn", 1),
+        ("fsdp2", "score/second batch", 1),
+    ],
+)
+def test_the_other_rank_stops_and_says_why(kind: str, point: str, rank: int, tmp_path: Path) -> None:
+    settings = {**host.config(tmp_path), **host.layout(kind, tmp_path)}
+    settings["plugins"] = ["cpu_cluster.CpuClusterPlugin", "faults.FaultPlugin", *host.OURS]
+    (tmp_path / "run.yml").write_text(yaml.safe_dump(settings))
+    launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    fault = {"SPIN_KILL": point, "SPIN_KILL_RANK": str(rank), "SPIN_RAISE": "planted: out of memory"}
+    processes, logs = [], [tmp_path / f"rank{index}.log" for index in range(2)]
+    for index, log in enumerate(logs):
+        env = host.environment(**host.rank_environment(kind), **launch, **fault, RANK=str(index), LOCAL_RANK=str(index))
+        with open(log, "wb") as output:
+            command = [sys.executable, "-m", "axolotl.cli.train", "run.yml"]
+            processes.append(
+                subprocess.Popen(command, cwd=tmp_path, env=env, stdout=output, stderr=output, start_new_session=True)
+            )
+    try:
+        assert processes[rank].wait(timeout=300) == 1
+        failed = time.monotonic()
+        assert processes[1 - rank].wait(timeout=60) == 1
+        assert time.monotonic() - failed < 15
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    message = f"rank {rank} failed: RuntimeError: planted: out of memory"
+    assert message in logs[1 - rank].read_text(), logs[1 - rank].read_text()[-3000:]
+    assert f"{message}" in logs[rank].read_text() and "telling the other ranks" in logs[rank].read_text()
