@@ -48,9 +48,30 @@ class RunDirectory:
         return self.iteration(iteration) / "chunks" / f"{chunk:06d}.parquet"
 
 
+def check_output_dir(output_dir: str) -> None:
+    """Checks that a run can write to its folder, before anything else is done.
+
+    Args:
+        output_dir: The host's key.
+
+    Raises:
+        OSError: It cannot be made or written to; names the key.
+    """
+    probe = _aside(Path(output_dir) / "probe")
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        message = (
+            f"`output_dir: {output_dir}` cannot be written to ({os.strerror(error.errno or 0)}): choose another folder"
+        )
+        raise OSError(error.errno, message) from error
+
+
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Says what to do where a full disk or a read-only folder stops a write.
+    """Says what to do where a full disk or a read-only folder stops a write, by whichever library.
 
     Args:
         path: What is being written.
@@ -60,17 +81,19 @@ def explained(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
+        # safetensors and torch.save have errors of their own
+        text = ("No space left on device", "os error 28", "PytorchStreamWriter failed", "file write failed")
+        if number in (errno.ENOSPC, errno.EDQUOT) or any(sign in str(error) for sign in text):
+            number = number or errno.ENOSPC
             why = "no space is left for it: free some, or have the quota raised, and start again"
-        elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        elif number in (errno.EROFS, errno.EACCES, errno.EPERM):
             why = "the folder cannot be written to: choose another `output_dir`, or change its permissions"
         else:
             raise
-        message = (
-            f"{path} could not be written, because {why}. Everything finished is kept ({os.strerror(error.errno)})"
-        )
-        raise OSError(error.errno, message) from error
+        message = f"{path} could not be written, because {why}. Everything finished is kept ({os.strerror(number)})"
+        raise OSError(number, message) from error
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

@@ -29,11 +29,14 @@ class SpinPlugin(BasePlugin):
         self._trained = False
 
     def register(self, cfg: dict) -> None:
-        """Refuses an untested host, before the config is even parsed."""
+        """Refuses an untested host and an `output_dir` that cannot be written to, before the config is even parsed."""
         if cfg.get("rl") == "spin":
+            from axolotl_spin.artifacts import check_output_dir
             from axolotl_spin.compat import check_host_version
 
             check_host_version()
+            if isinstance(cfg.get("output_dir"), str):
+                check_output_dir(cfg["output_dir"])
 
     def get_input_args(self) -> str:
         return "axolotl_spin.args.SpinArgs"

@@ -140,6 +140,12 @@ class Run:
         return [row["loss"] for row in self.logs() if "loss" in row]
 
 
+def loaded_a_model(out: Path) -> bool:
+    """Whether the last start in an output folder got as far as loading a model, which the host notes in `debug.log`."""
+    log = out / "debug.log"
+    return log.exists() and "Loading model" in log.read_text(errors="replace")
+
+
 def start(settings: dict[str, Any], *command: str, env: dict[str, str] | None = None, timeout: int = 600) -> Run:
     """Writes the config and runs a command with it; `{config}` in the command is its path.
 

@@ -106,32 +106,55 @@ class Warm:
         self._server.stdin.flush()
         return int(self._server.stdout.readline())
 
-    def run(
-        self, *module: str, env: dict[str, str], cwd: Path, timeout: float = 300, kill_after: float | None = None
-    ) -> tuple[int, str]:
-        """Runs a module in a fork.
+    def start(self, *module: str, env: dict[str, str], cwd: Path) -> Fork:
+        """Starts a module in a fork.
 
         Args:
             module: The module's name and its arguments.
             env: Its whole environment.
             cwd: Its working folder.
-            timeout: Seconds after which it is killed and counts as hung.
-            kill_after: Seconds after which it is killed on purpose.
+        """
+        log = cwd / f"warm-{time.monotonic_ns()}.log"
+        return Fork(self, self._ask({"module": module, "env": env, "cwd": str(cwd), "log": str(log)}), log)
+
+    def run(self, *module: str, env: dict[str, str], cwd: Path, timeout: float = 300) -> tuple[int, str]:
+        """Runs a module in a fork, to its end.
+
+        Args:
+            module, env, cwd: See `start`.
+            timeout: Seconds after which it counts as hung.
 
         Returns:
             Its exit code (negative: the signal that ended it) and what it printed.
         """
-        log = cwd / f"warm-{time.monotonic_ns()}.log"
-        child = self._ask({"module": module, "env": env, "cwd": str(cwd), "log": str(log)})
-        limit = time.monotonic() + (timeout if kill_after is None else kill_after)
-        while _alive(child):
+        fork = self.start(*module, env=env, cwd=cwd)
+        code = fork.wait(timeout)
+        return code, fork.output()
+
+
+class Fork:
+    """A run in a fork."""
+
+    def __init__(self, warm: Warm, pid: int, log: Path):
+        self._warm, self.pid, self._log = warm, pid, log
+
+    def output(self) -> str:
+        """Returns what it has printed."""
+        return self._log.read_text(errors="replace") if self._log.exists() else ""
+
+    def alive(self) -> bool:
+        """Whether it still runs."""
+        return _alive(self.pid)
+
+    def wait(self, timeout: float = 300) -> int:
+        """Waits for its end and returns the exit code; after the time-out (in seconds) it is killed, and the test fails."""
+        limit = time.monotonic() + timeout
+        while self.alive():
             if time.monotonic() > limit:
-                os.killpg(child, signal.SIGKILL)
-                assert kill_after is not None, f"hung: {log.read_text()[-4000:]}"
-                break
+                os.killpg(self.pid, signal.SIGKILL)
+                raise AssertionError(f"hung: {self.output()[-4000:]}")
             time.sleep(0.02)
-        code = self._ask({"wait": child})
-        return code, log.read_text(errors="replace")
+        return self._warm._ask({"wait": self.pid})
 
 
 def _alive(child: int) -> bool:
