@@ -185,8 +185,9 @@ def check_weights(bad: list[str], *, step: int) -> list[Finding]:
         return []
     return [
         Finding(
-            f"{len(bad)} weights are NaN or infinite after step {step} (the first is {bad[0]}), and were not saved: lower "
-            "`learning_rate` or set `max_grad_norm`. Earlier checkpoints are sound",
+            f"{len(bad)} weights are NaN or infinite after step {step} (the first is {bad[0]}), and were not saved: "
+            + ("check `base_model`" if step == 0 else "lower `learning_rate` or set `max_grad_norm`")
+            + ". Earlier checkpoints are sound",
             fatal=True,
         )
     ]

@@ -63,7 +63,7 @@ _HOST_KEYS = (
 _PLANNED = ("learning_rate", "warmup_steps", "warmup_ratio", "num_epochs", "max_steps")
 _PLANNED_SPIN = ("iterations", "beta", "learning_rate", "history")
 # parameter groups with a rate of their own refer to the base rate
-_GROUP_RATES = ("embedding_lr", "embedding_lr_scale", "lr_groups", "loraplus_lr_ratio", "loraplus_lr_embedding")
+_GROUP_RATES = ("embedding_lr", "embedding_lr_scale", "lr_groups", "loraplus_lr_ratio")
 # settings of the spin block that change nothing in the result: another backend draws from the same distribution
 _HARMLESS = ("save_iterations", "active", "generation.backend")
 

@@ -24,11 +24,12 @@ from tqdm import tqdm
 from axolotl_spin.artifacts import DamagedFileError, ForeignFileError
 from axolotl_spin.chunks import ChunkFiles
 from axolotl_spin.generation import Backend, Chunk, Completion, chunk_rows, chunk_seed, token_limit
-from axolotl_spin.health import check_answers, check_opponent_logps, describe_pairs, report
+from axolotl_spin.health import check_answers, check_opponent_logps, check_weights, describe_pairs, report
 from axolotl_spin.logprobs import completion_logps
 from axolotl_spin.pairs import SCHEMA, PairCollator, PairDataset, read_pairs, write_pairs
 from axolotl_spin.peers import Peers
 from axolotl_spin.plan import IterationPlan
+from axolotl_spin.policy import nonfinite_weights
 from axolotl_spin.resume import lost_pairs
 from axolotl_spin.run import SpinRun
 
@@ -94,6 +95,8 @@ class SelfPlay:
         else:
             if isinstance(found, DamagedFileError):
                 self._say(f"{found}: they are made again, by the same opponent")
+            bad = nonfinite_weights(self.accelerator.unwrap_model(model), frozen=True)
+            report(check_weights(bad, step=entry.first_step), main)
             with _frozen(model):
                 pairs = self._generate(entry, model, figures)
                 self._check(pairs, entry)

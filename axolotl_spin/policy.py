@@ -72,15 +72,16 @@ def save_whole(trainer: Any, folder: Path) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def nonfinite_weights(model: torch.nn.Module) -> list[str]:
-    """Returns the names of trainable parameters with a NaN or infinite value in what this rank holds of them.
+def nonfinite_weights(model: torch.nn.Module, frozen: bool = False) -> list[str]:
+    """Returns the names of parameters with a NaN or infinite value in what this rank holds of them.
 
     Args:
         model: The policy, wrapped or not. Of a sharded parameter only this rank's shard is read.
+        frozen: Read those too that are not trained (quantised ones hold integers, which are never wrong).
     """
     found = []
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
+        if not (parameter.requires_grad or (frozen and parameter.is_floating_point())):
             continue
         held = getattr(parameter, "ds_tensor", parameter)  # ZeRO-3 leaves the parameter itself empty
         held = held.to_local() if hasattr(held, "to_local") else held  # FSDP2's DTensor

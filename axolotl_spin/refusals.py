@@ -155,11 +155,17 @@ def refuse_loaded(cfg: Any, other_trainers: list[str], save_iterations: bool) ->
     Raises:
         ValueError: Names the key, the reason and the remedy.
     """
+    from transformers import SchedulerType
+
     if cfg.get("is_multimodal"):
         raise ValueError(
             f"`base_model: {cfg.get('base_model')}` is multimodal, which does not work with `rl: spin`; "
             "use a text model"
         )
+    schedule = cfg.get("lr_scheduler")
+    known = {*(kind.value for kind in SchedulerType), "one_cycle", "rex"}
+    if schedule and schedule not in known:
+        raise ValueError(f"`lr_scheduler: {schedule}` is none of the host's: {', '.join(sorted(known))}")
     if (cfg.get("fsdp") or cfg.get("fsdp_config")) and str(cfg.get("fsdp_version")) != "2":
         raise ValueError(
             f"`fsdp_version: {cfg.get('fsdp_version')}`, which this host takes where none is given, does not work with "

@@ -57,6 +57,12 @@ class IterationSchedule(LRScheduler):
         rate = self._rates[min(self.last_epoch, len(self._rates) - 1)]
         return [initial * rate / self._base_rate for initial in self.base_lrs]
 
+    def reapply(self) -> None:
+        """Gives the optimizer this step's rates, where its state was loaded from a run whose plan ended here."""
+        self._last_lr = self.get_lr()
+        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = rate
+
     def state_dict(self) -> dict[str, Any]:
         """Returns the state without the table, which the plan gives again."""
         state = super().state_dict()

@@ -314,6 +314,8 @@ class SpinTrainer(AxolotlTrainer, WithoutTokenPerplexity):
         self._tr_loss = torch.tensor(logged["sum"], device=self.args.device)
         self._globalstep_last_logged = logged["at"]
         self.args.eval_on_start = False  # the whole run's start is behind
+        schedule: Any = self.lr_scheduler
+        getattr(schedule, "scheduler", schedule).reapply()
         if not hasattr(self, "_initial_global_step"):  # transformers 5.20 averages over the steps of one start
             self._total_loss_scalar = logged["total"]
         if self.state.global_step == entry.first_step + entry.steps:

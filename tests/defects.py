@@ -2,6 +2,7 @@
 
 import copy
 import os
+from dataclasses import replace
 
 from axolotl.integrations.base import BasePlugin
 
@@ -17,6 +18,7 @@ class DefectPlugin(BasePlugin):
 
 
 def _plant(defect: str) -> None:
+    from axolotl_spin import trainer
     from axolotl_spin.generation.transformers import TransformersBackend
     from axolotl_spin.iteration import SelfPlay
     from axolotl_spin.pairs import WeightedRows
@@ -46,6 +48,11 @@ def _plant(defect: str) -> None:
 
     if defect == "frozen_opponent":
         SelfPlay._score = frozen_opponent
+        # the run sees it by itself, and would stop
+        check = trainer.check_step_zero
+        trainer.check_step_zero = lambda *args, **kwargs: [
+            replace(found, fatal=False) for found in check(*args, **kwargs)
+        ]
     elif defect == "stale_generations":
         TransformersBackend.answer = stale_generations
     elif defect == "dies_after_two_chunks":

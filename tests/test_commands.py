@@ -100,7 +100,7 @@ def test_each_iterations_adapter_and_the_files_around_it(lora_run: tuple[dict, h
     )
     assert names == [
         "iteration-0/metrics.json", "iteration-0/pairs.parquet", "iteration-1/metrics.json", "iteration-1/pairs.parquet",
-        "plan.json",
+        "plan.json", "run.lock",
     ]  # fmt: skip
     for iteration in range(2):
         assert (spin / f"iteration-{iteration}" / "model" / "adapter_model.safetensors").exists()
@@ -174,6 +174,7 @@ def test_a_second_start_with_other_settings_is_refused_with_both_values(lora_run
     done = axolotl(changed, "train", env={"ACCELERATE_USE_CPU": "true"})
     assert done.code != 0
     assert "spin.beta: 0.1 -> 0.2" in done.output and "seed: 7 -> 8" in done.output
+    assert "spin.iterations" not in done.output
     assert not host.loaded_a_model(run.out)
     assert (run.out / "spin" / "plan.json").read_bytes() == before
 

@@ -13,6 +13,8 @@ import tiny
 import yaml
 from datasets import Dataset, Features
 
+from axolotl_spin.resume import set_aside
+
 TOKENIZER = tiny.tokenizer()
 ROWS = 12
 
@@ -156,39 +158,46 @@ def test_max_prompts(tmp_path: Path) -> None:
 
 
 def test_other_data_is_another_run(tmp_path: Path) -> None:
-    """The hash that artifacts carry follows the tokens, the settings and the batch, and nothing else."""
-    base, _, _ = load(tmp_path)
-    assert load(tmp_path)[0].hash == base.hash
-    assert load(tmp_path, output_dir=str(tmp_path / "elsewhere"), logging_steps=9, save_steps=5)[0].hash == base.hash
+    """The hash of a run follows the tokens, the settings and the batch, and nothing else."""
+    base = load(tmp_path)[0].identity.hash
+    assert load(tmp_path)[0].identity.hash == base
+    harmless = {"output_dir": str(tmp_path / "elsewhere"), "logging_steps": 9, "save_steps": 5}
+    assert load(tmp_path, **harmless)[0].identity.hash == base
     for change in (
         {"spin": {"iterations": 3}},
         {"seed": 8},
         {"micro_batch_size": 1},
         {"learning_rate": 1e-4},
         {"val_set_size": 2},
+        {"adam_beta2": 0.99},
     ):
-        assert load(tmp_path, **change)[0].hash != base.hash, change
+        assert load(tmp_path, **change)[0].identity.hash != base, change
 
 
 def test_only_the_run_in_the_folder_may_go_on(tmp_path: Path) -> None:
     run, _, _ = load(tmp_path)
-    run.check_directory()
     run.write_plan()
-    run.check_directory()
+    load(tmp_path)
     with pytest.raises(ValueError, match=r"seed: 7 -> 8"):
         load(tmp_path, seed=8)
 
 
-def test_later_iterations_are_set_aside_not_deleted(tmp_path: Path) -> None:
+def test_what_lies_beyond_a_start_is_set_aside_not_deleted(tmp_path: Path) -> None:
     run, _, _ = load(tmp_path, spin={"iterations": 3})
     for iteration in range(3):
-        run.directory.iteration(iteration).mkdir(parents=True)
+        run.directory.model(iteration).mkdir(parents=True)
         run.directory.metrics(iteration).write_text(str(iteration))
-    assert run.set_aside_after(2) == []
-    moved = run.set_aside_after(0)
+    for step in (10, 12):
+        (tmp_path / "out" / f"checkpoint-{step}").mkdir()
+    assert set_aside(run, run.plan.total_steps) == []
+    moved = set_aside(run, 10)  # iteration 0's last step: iteration 1 starts
     assert [path.relative_to(run.directory.root).as_posix() for path in moved] == [
-        "replaced-1/iteration-1",
+        "replaced-1/checkpoint-12",
         "replaced-1/iteration-2",
+        "replaced-1/iteration-1/model",
     ]
     assert (moved[1] / "metrics.json").read_text() == "2"
-    assert run.directory.iteration(0).exists() and not run.directory.iteration(1).exists()
+    assert run.directory.model(0).exists() and run.directory.metrics(1).exists()
+    assert (tmp_path / "out" / "checkpoint-10").exists()
+    assert [path.name for path in set_aside(run, 0)] == ["checkpoint-10", "iteration-1", "model"]
+    assert (run.directory.root / "replaced-2" / "iteration-0" / "model").exists()

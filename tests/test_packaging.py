@@ -71,10 +71,13 @@ def imports_of(path: Path) -> set[str]:
 
 # what a file may know of the others: leaves know nothing, host-facing files know the leaves
 LAYERS = [
-    {"artifacts", "plan", "loss", "logprobs", "prompts", "refusals", "generation", "compat"},
-    {"args", "pairs", "schedule", "generation.transformers", "uclaml", "callbacks", "metrics", "policy"},
+    {"artifacts", "plan", "loss", "logprobs", "prompts", "refusals", "generation", "compat", "peers", "health"},
+    {"args", "pairs", "schedule", "generation.transformers", "uclaml", "callbacks", "metrics", "policy"}
+    | {"checkpoints", "chunks", "lock"},
+    {"identity"},
     {"run"},
-    {"report", "iteration"},
+    {"report", "resume"},
+    {"iteration", "progress"},
     {"trainer"},
     {"plugin"},
     {"cli"},

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from axolotl_spin.artifacts import write_whole
+from axolotl_spin.artifacts import DamagedFileError, ForeignFileError, write_whole
 from axolotl_spin.pairs import SCHEMA, PairCollator, PairDataset, StepBatches, WeightedRows, read_pairs, write_pairs
 
 
@@ -108,10 +108,10 @@ def test_epochs_are_shuffled_differently_and_curriculum_not_at_all() -> None:
 
 def test_file_round_trip(tmp_path) -> None:
     path = tmp_path / "iteration-0" / "pairs.parquet"
-    write_pairs(path, table(), run="abc")
-    assert read_pairs(path, "abc").to_pydict() == table().to_pydict()
+    write_pairs(path, table(), "abc")
+    assert read_pairs(path, "abc", 3).to_pydict() == table().to_pydict()
     assert [p.name for p in path.parent.iterdir()] == ["pairs.parquet"]
-    dataset = PairDataset(read_pairs(path))
+    dataset = PairDataset(read_pairs(path, "abc", 3))
     assert dataset[2]["chosen_ids"].tolist() == [7, 2]
     assert dataset[2]["opponent_chosen_logp"] == -3.0
     assert dataset.lengths("rejected_ids").tolist() == [1, 1, 1]
@@ -119,17 +119,30 @@ def test_file_round_trip(tmp_path) -> None:
 
 def test_foreign_and_damaged_files_are_refused(tmp_path) -> None:
     path = tmp_path / "pairs.parquet"
-    write_pairs(path, table(), run="abc")
-    with pytest.raises(ValueError, match="another run"):
-        read_pairs(path, "xyz")
+    write_pairs(path, table(), "abc")
+    with pytest.raises(ForeignFileError, match="another run"):
+        read_pairs(path, "xyz", 3)
+    with pytest.raises(DamagedFileError, match="has 3 pairs instead of 4"):
+        read_pairs(path, "abc", 4)
     whole = path.read_bytes()
     for cut in (0, 4, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:cut])
-        with pytest.raises(ValueError, match="damaged"):
-            read_pairs(path, "abc")
+        with pytest.raises(DamagedFileError, match="damaged"):
+            read_pairs(path, "abc", 3)
     pq.write_table(pa.table({"a": [1]}), path)
-    with pytest.raises(ValueError, match="columns"):
-        read_pairs(path)
+    with pytest.raises(DamagedFileError, match="columns"):
+        read_pairs(path, "abc", 3)
+    with pytest.raises(FileNotFoundError, match="missing"):
+        read_pairs(tmp_path / "none.parquet", "abc", 3)
+
+
+def test_log_probs_that_are_no_numbers_are_damage(tmp_path) -> None:
+    pairs = table()
+    column = pairs.schema.get_field_index("opponent_chosen_logp")
+    pairs = pairs.set_column(column, pairs.schema.field(column), pa.array([-1.0, float("nan"), -3.0]))
+    write_pairs(tmp_path / "pairs.parquet", pairs, "abc")
+    with pytest.raises(DamagedFileError, match="no numbers"):
+        read_pairs(tmp_path / "pairs.parquet", "abc", 3)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path) -> None:
