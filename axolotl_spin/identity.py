@@ -27,7 +27,7 @@ _HOST_KEYS = (
     "lora_target_parameters",
     "lora_target_linear",
     "lora_modules_to_save",
-    "lora_layers_to_transform",
+    "peft_layers_to_transform",
     "lora_model_dir",
     "peft_use_dora",
     "peft_use_rslora",

@@ -41,8 +41,13 @@ def without_clocks(row: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if not any(clock in name for clock in CLOCKS)}
 
 
-def outcome(out: Path) -> dict[str, Any]:
-    """Reads all that a run leaves and that must be equal, whatever stopped it on the way."""
+def outcome(out: Path, weights: str = "model.safetensors") -> dict[str, Any]:
+    """Reads all that a run leaves and that must be equal, whatever stopped it on the way.
+
+    Args:
+        out: The run's `output_dir`.
+        weights: The file of the model or adapter.
+    """
     spin = out / "spin"
     checkpoints = sorted(out.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     state = json.loads((checkpoints[-1] / "trainer_state.json").read_text())
@@ -52,13 +57,13 @@ def outcome(out: Path) -> dict[str, Any]:
         "checkpoints": [path.name for path in checkpoints],
         "logs": [without_clocks(row) for row in state["log_history"]],
         "plan": json.loads((spin / "plan.json").read_text()),
-        "weights": load_file(out / "model.safetensors"),
+        "weights": load_file(out / weights),
     }
     for iteration in range(2):
         folder = spin / f"iteration-{iteration}"
         found[f"pairs {iteration}"] = host.Run(0, "", out).pairs(iteration).to_pydict()
         found[f"metrics {iteration}"] = without_clocks(json.loads((folder / "metrics.json").read_text()))
-        found[f"weights {iteration}"] = load_file(folder / "model" / "model.safetensors")
+        found[f"weights {iteration}"] = load_file(folder / "model" / weights)
     return found
 
 

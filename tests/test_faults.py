@@ -15,8 +15,11 @@ from typing import Any
 
 import host
 import pytest
+import tiny
+import yaml
 from faults import POINTS
 from recovery import differences, outcome, settings_in
+from safetensors.torch import load_file
 from warm import Warm
 
 pytestmark = pytest.mark.host
@@ -83,6 +86,25 @@ def test_killed_at(point: str, warm: Warm, shared: Path, whole: dict[str, Any], 
     code, output = warm.run("axolotl.cli.train", "run.yml", env=env, cwd=tmp_path)
     assert code == 0, output[-6000:]
     check_equal(tmp_path, whole)
+
+
+def test_an_adapter_is_resumed_as_well(warm: Warm, shared: Path, tmp_path: Path) -> None:
+    """LoRA, from an adapter on disk: hosts before 0.21 do not seed a new one's weights."""
+    env = host.environment(ACCELERATE_USE_CPU="true")
+    adapter = tiny.adapter(Path(host.config(shared, rows=19)["base_model"]), tmp_path / "adapter")
+    outcomes = []
+    for name, kill in (("whole", ""), ("killed", "iteration 1/second epoch")):
+        folder = tmp_path / name
+        folder.mkdir()
+        settings = {**settings_in(folder, shared), **host.LORA, "lora_model_dir": str(adapter)}
+        (folder / "run.yml").write_text(yaml.safe_dump(settings))
+        if kill:
+            code, output = warm.run("axolotl.cli.train", "run.yml", env={**env, "SPIN_KILL": kill}, cwd=folder)
+            assert code == -signal.SIGKILL, output[-6000:]
+        code, output = warm.run("axolotl.cli.train", "run.yml", env=env, cwd=folder)
+        assert code == 0, output[-6000:]
+        outcomes.append(outcome(folder / "out", "adapter_model.safetensors"))
+    assert not differences(*outcomes)
 
 
 def test_a_complete_run_says_so_and_does_nothing(shared: Path, whole: dict[str, Any], warm: Warm) -> None:
@@ -168,3 +190,38 @@ def test_the_command_interrupted(
     settings_in(tmp_path, shared)
     start_command(tmp_path, after=share * seconds, by=by)
     finish(tmp_path, f"{by.name} after {share:.0%} of the run", 1, whole, table)
+
+
+# one after the other in a single run, each on one rank; what counts calls counts them from that start on
+CHAIN = [
+    ("generate/chunk whole", 0),
+    ("score/second batch", 1),
+    ("checkpoint/model saved", 1),
+    ("checkpoint/all files saved", 0),
+    ("iteration end/model written aside", 0),
+    ("iteration 1/optimizer restarting", 1),
+    ("iteration 1/first epoch", 1),
+    ("final/before the save", 0),
+]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("kind", ["ddp", "zero3", "fsdp2"])
+def test_two_ranks_of_which_one_is_killed_again_and_again(
+    kind: str, shared: Path, tmp_path: Path, table: Table
+) -> None:
+    changes = {**settings_in(tmp_path, shared), **host.layout(kind, tmp_path)}
+    changes["plugins"] = ["cpu_cluster.CpuClusterPlugin", "faults.FaultPlugin", *host.OURS]
+    whole = host.train({**changes, "output_dir": str(tmp_path / "whole")}, kind)
+    settings = {**changes, "output_dir": str(tmp_path / "killed")}
+    for point, rank in CHAIN:
+        fault = {"SPIN_KILL": point, "SPIN_KILL_RANK": str(rank)}
+        killed = host.train(settings, kind, env=fault, fails=True)
+        assert f"killed at: {point}" in killed.output, killed.output[-6000:]
+    resumed = host.train(settings, kind)
+    ids = all(resumed.pairs(i)["rejected_ids"] == whole.pairs(i)["rejected_ids"] for i in range(2))
+    losses = resumed.losses() == pytest.approx(whole.losses(), abs=1e-5)
+    final = [load_file(run.out / "model.safetensors") for run in (resumed, whole)]
+    weights = all(tensor.allclose(final[1][name], atol=1e-5) for name, tensor in final[0].items())
+    table.add(f"{kind} on two ranks, at {len(CHAIN)} points", len(CHAIN), ids and losses and weights)
+    assert (ids, losses, weights) == (True, True, True)

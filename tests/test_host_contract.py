@@ -62,8 +62,10 @@ from transformers.training_args import OptimizerNames
 
 from axolotl_spin.args import SpinArgs, spin_config
 from axolotl_spin.callbacks import SaveAtIterationEnd
+from axolotl_spin.checkpoints import read_checkpoint
 from axolotl_spin.compat import FIRST_UNSUPPORTED, OLDEST, WithoutTokenPerplexity, check_host_version
 from axolotl_spin.generation.transformers import _generation_config
+from axolotl_spin.identity import _HOST_KEYS, _PLANNED
 from axolotl_spin.pairs import PairDataset, read_pairs
 from axolotl_spin.plan import make_plan
 from axolotl_spin.plan import warmup_steps as plan_warmup_steps
@@ -71,7 +73,6 @@ from axolotl_spin.plugin import SpinPlugin
 from axolotl_spin.policy import disable_dropout
 from axolotl_spin.prompts import prompts_of_row
 from axolotl_spin.refusals import REFUSED
-from axolotl_spin.run import _HOST_KEYS
 from axolotl_spin.schedule import IterationSchedule, learning_rate_table, restart_optimizer
 from axolotl_spin.trainer import SpinTrainer
 
@@ -335,8 +336,8 @@ READ_KEYS = (
 
 
 def test_host_has_every_key_that_we_read() -> None:
-    """A renamed key would read as None, and drop silently out of the hash in `plan.json` (`run._HOST_KEYS`)."""
-    assert sorted({*READ_KEYS, *_HOST_KEYS} - set(AxolotlInputConfig.model_fields)) == []
+    """A renamed key would read as None, and drop silently out of the hash in `plan.json` (`identity._HOST_KEYS`)."""
+    assert sorted({*READ_KEYS, *_HOST_KEYS, *_PLANNED} - set(AxolotlInputConfig.model_fields)) == []
 
 
 def test_host_has_every_key_that_we_refuse() -> None:
@@ -587,7 +588,9 @@ def run(folder: Path) -> SimpleNamespace:
 
 
 def pair_loader(run: SimpleNamespace) -> Any:
-    return run.trainer._pair_loader(PairDataset(read_pairs(run.trainer.run.directory.pairs(1))), epoch=0)
+    spin = run.trainer.run
+    pairs = read_pairs(spin.directory.pairs(1), spin.identity.before(1), spin.plan.iterations[1].rows)
+    return run.trainer._pair_loader(PairDataset(pairs), epoch=0)
 
 
 def test_order_of_the_hosts_calls(run: SimpleNamespace) -> None:
@@ -684,6 +687,7 @@ METHODS = {
     "_get_num_items_in_batch": ["batch_samples", "device"],
     "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
     "log": ["logs", "start_time"],
+    "_save_checkpoint": ["model", "trial"],
 }  # fmt: skip
 
 
@@ -753,6 +757,43 @@ def test_training_step_divides_by_the_accumulation_steps_without_items(run: Simp
     assert trainer.training_step(trainer.model_wrapped, batches[0], None).item() == pytest.approx(whole / 2)
     assert whole != 0
     trainer.optimizer.zero_grad()
+
+
+def test_a_checkpoint_keeps_what_the_trainer_logs_from(run: SimpleNamespace) -> None:
+    """The Trainer starts these at zero in each start; `take_up` gives them what the checkpoint kept."""
+    trainer = run.trainer
+    assert trainer._tr_loss.shape == () and isinstance(trainer._total_loss_scalar, float)
+    assert trainer._globalstep_last_logged == trainer.state.global_step == 4
+    source = inspect.getsource(Trainer._inner_training_loop)
+    order = ["_init_training_state(", "_prepare_for_training(", "self._tr_loss = ", "on_train_begin(", "_run_epoch("]
+    assert [source.index(name) for name in order] == sorted(source.index(name) for name in order)
+    checkpoint = read_checkpoint(run.out / "checkpoint-2")
+    assert not checkpoint.fault and {"trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth"} <= set(
+        checkpoint.mark["files"]
+    )
+    assert checkpoint.state["iteration"] == 0
+
+
+def test_the_host_resumes_from_where_it_is_told(tmp_path: Path) -> None:
+    """`settle_start` decides; the host alone would take the last folder by name, finished or not."""
+    (tmp_path / "checkpoint-7").mkdir()
+    told = DictDefault(output_dir=str(tmp_path), resume_from_checkpoint="there", auto_resume_from_checkpoints=False)
+    assert determine_last_checkpoint(told) == "there"
+    afresh = DictDefault(output_dir=str(tmp_path), resume_from_checkpoint=None, auto_resume_from_checkpoints=False)
+    assert determine_last_checkpoint(afresh) is None
+    alone = DictDefault(output_dir=str(tmp_path), resume_from_checkpoint=None, auto_resume_from_checkpoints=True)
+    assert determine_last_checkpoint(alone) == str(tmp_path / "checkpoint-7")
+
+
+def test_the_process_groups_store_can_be_cloned_and_asked(tmp_path: Path) -> None:
+    """`Peers` looks for another rank's failure in it, over a connection of its own."""
+    assert hasattr(torch.distributed.distributed_c10d, "_get_default_store")
+    for store in (torch.distributed.HashStore(), torch.distributed.FileStore(str(tmp_path / "store"), 1)):
+        other = torch.distributed.PrefixStore("p", store).clone()
+        assert not other.check(["failure"])
+        torch.distributed.PrefixStore("p", store).set("failure", "why")
+        assert other.check(["failure"]) and other.get("failure") == b"why"
+        assert (other.add("seen", 1), other.add("seen", 0)) == (1, 1)
 
 
 def test_default_flow_stops_at_max_steps(run: SimpleNamespace) -> None:

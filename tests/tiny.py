@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -47,6 +48,17 @@ def save(folder: Path, seed: int = 0, **changes) -> Path:
     tok = tokenizer()
     model(len(tok), seed, **changes).save_pretrained(folder)
     tok.save_pretrained(folder)
+    return folder
+
+
+def adapter(base: Path, folder: Path) -> Path:
+    """Writes a LoRA adapter with random weights, the same at each call."""
+    torch.manual_seed(5)
+    loaded = LlamaForCausalLM.from_pretrained(base)
+    settings = LoraConfig(
+        r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False
+    )
+    get_peft_model(loaded, settings).save_pretrained(folder)
     return folder
 
 
