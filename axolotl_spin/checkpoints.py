@@ -55,7 +55,10 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """
     match = _NAME.fullmatch(folder.name)
     found = Checkpoint(folder, int(match[1]) if match else -1)
-    files = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    try:
+        files = {path.name for path in folder.iterdir()}
+    except FileNotFoundError:  # another rank has just removed it
+        files = set()
     if not (folder / _MARK).exists():
         # killed between making the folder and marking it, a save leaves nothing but what it wrote aside
         found.finished = any(not name.startswith(".") for name in files)

@@ -85,6 +85,7 @@ def nonfinite_weights(model: torch.nn.Module, frozen: bool = False) -> list[str]
             continue
         held = getattr(parameter, "ds_tensor", parameter)  # ZeRO-3 leaves the parameter itself empty
         held = held.to_local() if hasattr(held, "to_local") else held  # FSDP2's DTensor
-        if not torch.isfinite(held.detach()).all():
+        plain = type(held.data) is torch.Tensor and held.dtype.itemsize > 1  # quantised ones cannot be asked
+        if plain and not torch.isfinite(held.data).all():
             found.append(name)
     return found

@@ -12,6 +12,7 @@ from axolotl_spin.artifacts import DamagedFileError, ForeignFileError, read_json
 from axolotl_spin.checkpoints import Checkpoint, read_checkpoint, read_checkpoints
 from axolotl_spin.lock import hold_directory
 from axolotl_spin.pairs import check_pairs
+from axolotl_spin.plan import IterationPlan
 from axolotl_spin.run import SpinRun
 
 LOG = get_logger(__name__)
@@ -172,18 +173,22 @@ def _check_pairs_for(checkpoint: Checkpoint, run: SpinRun) -> None:
     if position.iteration == len(run.plan.iterations):
         return
     entry = run.plan.iterations[position.iteration]
-    path = run.directory.pairs(entry.iteration)
     begun = checkpoint.step > entry.first_step
+    fault = _fault_of_pairs(run, entry)
+    needed = entry.iteration
+    if fault and not begun and entry.kept_rows:  # they are made again, with pairs kept from the iteration before
+        needed = entry.iteration - 1
+        fault = _fault_of_pairs(run, run.plan.iterations[needed])
+    if fault and (begun or entry.kept_rows):
+        raise ValueError(f"{checkpoint.folder}: {lost_pairs(fault, run, needed)}") from fault
+
+
+def _fault_of_pairs(run: SpinRun, entry: IterationPlan) -> Exception | None:
     try:
-        if begun:
-            check_pairs(path, run.identity.before(entry.iteration), entry.rows)
-        elif entry.kept_rows and not path.exists():
-            before = run.plan.iterations[entry.iteration - 1]
-            path = run.directory.pairs(before.iteration)
-            check_pairs(path, run.identity.before(before.iteration), before.rows)
+        check_pairs(run.directory.pairs(entry.iteration), run.identity.before(entry.iteration), entry.rows)
     except (FileNotFoundError, DamagedFileError, ForeignFileError) as error:
-        needed = entry.iteration if begun else entry.iteration - 1
-        raise ValueError(f"{checkpoint.folder}: {lost_pairs(error, run, needed)}") from error
+        return error
+    return None
 
 
 def lost_pairs(error: Exception, run: SpinRun, iteration: int) -> str:
