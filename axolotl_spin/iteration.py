@@ -25,8 +25,9 @@ from axolotl_spin.artifacts import DamagedFileError, ForeignFileError
 from axolotl_spin.chunks import ChunkFiles
 from axolotl_spin.generation import Backend, Chunk, Completion, chunk_rows, chunk_seed, token_limit
 from axolotl_spin.health import check_answers, check_opponent_logps, check_weights, describe_pairs, report
+from axolotl_spin.layouts import PairCollator
 from axolotl_spin.logprobs import completion_logps
-from axolotl_spin.pairs import SCHEMA, PairCollator, PairDataset, read_pairs, write_pairs
+from axolotl_spin.pairs import SCHEMA, PairDataset, read_pairs, write_pairs
 from axolotl_spin.peers import Peers
 from axolotl_spin.plan import IterationPlan
 from axolotl_spin.policy import nonfinite_weights
@@ -97,7 +98,7 @@ class SelfPlay:
                 self._say(f"{found}: they are made again, by the same opponent")
             bad = nonfinite_weights(self.accelerator.unwrap_model(model), frozen=True)
             report(check_weights(bad, step=entry.first_step), main)
-            with _frozen(model):
+            with frozen(model):
                 pairs = self._generate(entry, model, figures)
                 self._check(pairs, entry)
                 pairs = self._score(entry, model, pairs, figures)
@@ -299,7 +300,7 @@ class SelfPlay:
 
 
 @contextmanager
-def _frozen(model: Any) -> Iterator[None]:
+def frozen(model: Any) -> Iterator[None]:
     """Puts the policy into `eval()` as the opponent, and back afterwards; gradient checkpointing is not touched."""
     training = model.training
     model.eval()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from axolotl_spin.artifacts import DamagedFileError, ForeignFileError, write_whole
@@ -136,55 +135,6 @@ class PairDataset(Dataset):
     def lengths(self, name: str) -> np.ndarray:
         """Returns the number of tokens of each row's `prompt_ids`, `chosen_ids` or `rejected_ids`."""
         return np.diff(self._ids[name][0])
-
-
-class PairCollator:
-    """Pads pairs into one batch: all human answers first, then all of the opponent's.
-
-    With pairs A and B, each a prompt P, a human answer C and the opponent's answer R, the sequences are
-    `[P_A C_A], [P_B C_B], [P_A R_A], [P_B R_B]`, padded on the right and masked by length (never by id: the padding
-    token may be the end token). For A with P=[5, 6], C=[7, 2], R=[8] and padding 0:
-
-        input_ids       = [[5, 6, 7, 2], [5, 6, 8, 0]]
-        attention_mask  = [[1, 1, 1, 1], [1, 1, 1, 0]]
-        completion_mask = [[0, 0, 1, 1], [0, 0, 1, 0]]
-
-    Args:
-        pad_token_id: Fills the padding; its value does not matter.
-    """
-
-    def __init__(self, pad_token_id: int):
-        self.pad_token_id = pad_token_id
-
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """Collates rows of `PairDataset`.
-
-        Returns:
-            The masks and ids above, (2 * pairs, length); `completion_lengths` (2 * pairs,); and, where the rows have
-            them, `opponent_logps` (2 * pairs,) float64 in nats and `weight` (pairs,), 0 for a pair that only fills a
-            rank's batch.
-        """
-        sequences = [(row["prompt_ids"], row[answer]) for answer in ("chosen_ids", "rejected_ids") for row in rows]
-        width = max(len(prompt) + len(completion) for prompt, completion in sequences)
-        ids = np.full((len(sequences), width), self.pad_token_id, dtype=np.int64)
-        attention = np.zeros_like(ids)
-        completion_mask = np.zeros(ids.shape, dtype=bool)
-        for index, (prompt, completion) in enumerate(sequences):
-            start, end = len(prompt), len(prompt) + len(completion)
-            ids[index, :start], ids[index, start:end] = prompt, completion
-            attention[index, :end] = 1
-            completion_mask[index, start:end] = True
-        batch = {
-            "input_ids": torch.from_numpy(ids),
-            "attention_mask": torch.from_numpy(attention),
-            "completion_mask": torch.from_numpy(completion_mask),
-            "completion_lengths": torch.tensor([len(completion) for _, completion in sequences]),
-        }
-        if "opponent_chosen_logp" in rows[0]:
-            logps = [row[f"opponent_{kind}_logp"] for kind in ("chosen", "rejected") for row in rows]
-            batch["opponent_logps"] = torch.tensor(logps, dtype=torch.float64)
-            batch["weight"] = torch.tensor([float(row.get("weight", 1.0)) for row in rows])
-        return batch
 
 
 class StepBatches(Sampler[list[tuple[int, float]]]):

@@ -43,6 +43,7 @@ class SpinRun:
         command: How the user names this config on the command line.
         adapter: The host's `adapter`, or None for full fine-tuning.
         launch: Ranks and sharding.
+        sample_packing: The host's key; False asks for padded batches.
     """
 
     settings: SpinConfig
@@ -58,6 +59,7 @@ class SpinRun:
     command: str
     adapter: str | None
     launch: Launch
+    sample_packing: bool | None
 
     def write_plan(self, completed: bool = False) -> None:
         """Writes `plan.json`. Call it on one rank.
@@ -111,6 +113,7 @@ def prepare_run(cfg: Any, train_dataset: Any, tokenizer: Any) -> SpinRun:
         command=str(cfg.axolotl_config_path or "spin.yml"),
         adapter=cfg.adapter or None,
         launch=Launch(ranks, _sharding(cfg)),
+        sample_packing=cfg.sample_packing,
     )
 
 

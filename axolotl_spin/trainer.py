@@ -25,10 +25,12 @@ from axolotl_spin.compat import WithoutTokenPerplexity
 from axolotl_spin.generation import Sampling
 from axolotl_spin.generation.transformers import TransformersBackend
 from axolotl_spin.health import check_loss, check_step_zero, check_weights, report
-from axolotl_spin.iteration import SelfPlay
+from axolotl_spin.iteration import SelfPlay, frozen
+from axolotl_spin.layout_choice import disagreement, preferred_layout
+from axolotl_spin.layouts import PairCollator
 from axolotl_spin.logprobs import completion_logps
 from axolotl_spin.loss import LOSS_AT_START, spin_loss
-from axolotl_spin.pairs import PairCollator, PairDataset, StepBatches, WeightedRows
+from axolotl_spin.pairs import PairDataset, StepBatches, WeightedRows
 from axolotl_spin.peers import Peers
 from axolotl_spin.plan import IterationPlan
 from axolotl_spin.policy import disable_dropout, nonfinite_weights, save_whole
@@ -73,6 +75,7 @@ class SpinTrainer(AxolotlTrainer, WithoutTokenPerplexity):
             f"answers end with {', '.join(repr(tokenizer.decode([t])) for t in sampling.stop_token_ids) or 'nothing'}"
         )
         self._collator = PairCollator(pad or 0)
+        self._layout_settled = False
         backend = TransformersBackend(self.accelerator, sampling, pad or 0)
         score_batch = self.args.per_device_train_batch_size
         self.self_play = SelfPlay(run, self.accelerator, backend, self._collator, score_batch, self._peers)
@@ -105,6 +108,8 @@ class SpinTrainer(AxolotlTrainer, WithoutTokenPerplexity):
     def _begin_iteration(self, entry: IterationPlan, model: Any) -> None:
         assert self.run is not None
         fresh = self.state.global_step == entry.first_step
+        if not self._layout_settled:
+            self._settle_layout(model)
         self._pairs, figures = self.self_play.begin(entry, model, fresh)
         if fresh:
             self.progress.begin(entry, figures)
@@ -127,6 +132,41 @@ class SpinTrainer(AxolotlTrainer, WithoutTokenPerplexity):
         if self.accelerator.is_main_process:
             LOG.info(record.line())
         self._pairs = None
+
+    def _settle_layout(self, model: Any) -> None:
+        """Chooses how pairs are laid out, by the model's attention and a check of the numbers; every rank the same."""
+        run = self.run
+        assert run is not None
+        self._layout_settled = True
+        config = self.accelerator.unwrap_model(self.model).config
+        layout, why = preferred_layout(config, sample_packing=run.sample_packing, longest=run.sequence_len)
+        if layout != "padded":
+            collator = PairCollator(self._collator.pad_token_id, layout)
+            off = self._disagreement(model, collator)
+            half = self.args.bf16 or self.args.fp16 or self.accelerator.unwrap_model(self.model).dtype.itemsize < 4
+            if not off <= (0.05 if half else 1e-3):
+                layout, why = "padded", f"its log-probs in the {layout} layout are off by {off:.2g} nats per token"
+        self._collator.layout = layout
+        LOG.info(f"pairs are laid out {layout}: {why}")
+
+    def _disagreement(self, model: Any, collator: PairCollator) -> float:
+        """Compares on a few short prompts and answers; infinite where the model does not take the layout."""
+        assert self.run is not None
+        rows = self.run.prompts.select(range(min(4, len(self.run.prompts))))
+        prompts = [ids[-64:] for ids in rows["prompt_ids"][:]]
+        answers = [ids[:64] for ids in rows["chosen_ids"][:]]
+        pairs = [
+            {"prompt_ids": prompt, "chosen_ids": answer, "rejected_ids": other}
+            for prompt, answer, other in zip(prompts, answers, answers[1:] + answers[:1], strict=True)
+        ]
+        with frozen(model):
+            try:
+                off = disagreement(model, pairs, collator, self.args.device)
+            except (TypeError, ValueError, RuntimeError) as error:
+                LOG.warning(f"the model does not take pairs in the {collator.layout} layout: {error}")
+                off = float("inf")
+        worst = torch.tensor([off], device=self.args.device)
+        return float(self.accelerator.gather(worst).max())
 
     # -- data ---------------------------------------------------------------------------------------------------------
 
@@ -192,7 +232,7 @@ class SpinTrainer(AxolotlTrainer, WithoutTokenPerplexity):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Moves a pair batch to the device without DeepSpeed's cast: a log-prob of -200 in bf16 is off by up to 0.5."""
-        if "completion_mask" not in inputs:
+        if "completion_lengths" not in inputs:
             return super()._prepare_inputs(inputs)
         return {key: value.to(self.args.device, non_blocking=True) for key, value in inputs.items()}
 
@@ -224,7 +264,7 @@ class SpinTrainer(AxolotlTrainer, WithoutTokenPerplexity):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         """Counts the pairs of a step over all ranks and micro-batches; evaluation batches are the host's."""
-        if not batch_samples or "completion_mask" not in batch_samples[0]:
+        if not batch_samples or "completion_lengths" not in batch_samples[0]:
             return super()._get_num_items_in_batch(batch_samples, device)
         count = torch.stack([batch["weight"].sum() for batch in batch_samples]).sum().to(device)
         self._pairs_in_step = self._sum_over_ranks(count)
@@ -238,7 +278,7 @@ class SpinTrainer(AxolotlTrainer, WithoutTokenPerplexity):
         The loss is scaled so that, after the Trainer's division by the accumulation steps and the average of gradients
         over ranks, each pair of the step has the same weight, however many pairs the last batch has.
         """
-        if "completion_mask" not in inputs:
+        if "completion_lengths" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         assert self.run is not None
         settings = self.run.settings

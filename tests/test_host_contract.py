@@ -823,7 +823,7 @@ def test_deepspeed_casts_floating_inputs_and_ours_does_not() -> None:
     )
     logps = torch.tensor([-200.3], dtype=torch.float64)
     assert Trainer._prepare_input(trainer, logps).dtype == torch.bfloat16
-    batch = SpinTrainer._prepare_inputs(trainer, {"completion_mask": torch.ones(1), "opponent_logps": logps})
+    batch = SpinTrainer._prepare_inputs(trainer, {"completion_lengths": torch.ones(1), "opponent_logps": logps})
     assert batch["opponent_logps"].item() == -200.3
 
 

@@ -10,9 +10,9 @@ import pytest
 import tiny
 import torch
 
+from axolotl_spin.layouts import PairCollator
 from axolotl_spin.logprobs import completion_logps
 from axolotl_spin.loss import spin_loss
-from axolotl_spin.pairs import PairCollator
 from axolotl_spin.policy import disable_dropout
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "dolly_openqa_short_train.jsonl"

@@ -71,10 +71,10 @@ def imports_of(path: Path) -> set[str]:
 
 # what a file may know of the others: leaves know nothing, host-facing files know the leaves
 LAYERS = [
-    {"artifacts", "plan", "loss", "logprobs", "prompts", "refusals", "generation", "compat", "peers", "health"},
+    {"artifacts", "plan", "loss", "layouts", "prompts", "refusals", "generation", "compat", "peers", "health"},
     {"args", "pairs", "schedule", "generation.transformers", "uclaml", "callbacks", "metrics", "policy"}
-    | {"checkpoints", "chunks", "lock"},
-    {"identity"},
+    | {"checkpoints", "chunks", "lock", "logprobs"},
+    {"identity", "layout_choice"},
     {"run"},
     {"report", "resume"},
     {"iteration", "progress"},

@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from axolotl_spin.artifacts import DamagedFileError, ForeignFileError, write_whole
-from axolotl_spin.pairs import SCHEMA, PairCollator, PairDataset, StepBatches, WeightedRows, read_pairs, write_pairs
+from axolotl_spin.layouts import PairCollator
+from axolotl_spin.pairs import SCHEMA, PairDataset, StepBatches, WeightedRows, read_pairs, write_pairs
 
 
 def table(count: int = 3) -> pa.Table:
@@ -26,20 +27,6 @@ def table(count: int = 3) -> pa.Table:
         "row": list(range(count)),
     }
     return pa.table(columns, schema=SCHEMA)
-
-
-def test_collator_worked_example() -> None:
-    """Human answers first, then the opponent's; padding on the right; the masks know lengths, not ids."""
-    rows = [
-        {"prompt_ids": [5, 6], "chosen_ids": [7, 2], "rejected_ids": [8]},
-        {"prompt_ids": [9], "chosen_ids": [2], "rejected_ids": [3, 4, 2]},
-    ]
-    batch = PairCollator(pad_token_id=2)(rows)
-    assert batch["input_ids"].tolist() == [[5, 6, 7, 2], [9, 2, 2, 2], [5, 6, 8, 2], [9, 3, 4, 2]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
-    assert batch["completion_mask"].int().tolist() == [[0, 0, 1, 1], [0, 1, 0, 0], [0, 0, 1, 0], [0, 1, 1, 1]]
-    assert batch["completion_lengths"].tolist() == [2, 1, 1, 3]
-    assert "weight" not in batch
 
 
 def test_opponent_logps_stay_in_double() -> None:

@@ -1,0 +1,69 @@
+"""Which layout a model's attention can take, and the numeric check of that choice before anything depends on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from axolotl_spin.layouts import Layout, PairCollator
+from axolotl_spin.logprobs import completion_logps
+
+
+def preferred_layout(config: Any, *, sample_packing: bool | None, longest: int) -> tuple[Layout, str]:
+    """Returns the layout with the least to compute that a model's attention should take, and why.
+
+    Args:
+        config: The model's (`transformers.PretrainedConfig`).
+        sample_packing: The host's key; False asks for padding.
+        longest: Most tokens in a prompt with an answer.
+    """
+    if sample_packing is False:
+        return "padded", "`sample_packing: false`"
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    attention = str(getattr(text, "_attn_implementation", None) or getattr(config, "_attn_implementation", None))
+    if "flash" in attention:
+        return "packed", f"{attention} separates sequences by their positions"
+    if attention not in ("sdpa", "eager"):
+        return "padded", f"{attention} is not known to take a mask"
+    window = getattr(text, "sliding_window", None)
+    windowed = "sliding_attention" in (getattr(text, "layer_types", None) or []) or (
+        getattr(text, "layer_types", None) is None and getattr(text, "use_sliding_window", True)
+    )
+    if window and windowed and longest > window:
+        return "padded", f"its attention slides over {window} tokens, and pairs may have {longest}"
+    return "shared", f"{attention} takes a mask"
+
+
+def disagreement(model: Any, rows: Sequence[dict[str, Any]], collator: PairCollator, device: Any) -> float:
+    """Returns how far a layout's log-probs are from those of the padded layout, in nats per token.
+
+    Also counts how much one answer's log-probs move when the other answer of its pair, and the pairs beside it, are
+    exchanged for other tokens: by nothing, where the attention respects the layout.
+
+    Args:
+        model: The policy as the trainer wraps it, in `eval()`; every rank must call.
+        rows: Pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`), more than one.
+        collator: Of the layout.
+        device: Where the model is.
+    """
+
+    def logps(collate: PairCollator, pairs: Sequence[dict[str, Any]]) -> torch.Tensor:
+        batch = {name: tensor.to(device) for name, tensor in collate(pairs).items()}
+        return completion_logps(model, batch) / batch["completion_lengths"]
+
+    with torch.no_grad():
+        found = logps(collator, rows)
+        padded = logps(PairCollator(collator.pad_token_id, "padded"), rows)
+        last = rows[-1]
+        others = [_other_tokens(row, ("prompt_ids", "chosen_ids", "rejected_ids")) for row in rows[:-1]]
+        moved = logps(collator, [*others, _other_tokens(last, ("chosen_ids",))])
+    apart = (found - padded).abs().max()
+    leaked = (found[-1] - moved[-1]).abs()  # the last pair's opponent answer
+    return float(torch.maximum(apart, leaked))
+
+
+def _other_tokens(row: dict[str, Any], parts: Sequence[str]) -> dict[str, Any]:
+    return {name: np.asarray(ids)[::-1] // 2 if name in parts else ids for name, ids in row.items()}

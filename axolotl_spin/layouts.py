@@ -1,0 +1,180 @@
+"""How pairs are laid out for the model's forward: side by side and padded, end to end, or with one prompt for two answers.
+
+Whatever the layout, a batch says the same: which positions predict the answers' tokens, and what those tokens are. With
+pairs A and B, each a prompt P, a human answer C and the opponent's answer R, and sequences always in the order
+`[P_A C_A], [P_B C_B], [P_A R_A], [P_B R_B]`:
+
+    padded    a row for each sequence, padded on the right
+    packed    one row, sequences end to end: P_A C_A P_A R_A P_B C_B P_B R_B; positions restart at each prompt
+    shared    pairs end to end in rows of a token budget: P_A C_A R_A P_B C_B R_B; the positions of both answers go on from
+              their prompt's, and a token sees those before it that are prompt or of its own answer
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Layout = Literal["padded", "packed", "shared"]
+
+# rows of the shared layout have at least so many tokens: attention over them costs little beside the rest of the model
+_LEAST_BUDGET = 1024
+
+
+class PairCollator:
+    """Makes batches of pairs.
+
+    For one pair P=[5, 6], C=[7, 2], R=[8] and padding 0:
+
+        layout        padded                        packed                  shared
+        input_ids     [[5, 6, 7, 2], [5, 6, 8, 0]]  [[5, 6, 7, 2, 5, 6, 8]] [[5, 6, 7, 2, 8]]
+        position_ids  -                             [[0, 1, 2, 3, 0, 1, 2]] [[0, 1, 2, 3, 2]]
+        columns       [1, 2]                        [1, 2, 5]               [1, 2, 1]
+        targets       [7, 2, 8]                     [7, 2, 8]               [7, 2, 8]
+
+    Args:
+        pad_token_id: Fills the padding; its value does not matter.
+        layout: See the module.
+    """
+
+    def __init__(self, pad_token_id: int, layout: Layout = "padded"):
+        self.pad_token_id = pad_token_id
+        self.layout = layout
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """Collates rows of `PairDataset`.
+
+        Returns:
+            `input_ids` (rows, length) and what else the forward takes: `attention_mask` (rows, length) where padded,
+            `position_ids` (rows, length) where not, `segments` (rows, length) where a mask is to be made of them;
+            `columns` (k,), the positions whose logits are needed, `picks` (answer tokens,), which of the (rows * k) logits
+            predicts each token, and `targets` (answer tokens,), all in the order of the sequences; `completion_lengths`
+            (2 * pairs,); and, where the rows have them, `opponent_logps` (2 * pairs,) float64 in nats and `weight`
+            (pairs,), 0 for a pair that only fills a rank's batch.
+        """
+        batch = {"padded": self._padded, "packed": self._packed, "shared": self._shared}[self.layout](rows)
+        answers = [np.asarray(row[kind]) for kind in ("chosen_ids", "rejected_ids") for row in rows]
+        batch["targets"] = torch.from_numpy(np.concatenate(answers).astype(np.int64))
+        batch["completion_lengths"] = torch.tensor([len(answer) for answer in answers])
+        if "opponent_chosen_logp" in rows[0]:
+            logps = [row[f"opponent_{kind}_logp"] for kind in ("chosen", "rejected") for row in rows]
+            batch["opponent_logps"] = torch.tensor(logps, dtype=torch.float64)
+            batch["weight"] = torch.tensor([float(row.get("weight", 1.0)) for row in rows])
+        return batch
+
+    def _padded(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        sequences = [(row["prompt_ids"], row[answer]) for answer in ("chosen_ids", "rejected_ids") for row in rows]
+        width = max(len(prompt) + len(completion) for prompt, completion in sequences)
+        ids = np.full((len(sequences), width), self.pad_token_id, dtype=np.int64)
+        attention = np.zeros_like(ids)
+        predicts = []
+        for index, (prompt, completion) in enumerate(sequences):
+            start, end = len(prompt), len(prompt) + len(completion)
+            ids[index, :start], ids[index, start:end] = prompt, completion
+            attention[index, :end] = 1
+            predicts.append((np.full(len(completion), index), np.arange(start - 1, end - 1)))
+        batch = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(attention)}
+        return {**batch, **_needed(predicts)}
+
+    def _packed(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        ids, positions = [], []
+        predicts: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+        start = 0
+        for index, row in enumerate(rows):
+            for kind, answer in enumerate((row["chosen_ids"], row["rejected_ids"])):
+                prompt, length = len(row["prompt_ids"]), len(row["prompt_ids"]) + len(answer)
+                ids += [np.asarray(row["prompt_ids"]), np.asarray(answer)]
+                positions.append(np.arange(length))
+                columns = np.arange(start + prompt - 1, start + length - 1)
+                predicts[kind, index] = (np.zeros_like(columns), columns)
+                start += length
+        batch = {
+            "input_ids": torch.from_numpy(np.concatenate(ids).astype(np.int64))[None],
+            "position_ids": torch.from_numpy(np.concatenate(positions))[None],
+        }
+        return {**batch, **_needed([predicts[key] for key in sorted(predicts)])}
+
+    def _shared(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        lengths = [sum(len(row[part]) for part in ("prompt_ids", "chosen_ids", "rejected_ids")) for row in rows]
+        bins = _bins(lengths, max(_LEAST_BUDGET, *lengths))
+        width = max(sum(lengths[index] for index in members) for members in bins)
+        ids = np.full((len(bins), width), self.pad_token_id, dtype=np.int64)
+        positions = np.zeros_like(ids)
+        segments = np.full_like(ids, -1)
+        predicts: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+        for place, members in enumerate(bins):
+            start = 0
+            for index in members:
+                row = rows[index]
+                prompt = len(row["prompt_ids"])
+                ids[place, start : start + prompt] = row["prompt_ids"]
+                positions[place, start : start + prompt] = np.arange(prompt)
+                segments[place, start : start + prompt] = 3 * index
+                at = start + prompt
+                for kind, answer in enumerate((row["chosen_ids"], row["rejected_ids"])):
+                    end = at + len(answer)
+                    ids[place, at:end] = answer
+                    positions[place, at:end] = np.arange(prompt, prompt + len(answer))
+                    segments[place, at:end] = 3 * index + 1 + kind
+                    # the prompt's last token predicts the first of both answers
+                    columns = np.concatenate([[start + prompt - 1], np.arange(at, end - 1)])[: len(answer)]
+                    predicts[kind, index] = (np.full_like(columns, place), columns)
+                    at = end
+                start = at
+        batch = {"input_ids": ids, "position_ids": positions, "segments": segments}
+        made = {name: torch.from_numpy(values) for name, values in batch.items()}
+        return {**made, **_needed([predicts[key] for key in sorted(predicts)])}
+
+
+def _bins(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Puts pairs into as few rows of a token budget as first-fit decreasing finds; no pair is split.
+
+    Args:
+        lengths: Tokens in each pair; none is above the budget.
+        budget: Most tokens in a row.
+    """
+    bins: list[list[int]] = []
+    left: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        place = next((place for place, room in enumerate(left) if room >= lengths[index]), None)
+        if place is None:
+            place = len(bins)
+            bins.append([])
+            left.append(budget)
+        bins[place].append(index)
+        left[place] -= lengths[index]
+    return [sorted(members) for members in bins]
+
+
+def _needed(predicts: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Tensor]:
+    """Returns `columns` and `picks` for the (row, column) of every predicting position, in order.
+
+    With a single row each position is asked for by itself, so that the logits come in order and need no copy.
+    """
+    rows = np.concatenate([row for row, _ in predicts])
+    columns = np.concatenate([column for _, column in predicts])
+    if not rows.any():
+        return {"columns": torch.from_numpy(columns), "picks": torch.arange(len(columns))}
+    wanted, place = np.unique(columns, return_inverse=True)
+    return {"columns": torch.from_numpy(wanted), "picks": torch.from_numpy(rows * len(wanted) + place)}
+
+
+def shared_mask(segments: Tensor) -> Tensor:
+    """Returns which token sees which in the shared layout.
+
+    Args:
+        segments: (rows, length) 3 * pair + 0 for its prompt, 1 for the human answer, 2 for the opponent's; -1 is padding.
+
+    Returns:
+        (rows, 1, length, length) bool; padding sees padding, so that no token sees nothing.
+    """
+    pair, part = segments.div(3, rounding_mode="floor"), segments.remainder(3)  # padding: pair -1
+    same_pair = pair[:, :, None] == pair[:, None, :]
+    own = (part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])
+    length = segments.shape[1]
+    earlier = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
+    return (same_pair & own & earlier)[:, None]

@@ -1,0 +1,141 @@
+"""Padded, packed and shared: the same log-probs and gradients, from the same function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from axolotl_spin.layouts import PairCollator, _bins, shared_mask
+from axolotl_spin.logprobs import completion_logps, selected_logps
+
+
+def pairs(count: int = 7, seed: int = 0) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(low: int, high: int) -> np.ndarray:
+        length = int(torch.randint(low, high, (1,), generator=generator))
+        return torch.randint(7, 47, (length,), generator=generator).numpy().astype(np.int32)
+
+    return [{"prompt_ids": ids(1, 12), "chosen_ids": ids(1, 9), "rejected_ids": ids(1, 9)} for _ in range(count)]
+
+
+ROW = {"prompt_ids": [5, 6], "chosen_ids": [7, 2], "rejected_ids": [8]}
+OTHER = {"prompt_ids": [9], "chosen_ids": [2], "rejected_ids": [3, 4, 2]}
+
+
+def as_lists(layout: Any, rows: list[dict]) -> dict[str, list]:
+    return {name: tensor.tolist() for name, tensor in PairCollator(0, layout)(rows).items()}
+
+
+def test_padded_worked_example() -> None:
+    """Human answers first, then the opponent's; padding on the right; the masks know lengths, not ids."""
+    assert as_lists("padded", [ROW, OTHER]) == {
+        "input_ids": [[5, 6, 7, 2], [9, 2, 0, 0], [5, 6, 8, 0], [9, 3, 4, 2]],
+        "attention_mask": [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]],
+        "columns": [0, 1, 2],
+        "picks": [1, 2, 3, 7, 9, 10, 11],
+        "targets": [7, 2, 2, 8, 3, 4, 2],
+        "completion_lengths": [2, 1, 1, 3],
+    }
+
+
+def test_packed_worked_example() -> None:
+    assert as_lists("packed", [ROW, OTHER]) == {
+        "input_ids": [[5, 6, 7, 2, 5, 6, 8, 9, 2, 9, 3, 4, 2]],
+        "position_ids": [[0, 1, 2, 3, 0, 1, 2, 0, 1, 0, 1, 2, 3]],
+        "columns": [1, 2, 7, 5, 9, 10, 11],
+        "picks": list(range(7)),
+        "targets": [7, 2, 2, 8, 3, 4, 2],
+        "completion_lengths": [2, 1, 1, 3],
+    }
+
+
+def test_shared_worked_example() -> None:
+    assert as_lists("shared", [ROW, OTHER]) == {
+        "input_ids": [[5, 6, 7, 2, 8, 9, 2, 3, 4, 2]],
+        "position_ids": [[0, 1, 2, 3, 2, 0, 1, 1, 2, 3]],
+        "segments": [[0, 0, 1, 1, 2, 3, 4, 5, 5, 5]],
+        "columns": [1, 2, 5, 1, 5, 7, 8],
+        "picks": list(range(7)),
+        "targets": [7, 2, 2, 8, 3, 4, 2],
+        "completion_lengths": [2, 1, 1, 3],
+    }
+
+
+def test_what_sees_what() -> None:
+    """P P C C R, and one token of padding that sees itself alone."""
+    mask = shared_mask(torch.tensor([[0, 0, 1, 1, 2, -1]]))
+    assert mask.shape == (1, 1, 6, 6)
+    assert mask[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 0, 0, 1, 0],
+        [0, 0, 0, 0, 0, 1],
+    ]
+
+
+def test_bins_hold_whole_pairs() -> None:
+    assert _bins([5, 4, 3, 2, 6], 10) == [[1, 4], [0, 2, 3]]
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(1, 50, 200).tolist()
+    bins = _bins(lengths, 60)
+    assert sorted(index for members in bins for index in members) == list(range(200))
+    assert max(sum(lengths[index] for index in members) for members in bins) <= 60
+    assert len(bins) <= 1.25 * sum(lengths) / 60
+
+
+def gradients(model: Any, logps: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    weights = torch.linspace(-1, 2, len(logps))
+    (logps * weights).sum().backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+ARCHITECTURES = {
+    "llama": {},
+    "tied": {"tie_word_embeddings": True},
+}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("layout", ["packed", "shared"])
+@pytest.mark.parametrize("rows", ["one row", "several rows"])
+def test_layouts_agree(attention: str, layout: Any, rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if rows == "several rows":
+        monkeypatch.setattr("axolotl_spin.layouts._LEAST_BUDGET", 40)
+    model = tiny.model(47, seed=3, attn_implementation=attention).train()
+    assert model.config._attn_implementation == attention
+    made = pairs()
+    expected = completion_logps(model, PairCollator(0, "padded")(made))
+    found = completion_logps(model, PairCollator(0, layout)(made))
+    assert torch.allclose(found, expected, atol=1e-5), (found - expected).abs().max()
+    theirs, ours = gradients(model, expected), gradients(model, found)
+    assert theirs.keys() == ours.keys()
+    largest = max(gradient.abs().max().item() for gradient in theirs.values())
+    assert largest > 1
+    for name, gradient in theirs.items():
+        assert torch.allclose(ours[name], gradient, atol=1e-5 * largest), name
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_selected_logps_and_their_gradient(kind: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against torch's log-softmax of everything, with chunks of three tokens."""
+    monkeypatch.setattr("axolotl_spin.logprobs._CHUNK", 3 * 11)
+    torch.manual_seed(0)
+    logits = (4 * torch.randn(10, 11)).to(kind).requires_grad_()
+    targets = torch.randint(11, (10,))
+    weights = torch.randn(10)
+    found = selected_logps(logits, targets)
+    (found * weights).sum().backward()
+    ours, logits.grad = logits.grad, None
+    expected = logits.float().log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+    (expected * weights).sum().backward()
+    assert found.dtype == torch.float32 and ours.dtype == kind
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert torch.allclose(ours.float(), logits.grad.float(), atol=1e-6 if kind == torch.float32 else 1e-2)
