@@ -9,8 +9,7 @@ policy, and its log-probs are on disk before the first optimizer step.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,7 @@ from axolotl_spin.logprobs import completion_logps
 from axolotl_spin.pairs import SCHEMA, PairDataset, read_pairs, write_pairs
 from axolotl_spin.peers import Peers
 from axolotl_spin.plan import IterationPlan
-from axolotl_spin.policy import nonfinite_weights
+from axolotl_spin.policy import frozen, nonfinite_weights
 from axolotl_spin.resume import lost_pairs
 from axolotl_spin.run import SpinRun
 
@@ -297,19 +296,6 @@ class SelfPlay:
 
     def _bar(self, description: str, total: int, unit: str) -> tqdm:
         return tqdm(desc=description, total=total, unit=unit, disable=not self.accelerator.is_main_process)
-
-
-@contextmanager
-def frozen(model: Any) -> Iterator[None]:
-    """Puts the policy into `eval()` as the opponent, and back afterwards; gradient checkpointing is not touched."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-        if hasattr(model, "reshard"):  # FSDP2: a forward without backward leaves the root's parameters gathered
-            model.reshard()
 
 
 def _as_array(values: Any, kind: pa.DataType) -> pa.Array:

@@ -7,9 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from axolotl.utils.logging import get_logger
 
 from axolotl_spin.layouts import Layout, PairCollator
 from axolotl_spin.logprobs import completion_logps
+from axolotl_spin.policy import frozen
+from axolotl_spin.run import SpinRun
+
+LOG = get_logger(__name__)
 
 
 def preferred_layout(config: Any, *, sample_packing: bool | None, longest: int) -> tuple[Layout, str]:
@@ -63,6 +68,46 @@ def disagreement(model: Any, rows: Sequence[dict[str, Any]], collator: PairColla
     apart = (found - padded).abs().max()
     leaked = (found[-1] - moved[-1]).abs()  # the last pair's opponent answer
     return float(torch.maximum(apart, leaked))
+
+
+def settle_layout(collator: PairCollator, model: Any, run: SpinRun, accelerator: Any, half: bool) -> str:
+    """Gives a collator the layout that a model takes, on every rank the same.
+
+    Args:
+        collator: Of training and of the opponent's pass; changed in place.
+        model: The policy as the trainer wraps it; every rank must call.
+        run: Its prompts and human answers are tried out.
+        accelerator: The trainer's.
+        half: Whether the forward is in half precision, whose rounding differs between layouts.
+
+    Returns:
+        A line for the log: the layout and why it was chosen.
+    """
+    policy = accelerator.unwrap_model(model)
+    layout, why = preferred_layout(policy.config, sample_packing=run.sample_packing, longest=run.sequence_len)
+    if layout != "padded":
+        try:
+            with frozen(model):
+                tried = PairCollator(collator.pad_token_id, layout)
+                off = disagreement(model, _few_pairs(run.prompts), tried, accelerator.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            LOG.warning(f"the model does not take pairs in the {layout} layout: {error}")
+            off = float("inf")
+        off = float(accelerator.gather(torch.tensor([off], device=accelerator.device)).max())
+        if not off <= (0.05 if half or policy.dtype.itemsize < 4 else 1e-3):
+            layout, why = "padded", f"in the {layout} layout its log-probs are off by {off:.2g} nats per token"
+    collator.layout = layout
+    return f"pairs are laid out {layout}: {why}"
+
+
+def _few_pairs(prompts: Any) -> list[dict[str, Any]]:
+    """Returns up to four short pairs of real prompts and answers; the other answer is the next row's."""
+    rows = prompts.select(range(min(4, len(prompts))))
+    answers = [ids[:64] for ids in rows["chosen_ids"][:]]
+    return [
+        {"prompt_ids": prompt[-64:], "chosen_ids": answer, "rejected_ids": other}
+        for prompt, answer, other in zip(rows["prompt_ids"][:], answers, answers[1:] + answers[:1], strict=True)
+    ]
 
 
 def _other_tokens(row: dict[str, Any], parts: Sequence[str]) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,19 @@ def disable_dropout(model: torch.nn.Module) -> list[str]:
                 found[name] = value
                 setattr(module, name, 0.0)
     return [f"{name}={rate:g}" for name, rate in sorted(found.items())]
+
+
+@contextmanager
+def frozen(model: Any) -> Iterator[None]:
+    """Puts the policy into `eval()` as the opponent, and back afterwards; gradient checkpointing is not touched."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+        if hasattr(model, "reshard"):  # FSDP2: a forward without backward leaves the root's parameters gathered
+            model.reshard()
 
 
 def save_whole(trainer: Any, folder: Path) -> None:

@@ -9,7 +9,7 @@ from axolotl_spin.args import SpinConfig, spin_config
 from axolotl_spin.artifacts import RunDirectory, write_json
 from axolotl_spin.identity import Identity, identify
 from axolotl_spin.plan import Plan, make_plan
-from axolotl_spin.prompts import prompt_dataset
+from axolotl_spin.prompts import prompt_dataset, stop_token_ids
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,19 @@ class SpinRun:
     adapter: str | None
     launch: Launch
     sample_packing: bool | None
+
+    def stop_tokens(self, model: Any) -> tuple[int, ...]:
+        """Returns the tokens that end an answer (see `stop_token_ids`).
+
+        Args:
+            model: The policy, whose generation config may name more of them than the tokenizer.
+        """
+        eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        eos = list(eos) if isinstance(eos, (list, tuple)) else [eos]
+        eos += [self.tokenizer.eos_token_id, *self.tokenizer.convert_tokens_to_ids(list(self.eot_tokens))]
+        sample = self.prompts.select(range(min(1000, len(self.prompts))))["chosen_ids"]
+        special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
+        return stop_token_ids(sample, eos=[token for token in eos if token is not None], special=special)
 
     def write_plan(self, completed: bool = False) -> None:
         """Writes `plan.json`. Call it on one rank.

@@ -25,8 +25,8 @@ from axolotl_spin.compat import WithoutTokenPerplexity
 from axolotl_spin.generation import Sampling
 from axolotl_spin.generation.transformers import TransformersBackend
 from axolotl_spin.health import check_loss, check_step_zero, check_weights, report
-from axolotl_spin.iteration import SelfPlay, frozen
-from axolotl_spin.layout_choice import disagreement, preferred_layout
+from axolotl_spin.iteration import SelfPlay
+from axolotl_spin.layout_choice import settle_layout
 from axolotl_spin.layouts import PairCollator
 from axolotl_spin.logprobs import completion_logps
 from axolotl_spin.loss import LOSS_AT_START, spin_loss
@@ -35,7 +35,6 @@ from axolotl_spin.peers import Peers
 from axolotl_spin.plan import IterationPlan
 from axolotl_spin.policy import disable_dropout, nonfinite_weights, save_whole
 from axolotl_spin.progress import Progress
-from axolotl_spin.prompts import stop_token_ids
 from axolotl_spin.resume import set_aside
 from axolotl_spin.run import SpinRun
 from axolotl_spin.schedule import IterationSchedule, learning_rate_table, restart_optimizer
@@ -70,7 +69,7 @@ class SpinTrainer(AxolotlTrainer, WithoutTokenPerplexity):
         tokenizer = run.tokenizer
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         generation = run.settings.generation
-        sampling = Sampling(generation.temperature, generation.top_p, generation.top_k, self._stop_tokens(run))
+        sampling = Sampling(generation.temperature, generation.top_p, generation.top_k, run.stop_tokens(self.model))
         LOG.info(
             f"answers end with {', '.join(repr(tokenizer.decode([t])) for t in sampling.stop_token_ids) or 'nothing'}"
         )
@@ -79,14 +78,6 @@ class SpinTrainer(AxolotlTrainer, WithoutTokenPerplexity):
         backend = TransformersBackend(self.accelerator, sampling, pad or 0)
         score_batch = self.args.per_device_train_batch_size
         self.self_play = SelfPlay(run, self.accelerator, backend, self._collator, score_batch, self._peers)
-
-    def _stop_tokens(self, run: SpinRun) -> tuple[int, ...]:
-        eos = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
-        eos = list(eos) if isinstance(eos, (list, tuple)) else [eos]
-        eos += [run.tokenizer.eos_token_id, *run.tokenizer.convert_tokens_to_ids(list(run.eot_tokens))]
-        sample = run.prompts.select(range(min(1000, len(run.prompts))))["chosen_ids"]
-        special = {*run.tokenizer.all_special_ids, *run.tokenizer.added_tokens_decoder}
-        return stop_token_ids(sample, eos=[token for token in eos if token is not None], special=special)
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
@@ -109,7 +100,9 @@ class SpinTrainer(AxolotlTrainer, WithoutTokenPerplexity):
         assert self.run is not None
         fresh = self.state.global_step == entry.first_step
         if not self._layout_settled:
-            self._settle_layout(model)
+            self._layout_settled = True
+            half = self.args.bf16 or self.args.fp16
+            LOG.info(settle_layout(self._collator, model, self.run, self.accelerator, half))
         self._pairs, figures = self.self_play.begin(entry, model, fresh)
         if fresh:
             self.progress.begin(entry, figures)
@@ -132,41 +125,6 @@ class SpinTrainer(AxolotlTrainer, WithoutTokenPerplexity):
         if self.accelerator.is_main_process:
             LOG.info(record.line())
         self._pairs = None
-
-    def _settle_layout(self, model: Any) -> None:
-        """Chooses how pairs are laid out, by the model's attention and a check of the numbers; every rank the same."""
-        run = self.run
-        assert run is not None
-        self._layout_settled = True
-        config = self.accelerator.unwrap_model(self.model).config
-        layout, why = preferred_layout(config, sample_packing=run.sample_packing, longest=run.sequence_len)
-        if layout != "padded":
-            collator = PairCollator(self._collator.pad_token_id, layout)
-            off = self._disagreement(model, collator)
-            half = self.args.bf16 or self.args.fp16 or self.accelerator.unwrap_model(self.model).dtype.itemsize < 4
-            if not off <= (0.05 if half else 1e-3):
-                layout, why = "padded", f"its log-probs in the {layout} layout are off by {off:.2g} nats per token"
-        self._collator.layout = layout
-        LOG.info(f"pairs are laid out {layout}: {why}")
-
-    def _disagreement(self, model: Any, collator: PairCollator) -> float:
-        """Compares on a few short prompts and answers; infinite where the model does not take the layout."""
-        assert self.run is not None
-        rows = self.run.prompts.select(range(min(4, len(self.run.prompts))))
-        prompts = [ids[-64:] for ids in rows["prompt_ids"][:]]
-        answers = [ids[:64] for ids in rows["chosen_ids"][:]]
-        pairs = [
-            {"prompt_ids": prompt, "chosen_ids": answer, "rejected_ids": other}
-            for prompt, answer, other in zip(prompts, answers, answers[1:] + answers[:1], strict=True)
-        ]
-        with frozen(model):
-            try:
-                off = disagreement(model, pairs, collator, self.args.device)
-            except (TypeError, ValueError, RuntimeError) as error:
-                LOG.warning(f"the model does not take pairs in the {collator.layout} layout: {error}")
-                off = float("inf")
-        worst = torch.tensor([off], device=self.args.device)
-        return float(self.accelerator.gather(worst).max())
 
     # -- data ---------------------------------------------------------------------------------------------------------
 

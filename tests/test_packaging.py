@@ -74,9 +74,9 @@ LAYERS = [
     {"artifacts", "plan", "loss", "layouts", "prompts", "refusals", "generation", "compat", "peers", "health"},
     {"args", "pairs", "schedule", "generation.transformers", "uclaml", "callbacks", "metrics", "policy"}
     | {"checkpoints", "chunks", "lock", "logprobs"},
-    {"identity", "layout_choice"},
+    {"identity"},
     {"run"},
-    {"report", "resume"},
+    {"report", "resume", "layout_choice"},
     {"iteration", "progress"},
     {"trainer"},
     {"plugin"},

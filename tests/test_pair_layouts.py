@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from datasets import Dataset
+from transformers import Gemma3TextConfig, LlamaConfig, Mamba2Config, Mamba2ForCausalLM, MistralConfig, Qwen2Config
 
+from axolotl_spin.layout_choice import disagreement, preferred_layout, settle_layout
 from axolotl_spin.layouts import PairCollator, _bins, shared_mask
 from axolotl_spin.logprobs import completion_logps, selected_logps
 
@@ -97,12 +101,6 @@ def gradients(model: Any, logps: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-ARCHITECTURES = {
-    "llama": {},
-    "tied": {"tie_word_embeddings": True},
-}
-
-
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("layout", ["packed", "shared"])
 @pytest.mark.parametrize("rows", ["one row", "several rows"])
@@ -139,3 +137,108 @@ def test_selected_logps_and_their_gradient(kind: torch.dtype, monkeypatch: pytes
     assert found.dtype == torch.float32 and ours.dtype == kind
     assert torch.allclose(found, expected, atol=1e-6)
     assert torch.allclose(ours.float(), logits.grad.float(), atol=1e-6 if kind == torch.float32 else 1e-2)
+
+
+# -- which layout a model takes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "packing", "layout", "why"),
+    [
+        (LlamaConfig(attn_implementation="sdpa"), None, "shared", "sdpa takes a mask"),
+        (LlamaConfig(attn_implementation="eager"), True, "shared", "eager takes a mask"),
+        (LlamaConfig(attn_implementation="sdpa"), False, "padded", "`sample_packing: false`"),
+        (LlamaConfig(attn_implementation="flash_attention_2"), None, "packed", "by their positions"),
+        (LlamaConfig(attn_implementation="kernels-community/flash-attn3"), True, "packed", "by their positions"),
+        (LlamaConfig(attn_implementation="flex_attention"), None, "padded", "not known to take a mask"),
+        (MistralConfig(sliding_window=64, attn_implementation="sdpa"), None, "padded", "slides over 64 tokens"),
+        (MistralConfig(sliding_window=4096, attn_implementation="sdpa"), None, "shared", "takes a mask"),
+        (Qwen2Config(sliding_window=64, use_sliding_window=False, attn_implementation="sdpa"), None, "shared", "mask"),
+        (Gemma3TextConfig(sliding_window=64, attn_implementation="sdpa"), None, "padded", "slides over 64 tokens"),
+    ],
+)
+def test_what_the_attention_should_take(config: Any, packing: bool | None, layout: str, why: str) -> None:
+    found, reason = preferred_layout(config, sample_packing=packing, longest=100)
+    assert found == layout and why in reason
+
+
+def few() -> list[dict[str, Any]]:
+    return [{name: ids.tolist() for name, ids in row.items()} for row in pairs(4)]
+
+
+@pytest.mark.parametrize("layout", ["packed", "shared"])
+def test_the_check_passes_a_model_that_takes_the_layout(layout: Any) -> None:
+    assert disagreement(tiny.model(47, seed=3).eval(), few(), PairCollator(0, layout), "cpu") < 1e-4
+
+
+def ignores_masks(model: Any) -> Any:
+    """As linear attention, or a state-space model: every token sees all before it."""
+    inner = model.model.forward
+    model.model.forward = lambda *args, attention_mask=None, position_ids=None, **kwargs: inner(*args, **kwargs)
+    return model
+
+
+def ignores_positions(model: Any) -> Any:
+    inner = model.model.forward
+    model.model.forward = lambda *args, position_ids=None, **kwargs: inner(*args, **kwargs)
+    return model
+
+
+@pytest.mark.parametrize("layout", ["packed", "shared"])
+@pytest.mark.parametrize("defect", [ignores_masks, ignores_positions])
+def test_the_check_sees_a_model_that_does_not(layout: Any, defect: Any) -> None:
+    model = defect(tiny.model(47, seed=3).eval())
+    assert disagreement(model, few(), PairCollator(0, layout), "cpu") > 0.1
+
+
+class Ranks:
+    """What a single process shows of `accelerate.Accelerator`."""
+
+    device = torch.device("cpu")
+
+    @staticmethod
+    def unwrap_model(model: Any) -> Any:
+        return model
+
+    @staticmethod
+    def gather(value: torch.Tensor) -> torch.Tensor:
+        return value
+
+
+@pytest.mark.parametrize(
+    ("spoil", "line"),
+    [
+        (None, "pairs are laid out shared: sdpa takes a mask"),
+        (ignores_masks, "pairs are laid out padded: in the shared layout its log-probs are off by"),
+    ],
+)
+def test_a_model_that_does_not_take_a_layout_falls_back(spoil: Any, line: str) -> None:
+    model = tiny.model(47, seed=3, attn_implementation="sdpa").train()
+    model = spoil(model) if spoil else model
+    collator = PairCollator(0)
+    prompts = Dataset.from_list([{"prompt_ids": row["prompt_ids"], "chosen_ids": row["chosen_ids"]} for row in few()])
+    run: Any = SimpleNamespace(sample_packing=None, sequence_len=64, prompts=prompts)
+    assert settle_layout(collator, model, run, Ranks, half=False).startswith(line)
+    assert collator.layout == line.split()[4].rstrip(":")
+    assert model.training
+
+
+def test_a_state_space_model_is_found_out() -> None:
+    """A real Mamba2 on a CPU: whatever it makes of masks and positions, it ends in the padded layout."""
+    torch.manual_seed(0)
+    config = Mamba2Config(
+        vocab_size=47,
+        hidden_size=32,
+        num_heads=4,
+        head_dim=16,
+        state_size=8,
+        n_groups=1,
+        num_hidden_layers=2,
+        chunk_size=8,
+    )
+    model = Mamba2ForCausalLM(config).eval()
+    prompts = Dataset.from_list([{"prompt_ids": row["prompt_ids"], "chosen_ids": row["chosen_ids"]} for row in few()])
+    run: Any = SimpleNamespace(sample_packing=None, sequence_len=64, prompts=prompts)
+    collator = PairCollator(0)
+    assert "pairs are laid out padded" in settle_layout(collator, model, run, Ranks, half=False)
+    assert collator.layout == "padded"
