@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,7 +35,12 @@ def completion_logps(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         inputs["attention_mask"] = batch["attention_mask"]
     elif "segments" in batch:
         inputs["attention_mask"] = _mask_for(model, shared_mask(batch["segments"]))
-    logits = model(**inputs, use_cache=False, logits_to_keep=batch["columns"]).logits.flatten(0, 1)
+    columns = batch["columns"]
+    if _keeps_some_logits(model):
+        logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits
+    else:
+        logits = model(**inputs, use_cache=False).logits[:, columns]
+    logits = logits.flatten(0, 1)
     if len(inputs["input_ids"]) > 1:
         logits = logits[batch["picks"]]
     token_logps = selected_logps(logits, batch["targets"])  # (answer tokens,)
@@ -46,17 +52,23 @@ def completion_logps(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
 
 def _mask_for(model: Any, allowed: Tensor) -> Tensor:
     """Returns a mask in the form that the model's attention takes: `eager` adds it, the others select by it."""
-    config = _config_of(model)
-    if getattr(config, "_attn_implementation", None) != "eager":
+    config = _causal_model(model).config
+    if config._attn_implementation != "eager":
         return allowed
     kind = getattr(config, "dtype", None) or torch.float32
     return torch.zeros_like(allowed, dtype=kind).masked_fill(~allowed, torch.finfo(kind).min)
 
 
-def _config_of(model: Any) -> Any:
-    while not hasattr(model, "config") and hasattr(model, "module"):
+def _causal_model(model: Any) -> Any:
+    """Returns the causal language model inside DDP's, DeepSpeed's and PEFT's wrappers."""
+    while isinstance(getattr(model, "module", None), torch.nn.Module):
         model = model.module
-    return getattr(model, "config", None)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _keeps_some_logits(model: Any) -> bool:
+    """Whether a model's forward takes the positions whose logits are wanted; some models with code of their own do not."""
+    return "logits_to_keep" in inspect.signature(_causal_model(model).forward).parameters
 
 
 class _SelectedLogps(torch.autograd.Function):

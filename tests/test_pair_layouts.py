@@ -171,6 +171,19 @@ def test_the_check_passes_a_model_that_takes_the_layout(layout: Any) -> None:
     assert disagreement(tiny.model(47, seed=3).eval(), few(), PairCollator(0, layout), "cpu") < 1e-4
 
 
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
+def test_a_model_that_cannot_leave_out_logits(layout: Any) -> None:
+    model, rows = tiny.model(47, seed=3).eval(), pairs()
+    expected = completion_logps(model, PairCollator(0)(rows))
+    forward = model.forward
+
+    def older(input_ids: Any, attention_mask: Any = None, position_ids: Any = None, use_cache: Any = None) -> Any:
+        return forward(input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache)
+
+    model.forward = older
+    assert torch.allclose(completion_logps(model, PairCollator(0, layout)(rows)), expected, atol=1e-5)
+
+
 def ignores_masks(model: Any) -> Any:
     """As linear attention, or a state-space model: every token sees all before it."""
     inner = model.model.forward
