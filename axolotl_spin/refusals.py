@@ -155,7 +155,9 @@ def refuse_loaded(cfg: Any, other_trainers: list[str], save_iterations: bool) ->
     Raises:
         ValueError: Names the key, the reason and the remedy.
     """
+    from axolotl.utils.schemas.enums import CustomSupportedOptimizers
     from transformers import SchedulerType
+    from transformers.training_args import OptimizerNames
 
     if cfg.get("is_multimodal"):
         raise ValueError(
@@ -166,6 +168,10 @@ def refuse_loaded(cfg: Any, other_trainers: list[str], save_iterations: bool) ->
     known = {*(kind.value for kind in SchedulerType), "one_cycle", "rex"}
     if schedule and schedule not in known:
         raise ValueError(f"`lr_scheduler: {schedule}` is none of the host's: {', '.join(sorted(known))}")
+    optimizer = getattr(cfg.get("optimizer"), "value", cfg.get("optimizer"))
+    known = {kind.value for names in (OptimizerNames, CustomSupportedOptimizers) for kind in names}
+    if optimizer and optimizer not in known:
+        raise ValueError(f"`optimizer: {optimizer}` is none of the host's: {', '.join(sorted(known))}")
     if (cfg.get("fsdp") or cfg.get("fsdp_config")) and str(cfg.get("fsdp_version")) != "2":
         raise ValueError(
             f"`fsdp_version: {cfg.get('fsdp_version')}`, which this host takes where none is given, does not work with "

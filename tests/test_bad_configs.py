@@ -104,6 +104,7 @@ HOST: dict[str, tuple[Change, str]] = {
     "block with another rl": ({"rl": "dpo", "spin": {"iterations": 2}}, "write `rl: spin`"),
     "fsdp 1": ({"fsdp_version": 1, "fsdp_config": {"fsdp_version": 1}}, "set `fsdp_version: 2`"),
     "no epochs": ({"num_epochs": 0}, "num_epochs"),
+    "unknown optimizer": ({"optimizer": "adamm"}, "`optimizer: adamm` is none of"),
     "unknown schedule": ({"lr_scheduler": "linnear"}, "`lr_scheduler: linnear` is none of"),
     "checkpoint that is not there": ({"resume_from_checkpoint": "none/checkpoint-7"}, "`resume_from_checkpoint: none"),
     "checkpoints of another trainer": (inside("checkpoint-500", sft_checkpoint), "checkpoint-500, saved by a run without"),
