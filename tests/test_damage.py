@@ -20,7 +20,7 @@ import yaml
 from recovery import differences, outcome, settings_in
 from warm import Warm
 
-pytestmark = [pytest.mark.host, pytest.mark.files]
+pytestmark = [pytest.mark.host, pytest.mark.once]
 
 ENV = host.environment(ACCELERATE_USE_CPU="true")
 Damage = Callable[[Path], None]

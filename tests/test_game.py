@@ -57,6 +57,7 @@ def test_policy_nears_the_data_on_two_ranks(tmp_path: Path) -> None:
     assert converges(left), left
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("defect", ["frozen_opponent", "stale_generations", "swapped_answers"])
 def test_the_check_sees_a_planted_defect(tmp_path: Path, defect: str) -> None:
     left = play(tmp_path, seed=3, iterations=2, defect=defect)

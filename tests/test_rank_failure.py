@@ -17,7 +17,7 @@ import host
 import pytest
 import yaml
 
-pytestmark = [pytest.mark.host, pytest.mark.ranks]
+pytestmark = [pytest.mark.host, pytest.mark.ranks, pytest.mark.once]
 
 
 def free_port() -> int:
