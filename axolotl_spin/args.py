@@ -42,8 +42,12 @@ class GenerationConfig(BaseModel):
     batch_size: int = Field(
         default=32,
         ge=1,
-        description="Prompts answered together on one rank; also the unit of work that is seeded "
-        "and resumed, so changing it changes the samples.",
+        description="Answers that one rank writes at once; one that has ended makes room for the next prompt.",
+    )
+    gather_weights: Literal["auto", True, False] = Field(
+        default="auto",
+        description="ZeRO-3 and FSDP2: hold the whole weights on every rank while answering and scoring, instead of "
+        "gathering them at every forward. `auto`: where they take at most half of the free memory.",
     )
     seed: int | None = Field(default=None, ge=0, description="Seed of the sampling. Default: the host's `seed`.")
 

@@ -15,23 +15,21 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 from accelerate.utils import broadcast_object_list
 from axolotl.utils.logging import get_logger
 from tqdm import tqdm
 
 from axolotl_spin.artifacts import DamagedFileError, ForeignFileError
 from axolotl_spin.chunks import ChunkFiles
-from axolotl_spin.generation import Backend, Chunk, Completion, chunk_rows, chunk_seed, token_limit
+from axolotl_spin.generation import Backend, Chunk, Completion, chunk_rows, chunk_size, iteration_seed, token_limit
 from axolotl_spin.health import check_answers, check_opponent_logps, check_weights, describe_pairs, report
-from axolotl_spin.layouts import PairCollator
-from axolotl_spin.logprobs import completion_logps
 from axolotl_spin.pairs import SCHEMA, PairDataset, read_pairs, write_pairs
 from axolotl_spin.peers import Peers
 from axolotl_spin.plan import IterationPlan
 from axolotl_spin.policy import frozen, nonfinite_weights
 from axolotl_spin.resume import lost_pairs
 from axolotl_spin.run import SpinRun
+from axolotl_spin.scoring import Scorer
 
 LOG = get_logger(__name__)
 
@@ -43,8 +41,7 @@ class SelfPlay:
         run: Settings, prompts and plan.
         accelerator: The trainer's: ranks, device, barriers.
         backend: Answers prompts.
-        collator: Makes the batches that are scored.
-        score_batch: Pairs in one forward of the scoring pass on one rank.
+        scorer: Scores pairs.
         peers: Tells what happened to the other ranks.
     """
 
@@ -53,15 +50,13 @@ class SelfPlay:
         run: SpinRun,
         accelerator: Any,
         backend: Backend,
-        collator: PairCollator,
-        score_batch: int,
+        scorer: Scorer,
         peers: Peers,
     ):
         self.run = run
         self.accelerator = accelerator
         self.backend = backend
-        self.collator = collator
-        self.score_batch = score_batch
+        self.scorer = scorer
         self.peers = peers
 
     def begin(self, entry: IterationPlan, model: Any, fresh: bool = True) -> tuple[PairDataset, dict[str, float]]:
@@ -134,6 +129,7 @@ class SelfPlay:
         settings = self.run.settings.generation
         seed = settings.seed if settings.seed is not None else self.run.seed
         prompts = self.run.prompts.with_format("numpy")["prompt_ids"][:]
+        size = chunk_size(len(prompts), settings.batch_size)
         limits = [
             token_limit(len(p), max_new_tokens=settings.max_new_tokens, sequence_len=self.run.sequence_len)
             for p in prompts
@@ -144,9 +140,9 @@ class SelfPlay:
                 rows=tuple(rows),
                 prompts=tuple(prompts[row] for row in rows),
                 limits=tuple(limits[row] for row in rows),
-                seed=chunk_seed(seed, iteration, index),
+                seed=iteration_seed(seed, iteration),
             )
-            for index, rows in enumerate(chunk_rows([len(p) for p in prompts], settings.batch_size))
+            for index, rows in enumerate(chunk_rows([len(p) for p in prompts], size))
         ]
 
     def _generate(self, entry: IterationPlan, model: Any, figures: dict[str, float]) -> pa.Table:
@@ -227,41 +223,19 @@ class SelfPlay:
 
     # -- the opponent's pass ------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def _score(self, entry: IterationPlan, model: Any, pairs: pa.Table, figures: dict[str, float]) -> pa.Table:
         """Fills in the opponent's log-probs of both answers, kept pairs included: they have a new opponent too."""
         started = time.perf_counter()
-        accelerator = self.accelerator
         dataset = PairDataset(pairs)
-        length = dataset.lengths("prompt_ids") + np.maximum(
-            dataset.lengths("chosen_ids"), dataset.lengths("rejected_ids")
-        )
-        order = np.argsort(-length, kind="stable")
-        batches = [order[start : start + self.score_batch] for start in range(0, len(order), self.score_batch)]
-        rounds = -(-len(batches) // accelerator.num_processes)  # as many forwards on each rank
-        logps = torch.zeros(len(dataset), 2, dtype=torch.float64, device=accelerator.device)
-        scored = torch.zeros(len(dataset), dtype=torch.int32, device=accelerator.device)
-        with self._bar(f"iteration {entry.iteration}: scoring", rounds, "batch") as bar:
-            for turn in range(rounds):
-                position = turn * accelerator.num_processes + accelerator.process_index
-                rows = batches[min(position, len(batches) - 1)]
-                batch = self.collator([dataset[row] for row in rows])
-                batch = {key: value.to(accelerator.device) for key, value in batch.items()}
-                both = completion_logps(model, batch).double().view(2, len(rows)).T  # (pairs, 2)
-                if position < len(batches):
-                    logps[torch.from_numpy(rows)] = both
-                    scored[torch.from_numpy(rows)] += 1
-                self.peers.check()
-                bar.update()
-        logps, scored = accelerator.reduce(logps, "sum"), accelerator.reduce(scored, "sum")
-        wrong = torch.nonzero(scored != 1).flatten().tolist()
-        assert not wrong, f"{len(wrong)} pairs were not scored exactly once, the first are {wrong[:5]}"
-        report(check_opponent_logps(logps.cpu().numpy(), entry.iteration), accelerator.is_main_process)
+        mine = -(-len(dataset) // self.accelerator.num_processes)
+        with self._bar(f"iteration {entry.iteration}: scoring", mine, "pair") as bar:
+            logps = self.scorer.logps(model, dataset, bar.update).numpy()
+        report(check_opponent_logps(logps, entry.iteration), self.accelerator.is_main_process)
         seconds = figures["spin/scoring_seconds"] = time.perf_counter() - started
         self._say(f"iteration {entry.iteration}: scored {entry.rows} pairs in {seconds:.1f} s")
         for column, name in enumerate(("opponent_chosen_logp", "opponent_rejected_logp")):
             field = SCHEMA.get_field_index(name)
-            pairs = pairs.set_column(field, SCHEMA.field(name), pa.array(logps[:, column].cpu().numpy()))
+            pairs = pairs.set_column(field, SCHEMA.field(name), pa.array(logps[:, column]))
         return pairs
 
     # -- files and reports --------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ from axolotl_spin.progress import Progress
 from axolotl_spin.resume import set_aside
 from axolotl_spin.run import SpinRun
 from axolotl_spin.schedule import IterationSchedule, learning_rate_table, restart_optimizer
+from axolotl_spin.scoring import Scorer
 
 LOG = get_logger(__name__)
 
@@ -75,9 +76,10 @@ class SpinTrainer(AxolotlTrainer, WithoutTokenPerplexity):
         )
         self._collator = PairCollator(pad or 0)
         self._layout_settled = False
-        backend = TransformersBackend(self.accelerator, sampling, pad or 0)
-        score_batch = self.args.per_device_train_batch_size
-        self.self_play = SelfPlay(run, self.accelerator, backend, self._collator, score_batch, self._peers)
+        gather, pulse = generation.gather_weights, self._peers.check
+        backend = TransformersBackend(self.accelerator, sampling, pad or 0, generation.batch_size, gather, pulse)
+        scorer = Scorer(self.accelerator, self._collator, self.args.per_device_train_batch_size, gather, pulse)
+        self.self_play = SelfPlay(run, self.accelerator, backend, scorer, self._peers)
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 

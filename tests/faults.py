@@ -57,7 +57,7 @@ POINTS: dict[str, Point] = {
     "generate/chunk written aside": Point(REPLACE, where=_to("000001.parquet")),
     "generate/chunk whole": Point(REPLACE, after=True, where=_to("000002.parquet")),
     "generate/all chunks whole": Point("axolotl_spin.iteration:SelfPlay._assemble"),
-    "score/second batch": Point("axolotl_spin.iteration:completion_logps", after=True, call=2),
+    "score/first batch": Point("axolotl_spin.scoring:completion_logps", after=True),
     "score/all scored": Point("axolotl_spin.iteration:write_pairs"),
     "pairs/written aside": Point(REPLACE, where=_to("pairs.parquet")),
     "pairs/whole": Point(REPLACE, after=True, where=_to("pairs.parquet")),

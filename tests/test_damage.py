@@ -268,15 +268,19 @@ def test_another_runs_checkpoint_is_refused(stopped, other: Path, warm: Warm, tm
 
 
 def test_a_second_run_in_the_same_folder_is_refused(stopped, warm: Warm, whole: dict, tmp_path: Path) -> None:
-    stopped("train/first micro-batch", tmp_path)
+    out = stopped("train/first micro-batch", tmp_path)
+    (out / "debug.log").unlink()  # the killed run's: the host begins a new one at each start
     first = warm.start("axolotl.cli.train", "run.yml", env=ENV, cwd=tmp_path)
-    while not host.loaded_a_model(tmp_path / "out"):
+    while not host.loaded_a_model(out):
         assert first.alive(), first.output()[-3000:]
         time.sleep(0.05)
+    os.kill(first.pid, signal.SIGSTOP)  # what is in the log from here on is the second's
     code, output = start(warm, tmp_path)
+    loaded = host.loaded_a_model(out)
+    os.kill(first.pid, signal.SIGCONT)
     assert code == 1
     assert "another run is writing to `output_dir:" in output and f'"pid": {first.pid}' in output
-    assert not host.loaded_a_model(tmp_path / "out")
+    assert not loaded
     assert first.wait() == 0
     assert not differences(outcome(tmp_path / "out"), whole)
 

@@ -195,7 +195,7 @@ def test_the_command_interrupted(
 # one after the other in a single run, each on one rank; what counts calls counts them from that start on
 CHAIN = [
     ("generate/chunk whole", 0),
-    ("score/second batch", 1),
+    ("score/first batch", 1),
     ("checkpoint/model saved", 1),
     ("checkpoint/all files saved", 0),
     ("iteration end/model written aside", 0),

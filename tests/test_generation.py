@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from transformers import GenerationConfig
 
-from axolotl_spin.generation import Chunk, Sampling, chunk_rows, chunk_seed, cut, token_limit
+from axolotl_spin.generation import Chunk, Sampling, chunk_rows, chunk_size, cut, iteration_seed, token_limit
 from axolotl_spin.generation.transformers import TransformersBackend
 
 
@@ -18,9 +18,16 @@ def test_chunks_hold_every_prompt_once_longest_first() -> None:
 
 
 def test_seeds_depend_on_their_arguments_alone() -> None:
-    seeds = {chunk_seed(s, i, c) for s in range(3) for i in range(3) for c in range(3)}
-    assert len(seeds) == 27
-    assert chunk_seed(42, 1, 7) == chunk_seed(42, 1, 7) < 2**63
+    seeds = {iteration_seed(s, i) for s in range(3) for i in range(3)}
+    assert len(seeds) == 9
+    assert iteration_seed(42, 1) == iteration_seed(42, 1) < 2**63
+
+
+@pytest.mark.parametrize(
+    ("prompts", "batch", "expected"), [(5, 4, 4), (127, 8, 8), (256, 8, 16), (50_000, 32, 256), (50_000, 64, 512)]
+)
+def test_a_chunk_is_several_batches_where_there_are_many(prompts: int, batch: int, expected: int) -> None:
+    assert chunk_size(prompts, batch) == expected
 
 
 @pytest.mark.parametrize(

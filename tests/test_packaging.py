@@ -71,10 +71,22 @@ def imports_of(path: Path) -> set[str]:
 
 # what a file may know of the others: leaves know nothing, host-facing files know the leaves
 LAYERS = [
-    {"artifacts", "plan", "loss", "layouts", "prompts", "refusals", "generation", "compat", "peers", "health"},
-    {"args", "pairs", "schedule", "generation.transformers", "uclaml", "callbacks", "metrics", "policy"}
+    {
+        "artifacts",
+        "plan",
+        "loss",
+        "layouts",
+        "prompts",
+        "refusals",
+        "generation",
+        "compat",
+        "peers",
+        "health",
+        "sharding",
+    },
+    {"args", "pairs", "schedule", "generation.decoding", "uclaml", "callbacks", "metrics", "policy"}
     | {"checkpoints", "chunks", "lock", "logprobs"},
-    {"identity"},
+    {"identity", "scoring", "generation.transformers"},
     {"run"},
     {"report", "resume", "layout_choice"},
     {"iteration", "progress"},

@@ -30,9 +30,9 @@ def free_port() -> int:
     ("kind", "point", "rank"),
     [
         ("ddp", "generate/first answers drawn", 1),
-        ("ddp", "score/second batch", 0),  # the rank that holds the store
+        ("ddp", "score/first batch", 0),  # the rank that holds the store
         ("zero3", "generate/first answers drawn", 1),
-        ("fsdp2", "score/second batch", 1),
+        ("fsdp2", "score/first batch", 1),
     ],
 )
 def test_the_other_rank_stops_and_says_why(kind: str, point: str, rank: int, tmp_path: Path) -> None:

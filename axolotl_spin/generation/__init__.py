@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
 
@@ -34,14 +34,14 @@ class Completion(NamedTuple):
 
 @dataclass(frozen=True)
 class Chunk:
-    """Prompts answered together: the unit that is seeded, resumed and given to a rank.
+    """The unit that is resumed and given to a rank: one batch of prompts or several.
 
     Attributes:
         index: Position among the iteration's chunks.
         rows: Indices of the prompts.
         prompts: Their token ids.
         limits: Most tokens that each answer may have.
-        seed: Depends on the run's seed, the iteration and the index alone.
+        seed: With the row it seeds the answer; depends on the run's seed and the iteration alone.
     """
 
     index: int
@@ -49,6 +49,11 @@ class Chunk:
     prompts: tuple[Sequence[int], ...]
     limits: tuple[int, ...]
     seed: int
+
+    def part(self, start: int, stop: int) -> Chunk:
+        """Returns the prompts from one position up to another."""
+        some = slice(start, stop)
+        return replace(self, rows=self.rows[some], prompts=self.prompts[some], limits=self.limits[some])
 
 
 class Backend(Protocol):
@@ -63,10 +68,23 @@ class Backend(Protocol):
         """
 
 
-def chunk_seed(seed: int, iteration: int, chunk: int) -> int:
+def iteration_seed(seed: int, iteration: int) -> int:
     """Returns a 63-bit seed that depends on its arguments alone."""
-    digest = hashlib.sha256(f"{seed}/{iteration}/{chunk}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}/{iteration}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
+
+
+def chunk_size(prompts: int, batch_size: int) -> int:
+    """Returns how many prompts a chunk has: up to 8 batches, so that ended answers make room for others.
+
+    It does not depend on the number of ranks, and leaves at least 16 chunks to share among them.
+
+    Args:
+        prompts: In the iteration.
+        batch_size: Answers written at once.
+    """
+    batches = -(-prompts // batch_size)
+    return batch_size * max(1, min(8, batches // 16))
 
 
 def chunk_rows(lengths: Sequence[int], chunk_size: int) -> list[list[int]]:

@@ -1,87 +1,141 @@
-"""The default backend: the training model's own `generate`, on every rank."""
+"""The default backend: the training model itself answers, on every rank."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
-from transformers import GenerationConfig
+from axolotl.utils.logging import get_logger
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from axolotl_spin.generation import Chunk, Completion, Sampling, cut
+from axolotl_spin.generation.decoding import Draw, can_decode, decode, left_padded
+from axolotl_spin.sharding import Gather, whole_weights
+
+LOG = get_logger(__name__)
 
 
 class TransformersBackend:
-    """Answers chunks with `model.generate`, chunk i on rank i modulo the number of ranks.
+    """Answers chunks with the policy, chunk i on rank i modulo the number of ranks.
 
     Args:
         accelerator: The trainer's.
         sampling: How answers are drawn.
         pad_token_id: Fills the left padding; masked, so its value does not matter.
+        batch_size: Answers that one rank writes at once; halved where memory runs out.
+        gather: The `spin.generation.gather_weights`.
+        pulse: Called between forwards; may raise to stop.
     """
 
-    def __init__(self, accelerator: Any, sampling: Sampling, pad_token_id: int):
+    def __init__(
+        self,
+        accelerator: Any,
+        sampling: Sampling,
+        pad_token_id: int,
+        batch_size: int = 32,
+        gather: Gather = "auto",
+        pulse: Callable[[], None] = lambda: None,
+    ):
         self.accelerator = accelerator
         self.sampling = sampling
         self.pad_token_id = pad_token_id
+        self.batch_size = batch_size
+        self.gather = gather
+        self.pulse = pulse
 
     @torch.no_grad()
     def answer(self, model: Any, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, list[Completion]]]:
-        """See `Backend.answer`. The model must be in `eval()`; global random state is as before afterwards."""
+        """See `Backend.answer`. The model must be in `eval()`; global random state is not touched."""
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
-        rounds = -(-len(chunks) // ranks)
-        generator = self.accelerator.unwrap_model(model)
-        with _generation_config(generator):
-            for turn in range(rounds):
-                # with sharded weights every forward is collective: a rank without a chunk repeats another's
-                position = turn * ranks + rank
-                mine = position < len(chunks)
-                chunk = chunks[position if mine else turn * ranks]
-                completions = self._generate(generator, chunk)
-                if mine:
-                    yield chunk, completions
+        policy = self.accelerator.unwrap_model(model)
+        with whole_weights(model, self.accelerator, self.gather) as coupled:
+            answer = self._decode if can_decode(policy) else self._generate
+            for position in range(rank, len(chunks), ranks):
+                chunk = chunks[position]
+                yield chunk, answer(policy, chunk, coupled)
+            while coupled and self._any_rank_goes_on(False):
+                policy(input_ids=torch.full((1, 1), self.pad_token_id, device=self.accelerator.device))
+        if self.accelerator.device.type != "cpu":
+            torch.accelerator.empty_cache()  # the keys' and values' memory is training's again
 
-    def _generate(self, model: Any, chunk: Chunk) -> list[Completion]:
+    def _any_rank_goes_on(self, this: bool) -> bool:
+        """Whether a rank has a forward to make, where all must make it together."""
+        busy = torch.tensor([float(this)], device=self.accelerator.device)
+        return bool(self.accelerator.reduce(busy, "sum").item())
+
+    def _decode(self, policy: Any, chunk: Chunk, coupled: bool) -> list[Completion]:
+        """Answers by continuous batching."""
+
+        def forward(**inputs: Any) -> Any:
+            self._before_forward(coupled)
+            return policy(**inputs)
+
+        while True:
+            try:
+                device = self.accelerator.device
+                return decode(forward, chunk, self.sampling, self.batch_size, self.pad_token_id, device)
+            except torch.OutOfMemoryError:
+                # where the ranks' forwards are one, a rank cannot start again by itself
+                if coupled or self.batch_size == 1:
+                    raise
+            self.batch_size //= 2
+            torch.accelerator.empty_cache()
+            LOG.warning(
+                f"out of memory while answering: going on with {self.batch_size} answers at once; a lower "
+                "`spin.generation.batch_size` avoids the second try",
+                main_process_only=False,
+            )
+
+    def _generate(self, policy: Any, chunk: Chunk, coupled: bool) -> list[Completion]:
+        """Answers by `generate`, a batch at a time: for models whose cache has no plain keys and values."""
+        base = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+        hook = base.register_forward_pre_hook(lambda *_: self._before_forward(coupled))
+        try:
+            with _generation_config(policy):
+                starts = range(0, len(chunk.rows), self.batch_size)
+                parts = [chunk.part(start, start + self.batch_size) for start in starts]
+                return [completion for part in parts for completion in self._generate_batch(policy, part)]
+        finally:
+            hook.remove()
+
+    def _generate_batch(self, policy: Any, chunk: Chunk) -> list[Completion]:
         device = self.accelerator.device
-        width = max(len(prompt) for prompt in chunk.prompts)
-        ids = torch.full((len(chunk.prompts), width), self.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for index, prompt in enumerate(chunk.prompts):  # padded on the left, so that answers start together
-            ids[index, width - len(prompt) :] = torch.as_tensor(prompt)
-            mask[index, width - len(prompt) :] = 1
-        sampling = self.sampling
-        greedy = sampling.temperature == 0
+        prompts = [torch.as_tensor(prompt).long() for prompt in chunk.prompts]
+        ids, mask = left_padded(prompts, self.pad_token_id), left_padded([torch.ones_like(ids) for ids in prompts], 0)
         config = GenerationConfig(
-            do_sample=not greedy,
-            temperature=None if greedy else sampling.temperature,
-            top_p=None if greedy else sampling.top_p,
-            top_k=None if greedy else sampling.top_k or 0,
+            do_sample=False,  # the processor draws
             max_new_tokens=max(chunk.limits),
-            eos_token_id=list(sampling.stop_token_ids) or None,
+            eos_token_id=list(self.sampling.stop_token_ids) or None,
             pad_token_id=self.pad_token_id,
             use_cache=True,
         )
-        with _seeded(chunk.seed, device):
-            tokens = model.generate(
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
-                generation_config=config,
-                synced_gpus=_collective_forward(self.accelerator),
-            )
-        drawn = tokens[:, width:].tolist()
-        return [cut(row, limit, sampling.stop_token_ids) for row, limit in zip(drawn, chunk.limits, strict=True)]
+        tokens = policy.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            generation_config=config,
+            logits_processor=LogitsProcessorList([_Drawing(Draw(self.sampling, chunk), ids.shape[1])]),
+        )
+        drawn = tokens[:, ids.shape[1] :].tolist()
+        return [cut(row, limit, self.sampling.stop_token_ids) for row, limit in zip(drawn, chunk.limits, strict=True)]
+
+    def _before_forward(self, coupled: bool) -> None:
+        self.pulse()
+        if coupled:
+            self._any_rank_goes_on(True)
 
 
-def _collective_forward(accelerator: Any) -> bool:
-    """Whether a forward on one rank needs the others (sharded weights)."""
-    if accelerator.num_processes == 1:
-        return False
-    kind = accelerator.distributed_type
-    if kind == DistributedType.DEEPSPEED:
-        return accelerator.state.deepspeed_plugin.zero_stage == 3
-    return kind == DistributedType.FSDP
+class _Drawing(LogitsProcessor):
+    """Leaves `generate` no choice but the token that `Draw` takes."""
+
+    def __init__(self, draw: Draw, width: int):
+        self.draw, self.width = draw, width
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        count = input_ids.shape[1] - self.width
+        tokens = self.draw(scores, range(len(scores)), [count] * len(scores))
+        return torch.full_like(scores, -torch.inf).scatter_(-1, tokens[:, None], 0.0)
 
 
 @contextmanager
@@ -97,12 +151,3 @@ def _generation_config(model: Any) -> Iterator[None]:
     finally:
         for owner, config in zip(owners, kept, strict=True):
             owner.generation_config = config
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seeds the global random state for sampling and restores it, so that training's is untouched."""
-    devices = [device] if device.type not in ("cpu", "meta") else []
-    with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
-        torch.manual_seed(seed)
-        yield

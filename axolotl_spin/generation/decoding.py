@@ -1,0 +1,244 @@
+"""Continuous batching inside a chunk: an answer that has ended makes room for the next prompt.
+
+`generate` goes on until a batch's longest answer ends, and computes every row until then. Here ended rows leave the batch
+and waiting prompts join it, so that its rows are answers still being written:
+
+    prompts of the chunk, longest first -> prefill -> join the batch -> a token for each row, again and again -> leave it
+
+What an answer is depends on the model, its prompt and its own seed alone, whatever stands beside it in the batch.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from axolotl_spin.generation import Chunk, Completion, Sampling
+
+Forward = Callable[..., Any]
+
+# rows leave and join when they are at least this share of the batch: each time the cache is copied
+_WORTH_A_COPY = 0.25
+
+
+class Draw:
+    """Draws tokens from logits, each row with its own stream of uniform numbers: by the inverse of the distribution.
+
+    Args:
+        sampling: How answers are drawn.
+        chunk: Whose answers; the stream of an answer depends on the chunk's seed and the prompt's row alone.
+    """
+
+    def __init__(self, sampling: Sampling, chunk: Chunk):
+        self.greedy = sampling.temperature == 0
+        self.warpers: list[Any] = []
+        if self.greedy:
+            return
+        if sampling.temperature != 1:
+            self.warpers.append(TemperatureLogitsWarper(sampling.temperature))
+        if sampling.top_k:
+            self.warpers.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            self.warpers.append(TopPLogitsWarper(sampling.top_p))
+        streams = [np.random.Generator(np.random.Philox(key=[chunk.seed, row])) for row in chunk.rows]
+        self.uniform = [stream.random(limit) for stream, limit in zip(streams, chunk.limits, strict=True)]
+
+    def __call__(self, logits: Tensor, places: Sequence[int], counts: Sequence[int]) -> Tensor:
+        """Returns the next token of each row.
+
+        Args:
+            logits: (rows, vocabulary).
+            places: The rows' positions in the chunk.
+            counts: How many tokens each answer has so far.
+
+        Returns:
+            (rows,) ids.
+
+        Raises:
+            FloatingPointError: The logits are not numbers.
+        """
+        scores = logits.float()
+        if self.greedy:
+            tokens = scores.argmax(-1)
+            total = scores.gather(-1, tokens[:, None]).squeeze(-1)
+        else:
+            for warper in self.warpers:
+                scores = warper(None, scores)
+            cumulative = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
+            total = cumulative[:, -1]
+            uniform = [self._number(place, count) for place, count in zip(places, counts, strict=True)]
+            below = total * torch.tensor(uniform, dtype=torch.float64, device=logits.device)
+            # a token without probability is never the first to exceed the threshold, unless rounding lifts that to the top
+            threshold = torch.minimum(below, torch.nextafter(total, torch.zeros_like(total)))
+            tokens = torch.searchsorted(cumulative, threshold[:, None], right=True).squeeze(-1)
+        if not bool(total.isfinite().all()):
+            raise FloatingPointError(
+                "the model's logits are NaN or infinite while it answers: `fp16: true` with a model trained in bf16 "
+                "overflows (use `bf16: true`), and so do damaged weights"
+            )
+        return tokens
+
+    def _number(self, place: int, count: int) -> float:
+        """Returns the number that draws an answer's token; of an answer that has ended, any."""
+        numbers = self.uniform[place]
+        return float(numbers[min(count, len(numbers) - 1)])
+
+
+def can_decode(model: Any) -> bool:
+    """Whether a model keeps plain keys and values for each token, so that rows can leave and join its cache.
+
+    Linear attention, state-space and encoder-decoder models cannot; `generate` answers for them.
+
+    Args:
+        model: A causal language model, with its adapter but no other wrapper.
+    """
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        return False  # its virtual tokens are in the cache, but not in the mask
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if getattr(base, "_is_stateful", False) or base.config.is_encoder_decoder:
+        return False
+    layers = DynamicCache(config=base.config).layers
+    plain = bool(layers) and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+    taken = inspect.signature(base.forward).parameters
+    return plain and {"position_ids", "past_key_values", "logits_to_keep"} <= set(taken)
+
+
+class _Rows:
+    """The answers being written: their cache, right-aligned, and where they are.
+
+    Attributes:
+        places: Their positions in the chunk.
+        cache: A `DynamicCache`, with keys and values of (rows, heads, width, head size) in each layer.
+        lengths: (rows,) tokens in the cache that are the row's own; the last of `width`.
+        tokens: (rows,) each row's last token, not in the cache yet.
+    """
+
+    def __init__(self, places: list[int], cache: Any, lengths: list[int], tokens: Tensor):
+        self.places, self.cache, self.lengths, self.tokens = places, cache, lengths, tokens
+
+    def leave(self, staying: list[int]) -> None:
+        """Keeps some rows, and of the cache only what they use."""
+        index = torch.tensor(staying, device=self.tokens.device)
+        self.places = [self.places[row] for row in staying]
+        self.lengths = [self.lengths[row] for row in staying]
+        self.tokens = self.tokens[index]
+        width = max(self.lengths, default=0)
+        for layer in self.cache.layers:
+            layer.keys = layer.keys[index, :, -width:]
+            layer.values = layer.values[index, :, -width:]
+
+    def join(self, other: _Rows) -> None:
+        """Adds rows; the narrower cache is padded on the left."""
+        for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
+            mine.keys = _stack(mine.keys, theirs.keys)
+            mine.values = _stack(mine.values, theirs.values)
+        self.places = self.places + other.places
+        self.lengths = self.lengths + other.lengths
+        self.tokens = torch.cat([self.tokens, other.tokens])
+
+
+def _stack(first: Tensor, second: Tensor) -> Tensor:
+    width = max(first.shape[-2], second.shape[-2])
+    return torch.cat(
+        [torch.nn.functional.pad(part, (0, 0, width - part.shape[-2], 0)) for part in (first, second)], dim=0
+    )
+
+
+def left_padded(prompts: Sequence[Tensor], pad: int) -> Tensor:
+    """Returns prompts as (rows, width) ids that all end in the last column, where their answers start."""
+    return torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True, padding_value=pad, padding_side="left")
+
+
+def decode(
+    forward: Forward, chunk: Chunk, sampling: Sampling, batch_size: int, pad: int, device: Any
+) -> list[Completion]:
+    """Answers a chunk's prompts.
+
+    Args:
+        forward: The model's forward, of a causal language model for which `can_decode`.
+        chunk: What is asked.
+        sampling: How answers are drawn.
+        batch_size: Most answers that are written at once.
+        pad: Fills the padding of prompts; masked, so its value does not matter.
+        device: Where the model is.
+
+    Returns:
+        An answer for each prompt, in order.
+
+    Raises:
+        FloatingPointError: The logits are not numbers.
+    """
+    draw, stops = Draw(sampling, chunk), set(sampling.stop_token_ids)
+    drawn: list[list[int]] = [[] for _ in chunk.prompts]
+    waiting = deque(range(len(chunk.prompts)))
+    rows: _Rows | None = None
+
+    def ended(place: int) -> bool:
+        ids = drawn[place]
+        return bool(ids) and (ids[-1] in stops or len(ids) >= chunk.limits[place])
+
+    def take(places: Sequence[int], logits: Tensor) -> Tensor:
+        """Draws a token for each row; one whose answer has ended is only carried along."""
+        tokens = draw(logits, places, [len(drawn[place]) for place in places])
+        for place, token in zip(places, tokens.tolist(), strict=True):
+            if not ended(place):
+                drawn[place].append(token)
+        return tokens
+
+    def prefill(places: list[int]) -> _Rows:
+        prompts = [torch.as_tensor(chunk.prompts[place]).long() for place in places]
+        lengths = [len(prompt) for prompt in prompts]
+        ids = left_padded(prompts, pad)
+        cache = DynamicCache()
+        out = forward(**_inputs(ids.to(device), lengths), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return _Rows(places, cache, lengths, take(places, out.logits[:, -1]))
+
+    while waiting or rows:
+        staying = [row for row, place in enumerate(rows.places) if not ended(place)] if rows else []
+        room = batch_size - len(staying)
+        gone = len(rows.places) - len(staying) if rows else 0
+        if waiting and room >= _WORTH_A_COPY * batch_size:
+            new = prefill([waiting.popleft() for _ in range(min(room, len(waiting)))])
+            if rows and staying:
+                rows.leave(staying)
+                rows.join(new)
+            else:
+                rows = new
+            continue
+        if not staying:
+            break
+        assert rows is not None
+        if gone and gone >= _WORTH_A_COPY * len(rows.places):
+            rows.leave(staying)
+        lengths = rows.lengths = [length + 1 for length in rows.lengths]
+        out = forward(
+            **_inputs(rows.tokens[:, None], lengths),
+            past_key_values=rows.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        rows.tokens = take(rows.places, out.logits[:, -1])
+    return [Completion(ids, "stop" if ids[-1] in stops else "length") for ids in drawn]
+
+
+def _inputs(ids: Tensor, lengths: list[int]) -> dict[str, Tensor]:
+    """Returns the ids with their mask and positions.
+
+    Args:
+        ids: (rows, columns), right-aligned.
+        lengths: Tokens of each row, those in the cache included.
+    """
+    total = torch.tensor(lengths, device=ids.device)[:, None]
+    width = max(lengths)
+    mask = (torch.arange(width, 0, -1, device=ids.device) <= total).long()  # (rows, width)
+    positions = total - torch.arange(ids.shape[1], 0, -1, device=ids.device)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions.clamp(min=0)}
