@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import tiny
 import torch
 from accelerate import Accelerator
-from transformers import GenerationConfig
+from peft import LoraConfig, get_peft_model
+from transformers import GenerationConfig, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
 
 from axolotl_spin.generation import Chunk, Sampling, chunk_rows, chunk_size, cut, iteration_seed, token_limit
+from axolotl_spin.generation.decoding import can_decode
 from axolotl_spin.generation.transformers import TransformersBackend
 
 
@@ -45,9 +49,9 @@ def test_cut() -> None:
     assert cut([2, 5], 2, [2]) == ([2], "stop")
 
 
-def answers(model, prompts, *, seed=1, limits=None, **sampling):
+def answers(model, prompts, *, seed=1, limits=None, batch_size=32, **sampling):
     settings = Sampling(**{"temperature": 1.0, "top_p": 1.0, "top_k": None, "stop_token_ids": (6,), **sampling})
-    backend = TransformersBackend(Accelerator(cpu=True), settings, pad_token_id=0)
+    backend = TransformersBackend(Accelerator(cpu=True), settings, 0, batch_size)
     limits = tuple(limits or [12] * len(prompts))
     chunk = Chunk(0, tuple(range(len(prompts))), tuple(prompts), limits, seed)
     [(_, completions)] = list(backend.answer(model.eval(), [chunk]))
@@ -105,3 +109,131 @@ def test_sampled_frequencies_are_the_models_probabilities(model) -> None:
     counts = torch.bincount(torch.tensor([completion.ids[0] for completion in drawn]), minlength=20) / 4000
     expected = model(torch.tensor([prompt])).logits[0, -1].softmax(-1).detach()
     assert ((counts - expected).abs() < 5 * (expected * (1 - expected) / 4000).sqrt() + 1e-4).all()
+
+
+MANY = [[4, *range(7, 7 + length), 5] for length in (9, 8, 8, 7, 6, 5, 4, 3, 3, 2, 1)]
+
+
+def greedy_by_the_definition(model, prompt: list[int], most: int) -> list[int]:
+    """Without cache, padding or batch."""
+    drawn: list[int] = []
+    while len(drawn) < most and 6 not in drawn:
+        drawn.append(model(torch.tensor([[*prompt, *drawn]])).logits[0, -1].argmax().item())
+    return drawn
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_an_answer_does_not_depend_on_who_comes_and_goes_beside_it(model, batch_size: int, temperature: float) -> None:
+    limits = [3, 12, 1, 7, 12, 2, 9, 12, 5, 4, 12]
+    alone = [
+        answers(model, [prompt], limits=[limit], temperature=temperature)[0] if temperature == 0 else None
+        for prompt, limit in zip(MANY, limits, strict=True)
+    ]
+    together = answers(model, MANY, limits=limits, temperature=temperature)
+    found = answers(model, MANY, limits=limits, temperature=temperature, batch_size=batch_size)
+    assert found == together
+    if temperature == 0:
+        assert found == alone
+        assert [c.ids for c in found] == [
+            greedy_by_the_definition(model, p, m) for p, m in zip(MANY, limits, strict=True)
+        ]
+    else:
+        assert len({tuple(completion.ids) for completion in found}) > 8
+
+
+def test_ended_answers_make_room_and_are_not_computed(model) -> None:
+    """Five answers of 1 and one of 9 tokens, two at once: 6 prompts, then the long one's 8 more tokens and no other's."""
+    rows: list[int] = []
+    hook = model.register_forward_pre_hook(
+        lambda _, __, inputs: rows.append(len(inputs["input_ids"])), with_kwargs=True
+    )
+    try:
+        completions = answers(model, MANY[:6], limits=[9, 1, 1, 1, 1, 1], batch_size=2, stop_token_ids=())
+    finally:
+        hook.remove()
+    assert [len(completion.ids) for completion in completions] == [9, 1, 1, 1, 1, 1]
+    # prefill of two, then one beside the long answer at a time; what remains is written alone
+    assert rows == [2, 1, 1, 1, 1] + [1] * 8
+
+
+def test_random_states_have_no_part_in_it(model) -> None:
+    torch.manual_seed(1)
+    first = answers(model, MANY)
+    torch.manual_seed(2)
+    assert answers(model, MANY) == first
+
+
+def test_top_p_and_top_k_leave_out_the_unlikely(model) -> None:
+    prompt = PROMPTS[0]
+    likeliest = model(torch.tensor([prompt])).logits[0, -1].softmax(-1).sort(descending=True)
+    two = {c.ids[0] for c in answers(model, [prompt] * 300, limits=[1] * 300, top_k=2, stop_token_ids=())}
+    assert two == set(likeliest.indices[:2].tolist())
+    nucleus = likeliest.indices[: int((likeliest.values.cumsum(-1) < 0.6).sum()) + 1].tolist()
+    found = {c.ids[0] for c in answers(model, [prompt] * 2000, limits=[1] * 2000, top_p=0.6, stop_token_ids=())}
+    assert found == set(nucleus)
+
+
+def test_a_cold_temperature_is_nearly_greedy(model) -> None:
+    cold = answers(model, PROMPTS, temperature=1e-4)
+    assert cold == answers(model, PROMPTS, temperature=0)
+
+
+def test_models_without_plain_keys_and_values_answer_by_generate(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same streams of random numbers, so the same answers; and a state-space model answers by its argmax."""
+    by_decoding = answers(model, MANY)
+    monkeypatch.setattr("axolotl_spin.generation.transformers.can_decode", lambda _: False)
+    assert answers(model, MANY, batch_size=4) == by_decoding
+    monkeypatch.undo()
+    torch.manual_seed(0)
+    mamba = MambaForCausalLM(
+        MambaConfig(vocab_size=20, hidden_size=16, state_size=4, num_hidden_layers=1, initializer_range=0.3)
+    ).eval()
+    assert can_decode(model) and not can_decode(mamba)
+    [found] = answers(mamba, PROMPTS[:1], temperature=0)
+    assert found.ids == greedy_by_the_definition(mamba, PROMPTS[0], 12)
+
+
+def test_attention_that_slides_answers_by_its_argmax() -> None:
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=20, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=4, initializer_range=0.3,
+    )  # fmt: skip
+    mistral = MistralForCausalLM(config).eval()
+    assert can_decode(mistral)
+    for prompt, completion in zip(MANY, answers(mistral, MANY, temperature=0, batch_size=3), strict=True):
+        assert completion.ids == greedy_by_the_definition(mistral, prompt, 12)
+
+
+def test_an_adapter_answers() -> None:
+    adapted = get_peft_model(
+        tiny.model(20), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    ).eval()
+    assert can_decode(adapted)
+    for prompt, completion in zip(PROMPTS, answers(adapted, PROMPTS, temperature=0), strict=True):
+        assert completion.ids == greedy_by_the_definition(adapted, prompt, 12)
+
+
+def test_too_large_a_batch_is_halved(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = answers(model, MANY)
+    whole = type(model).forward
+
+    def of_three_at_most(self, *args, **inputs):
+        if len(inputs["input_ids"]) > 3:
+            raise torch.OutOfMemoryError("planted")
+        return whole(self, *args, **inputs)
+
+    of_three_at_most.__signature__ = inspect.signature(whole)
+    monkeypatch.setattr(type(model), "forward", of_three_at_most)
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
+    assert answers(model, MANY, batch_size=8) == expected
+
+
+def test_logits_that_are_no_numbers_are_refused(model) -> None:
+    broken = tiny.model(20)
+    with torch.no_grad():
+        broken.lm_head.weight[3] = torch.nan
+    for temperature in (0, 1.0):
+        with pytest.raises(FloatingPointError, match="NaN or infinite while it answers: `fp16: true`"):
+            answers(broken, PROMPTS, temperature=temperature)

@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.host, pytest.mark.ranks]
 
 FULL = ["single", "ddp", "zero2", "zero3", "fsdp2"]
 LORA = [f"{name}-lora" for name in FULL]
+GATHER = {"zero3-lora": False, "fsdp2": False}  # the others choose by the free memory
 ITERATIONS = 3
 LN2 = 0.6931472
 
@@ -55,9 +56,17 @@ def settings_of(name: str, folder: Path) -> dict[str, Any]:
     spin = {
         "iterations": ITERATIONS,
         "beta": [0.5, 0.5, 1.0],
-        "generation": {"max_new_tokens": 10, "batch_size": 8},
+        "generation": {"max_new_tokens": 10, "batch_size": 8, "gather_weights": GATHER.get(name, "auto")},
     }
     return {**host.config(folder), **changes, "spin": spin}
+
+
+@pytest.mark.parametrize("name", ["zero3", "zero3-lora", "fsdp2", "fsdp2-lora"])
+def test_sharded_weights_are_gathered_where_they_fit_or_as_asked(name: str, folder: Path, runs: dict) -> None:
+    """That both ways give the same answers and log-probs is what the tests below show."""
+    run = run_of(name, folder, runs)
+    gathered = run.output.count("sharded weights are gathered for the phase")
+    assert gathered == (0 if GATHER.get(name) is False else 2 * ITERATIONS)  # answering and scoring
 
 
 @pytest.mark.parametrize("name", FULL + LORA)
