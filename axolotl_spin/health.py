@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -227,13 +226,33 @@ def check_step_zero(
 
 
 def _identical(pairs: pa.Table) -> np.ndarray:
-    columns = (pairs["chosen_ids"].to_pylist(), pairs["rejected_ids"].to_pylist())
-    return np.array([chosen == rejected for chosen, rejected in zip(*columns, strict=True)], dtype=bool)
+    (chosen, chosen_lengths), (rejected, rejected_lengths) = (
+        _flat(pairs[f"{kind}_ids"]) for kind in ("chosen", "rejected")
+    )
+    alike = chosen_lengths == rejected_lengths
+    differs = chosen[np.repeat(alike, chosen_lengths)] != rejected[np.repeat(alike, rejected_lengths)]
+    row = np.repeat(np.flatnonzero(alike), chosen_lengths[alike])
+    return alike & (np.bincount(row, weights=differs, minlength=len(alike)) == 0)
 
 
-def _one_token_share(answers: Any) -> float:
+def _one_token_share(answers: pa.ChunkedArray) -> float:
     """Returns the share of answers that say nothing but one token over and over (their end token aside)."""
-    return float(np.mean([len(ids) > 0 and len(set(ids[:-1] or ids)) == 1 for ids in answers.to_pylist()]))
+    ids, lengths = _flat(answers)
+    starts = np.cumsum(lengths) - lengths
+    first = np.repeat(ids[starts[lengths > 0]], lengths[lengths > 0])
+    differs = ids != first
+    differs[(starts + lengths - 1)[lengths > 0]] = False  # the end token
+    row = np.repeat(np.arange(len(lengths)), lengths)
+    return float(np.mean((lengths > 0) & (np.bincount(row, weights=differs, minlength=len(lengths)) == 0)))
+
+
+def _flat(lists: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the ids of all rows end to end, and how many each row has."""
+    parts = lists.chunks
+    values = [part.flatten().to_numpy(zero_copy_only=False) for part in parts]
+    lengths = [pc.list_value_length(part).to_numpy(zero_copy_only=False) for part in parts]
+    none = np.zeros(0, dtype=np.int32)
+    return np.concatenate([none, *values]), np.concatenate([none, *lengths]).astype(np.int64)
 
 
 def _as_text(text: str) -> str:

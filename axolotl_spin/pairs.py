@@ -136,6 +136,10 @@ class PairDataset(Dataset):
         """Returns the number of tokens of each row's `prompt_ids`, `chosen_ids` or `rejected_ids`."""
         return np.diff(self._ids[name][0])
 
+    def padded_lengths(self) -> np.ndarray:
+        """Returns the tokens of each row's prompt with its longer answer."""
+        return self.lengths("prompt_ids") + np.maximum(self.lengths("chosen_ids"), self.lengths("rejected_ids"))
+
 
 class StepBatches(Sampler[list[tuple[int, float]]]):
     """Which pairs a rank takes in each micro-batch of an epoch.
@@ -153,6 +157,9 @@ class StepBatches(Sampler[list[tuple[int, float]]]):
         seed: Seed of the shuffle.
         epoch: The run's epoch, mixed into the seed.
         shuffle: False keeps the order of the rows (the host's `curriculum_sampling`).
+        lengths: (rows,) by which a step's pairs are sorted before micro-batches are cut, so that a padded micro-batch
+            holds pairs of similar length. None leaves them mixed, which bounds the tokens of a micro-batch without
+            padding. A step has the same pairs either way.
     """
 
     def __init__(
@@ -166,7 +173,9 @@ class StepBatches(Sampler[list[tuple[int, float]]]):
         seed: int,
         epoch: int,
         shuffle: bool = True,
+        lengths: np.ndarray | None = None,
     ):
+        self.lengths = lengths
         self.rows, self.ranks, self.rank = rows, ranks, rank
         self.seed, self.epoch, self.shuffle = seed, epoch, shuffle
         self.wide = micro_batch * ranks  # pairs of all ranks in one micro-batch
@@ -178,11 +187,16 @@ class StepBatches(Sampler[list[tuple[int, float]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, float]]]:
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
-        order = torch.randperm(self.rows, generator=generator).tolist() if self.shuffle else range(self.rows)
-        for start in range(0, self.rows, self.wide):
-            wide = order[start : start + self.wide]
-            mine = wide[self.rank :: self.ranks]
-            yield [(index, 1.0) for index in mine] or [(wide[0], 0.0)]
+        shuffled = torch.randperm(self.rows, generator=generator) if self.shuffle else torch.arange(self.rows)
+        order = shuffled.numpy()
+        for start in range(0, self.rows, self.step):
+            step = order[start : start + self.step]
+            if self.lengths is not None:
+                step = step[np.argsort(-self.lengths[step], kind="stable")]
+            for at in range(0, len(step), self.wide):
+                wide = step[at : at + self.wide].tolist()
+                mine = wide[self.rank :: self.ranks]
+                yield [(index, 1.0) for index in mine] or [(wide[0], 0.0)]
 
 
 class WeightedRows(Dataset):

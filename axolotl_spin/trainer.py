@@ -132,6 +132,7 @@ class SpinTrainer(AxolotlTrainer, WithoutTokenPerplexity):
 
     def _pair_loader(self, pairs: Any, epoch: int) -> DataLoader:
         assert self.run is not None
+        padded = self._collator.layout == "padded" and isinstance(pairs, PairDataset)
         batches = StepBatches(
             len(pairs),
             micro_batch=self.args.per_device_train_batch_size,
@@ -141,6 +142,7 @@ class SpinTrainer(AxolotlTrainer, WithoutTokenPerplexity):
             seed=self.run.seed,
             epoch=epoch,
             shuffle=self.run.shuffle,
+            lengths=pairs.padded_lengths() if padded else None,
         )
         workers = self.args.dataloader_num_workers
         return DataLoader(

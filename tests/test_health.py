@@ -18,7 +18,15 @@ from recovery import settings_in
 from safetensors.torch import load_file, save_file
 from warm import Warm
 
-from axolotl_spin.health import UnhealthyRunError, check_answers, check_opponent_logps, check_step_zero, report
+from axolotl_spin.health import (
+    UnhealthyRunError,
+    _identical,
+    _one_token_share,
+    check_answers,
+    check_opponent_logps,
+    check_step_zero,
+    report,
+)
 from axolotl_spin.pairs import SCHEMA
 
 END = 6
@@ -83,6 +91,24 @@ def test_a_collapsed_policy() -> None:
     assert not fatal and "check `base_model`" in text  # the start model's own
 
 
+def test_shares_are_those_of_a_plain_count() -> None:
+    """Ragged answers, empty ones and ones of a token included, in several pieces as a file's row groups are."""
+    draw = np.random.default_rng(3)
+
+    def answers(count: int) -> list[list[int]]:
+        return [draw.integers(7, 9, draw.integers(0, 5)).tolist() for _ in range(count)]
+
+    own, human = answers(400), answers(400)
+    columns = {
+        "rejected_ids": pa.chunked_array([own[:150], own[150:]], type=pa.list_(pa.int32())),
+        "chosen_ids": pa.chunked_array([human[:70], human[70:]], type=pa.list_(pa.int32())),
+    }
+    found = _identical(pa.table(columns))
+    assert found.tolist() == [a == b for a, b in zip(own, human, strict=True)] and 0 < found.sum() < 400
+    repeated = [len(ids) > 0 and len(set(ids[:-1] or ids)) == 1 for ids in own]
+    assert _one_token_share(columns["rejected_ids"]) == np.mean(repeated) and 0 < np.mean(repeated) < 1
+
+
 def test_log_probs_that_are_not_numbers() -> None:
     logps = np.full((5, 2), -3.0)
     assert check_opponent_logps(logps, 0) == []
@@ -132,6 +158,14 @@ def test_a_loss_that_is_nan_stops_the_run_and_spares_its_checkpoints(warm: Warm,
     assert checkpoints
     for folder in checkpoints:
         assert all(tensor.isfinite().all() for tensor in load_file(folder / "model.safetensors").values())
+
+
+@pytest.mark.host
+def test_a_loss_that_is_nan_is_found_at_its_step(warm: Warm, shared: Path, tmp_path: Path) -> None:
+    """Not only where weights are looked at, before a checkpoint and at the iteration's end."""
+    settings = {**settings_in(tmp_path, shared), "learning_rate": 1e25, "warmup_steps": 4, "save_steps": 1000}
+    code, output = start(warm, tmp_path, settings)
+    assert code == 1 and "the loss is NaN or infinite at step" in output
 
 
 @pytest.mark.host

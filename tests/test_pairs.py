@@ -83,6 +83,21 @@ def test_a_step_is_the_same_pairs_in_every_layout() -> None:
         assert steps(*layout) == expected
 
 
+def test_lengths_group_the_pairs_of_a_step_and_no_others() -> None:
+    """Two ranks, micro-batches of 2, two of them a step: within each step the longest first, over both ranks."""
+    lengths = np.array([3, 50, 4, 49, 2, 48, 1, 51, 9, 8, 7])
+    grouped = epoch_of(11, 2, 2, 2, shuffle=False, lengths=lengths)
+    assert [[[i for i, _ in b] for b in rank] for rank in grouped] == [
+        [[7, 3], [2, 4], [8, 10]],
+        [[1, 5], [0, 6], [9]],
+    ]
+    mixed = epoch_of(11, 2, 2, 2)
+    grouped = epoch_of(11, 2, 2, 2, lengths=lengths)
+    for step in (slice(0, 2), slice(2, 3)):
+        pairs = [sorted(i for rank in e for b in rank[step] for i, w in b if w) for e in (mixed, grouped)]
+        assert pairs[0] == pairs[1]
+
+
 def test_epochs_are_shuffled_differently_and_curriculum_not_at_all() -> None:
     def order(**changes) -> list[int]:
         return [i for b in epoch_of(16, 1, 4, 1, **changes)[0] for i, _ in b]
@@ -121,6 +136,25 @@ def test_foreign_and_damaged_files_are_refused(tmp_path) -> None:
         read_pairs(path, "abc", 3)
     with pytest.raises(FileNotFoundError, match="missing"):
         read_pairs(tmp_path / "none.parquet", "abc", 3)
+
+
+def test_a_flipped_bit_that_decodes_is_found_by_its_checksum(tmp_path) -> None:
+    """Somewhere a single bit gives other values and no error: only the pages' checksums see that."""
+    path = tmp_path / "pairs.parquet"
+    write_pairs(path, table(), "abc")
+    whole = path.read_bytes()
+    silent = 0
+    for place in range(4, len(whole) - 8):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        try:
+            changed = pq.read_table(path).to_pydict() != table().to_pydict()
+        except (pa.ArrowException, OSError):
+            continue
+        if changed and pq.read_schema(path).equals(SCHEMA):
+            silent += 1
+            with pytest.raises((DamagedFileError, ForeignFileError)):
+                read_pairs(path, "abc", 3)
+    assert silent > 20
 
 
 def test_log_probs_that_are_no_numbers_are_damage(tmp_path) -> None:
