@@ -64,20 +64,18 @@ class SpinTrainer(AxolotlTrainer, WithoutTokenPerplexity):
         self._step_zero_due = False
         self._peers = Peers()
         self._resumed: dict[str, Any] | None = None
-        switched_off = disable_dropout(self.accelerator.unwrap_model(self.model))
-        if switched_off:
+        if switched_off := disable_dropout(self.accelerator.unwrap_model(self.model)):
             LOG.info(f"dropout is off, so that policy and opponent agree at step 0: {', '.join(switched_off)}")
         tokenizer = run.tokenizer
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        pad = (tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id) or 0
         generation = run.settings.generation
         sampling = Sampling(generation.temperature, generation.top_p, generation.top_k, run.stop_tokens(self.model))
         LOG.info(
             f"answers end with {', '.join(repr(tokenizer.decode([t])) for t in sampling.stop_token_ids) or 'nothing'}"
         )
-        self._collator = PairCollator(pad or 0)
-        self._layout_settled = False
+        self._collator, self._layout_settled = PairCollator(pad), False
         gather, pulse = generation.gather_weights, self._peers.check
-        backend = TransformersBackend(self.accelerator, sampling, pad or 0, generation.batch_size, gather, pulse)
+        backend = TransformersBackend(self.accelerator, sampling, pad, generation.batch_size, gather, pulse)
         scorer = Scorer(self.accelerator, self._collator, self.args.per_device_train_batch_size, gather, pulse)
         self.self_play = SelfPlay(run, self.accelerator, backend, scorer, self._peers)
 
