@@ -37,6 +37,10 @@ class RunDirectory:
     def pairs(self, iteration: int) -> Path:
         return self.iteration(iteration) / "pairs.parquet"
 
+    def staged(self, iteration: int) -> Path:
+        """What the ranks map into memory of the pairs while the iteration lasts."""
+        return self.iteration(iteration) / ".pairs.arrow"
+
     def metrics(self, iteration: int) -> Path:
         return self.iteration(iteration) / "metrics.json"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from axolotl.utils.logging import get_logger
@@ -32,8 +33,8 @@ class ChunkFiles:
         self.iteration = iteration
         self.mark = mark
 
-    def _path(self, chunk: Chunk) -> Path:
-        return self.directory.chunk(self.iteration, chunk.index)
+    def _path(self, index: int) -> Path:
+        return self.directory.chunk(self.iteration, index)
 
     def write(self, chunk: Chunk, completions: Sequence[Completion]) -> None:
         """Writes a chunk's answers as a whole file.
@@ -48,14 +49,20 @@ class ChunkFiles:
             pa.array([completion.finish_reason for completion in completions], type=pa.string()),
         ]
         table = pa.table(columns, schema=_SCHEMA).replace_schema_metadata({_MARK: self.mark.encode()})
-        write_whole(self._path(chunk), lambda aside: pq.write_table(table, aside, write_page_checksum=True))
+        write_whole(self._path(chunk.index), lambda aside: pq.write_table(table, aside, write_page_checksum=True))
 
-    def read(self, chunk: Chunk) -> list[Completion] | None:
-        """Returns a chunk's answers; None where there is no file, or one that is damaged or another run's.
+    def read(self, index: int, rows: np.ndarray) -> pa.Table | None:
+        """Reads a chunk's answers.
 
-        Such a file is made again: the opponent that answers is still the same.
+        Args:
+            index: Which chunk.
+            rows: Its prompts.
+
+        Returns:
+            A table with `row`, `ids` and `finish_reason`. None where there is no file, or one that is damaged or another
+            run's: it is made again, since the opponent that answers is still the same.
         """
-        path = self._path(chunk)
+        path = self._path(index)
         if not path.exists():
             return None
         try:
@@ -64,11 +71,10 @@ class ChunkFiles:
             LOG.warning(f"{path} is damaged ({error}): its prompts are answered again")
             return None
         mark = (table.schema.metadata or {}).get(_MARK, b"").decode()
-        if not table.schema.equals(_SCHEMA) or mark != self.mark or table["row"].to_pylist() != list(chunk.rows):
+        if not table.schema.equals(_SCHEMA) or mark != self.mark or not np.array_equal(table["row"], rows):
             LOG.warning(f"{path} is not of this run: its prompts are answered again")
             return None
-        answers = zip(table["ids"].to_pylist(), table["finish_reason"].to_pylist(), strict=True)
-        return [Completion(ids, reason) for ids, reason in answers]
+        return table
 
     def remove(self) -> None:
         """Removes all chunk files, once the pairs hold their answers. Call it on one rank."""

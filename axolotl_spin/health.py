@@ -10,6 +10,8 @@ import pyarrow.compute as pc
 from axolotl.utils.logging import get_logger
 from torch import Tensor
 
+from axolotl_spin.pairs import BATCH_ROWS
+
 LOG = get_logger(__name__)
 
 _FEWEST = 16  # with fewer answers a share says nothing
@@ -50,54 +52,115 @@ def report(findings: list[Finding], main: bool) -> None:
             LOG.warning(finding.text)
 
 
-def describe_pairs(pairs: pa.Table, iteration: int) -> dict[str, float]:
-    """Returns lengths in tokens and fractions over the pairs generated in an iteration, under their public names."""
-    new = pairs.filter(pc.equal(pairs["generated_in"], iteration)).combine_chunks()
-    rejected = pc.list_value_length(new["rejected_ids"]).to_numpy()
-    ended = pc.equal(new["finish_reason"], "stop").to_numpy()
-    return {
-        "spin/rejected_length": float(rejected.mean()),
-        "spin/chosen_length": float(pc.list_value_length(new["chosen_ids"]).to_numpy().mean()),
-        "spin/truncated": float((~ended).mean()),
-        # an answer that is nothing but its end token says nothing
-        "spin/empty": float((rejected - ended <= 0).mean()),
-        "spin/identical": float(np.mean(_identical(new))),
-    }
+@dataclass(frozen=True)
+class AnswerCounts:
+    """What is counted of an iteration's pairs, so that the same can be said on every rank.
+
+    Attributes:
+        pairs: All of them, those kept from earlier iterations included.
+        all_identical: Whether in each of them the opponent's answer equals the human's.
+        first: Ids of the first answer that was generated in this iteration.
+        new: Pairs whose answer was generated in this iteration. The counts below are of these alone.
+        rejected_tokens: Tokens of the opponent's answers.
+        chosen_tokens: Tokens of the human's.
+        cut: Answers cut at their limit.
+        empty: Answers that are nothing but their end token.
+        identical: Answers that equal the human's.
+        rejected_monotone: Answers that repeat a single token.
+        chosen_monotone: Human answers that do.
+    """
+
+    pairs: int
+    all_identical: bool
+    first: list[int]
+    new: int
+    rejected_tokens: int
+    chosen_tokens: int
+    cut: int
+    empty: int
+    identical: int
+    rejected_monotone: int
+    chosen_monotone: int
+
+    def shares(self) -> dict[str, float]:
+        """Returns mean lengths in tokens and fractions under their public names."""
+        return {
+            "spin/rejected_length": self.rejected_tokens / self.new,
+            "spin/chosen_length": self.chosen_tokens / self.new,
+            "spin/truncated": self.cut / self.new,
+            "spin/empty": self.empty / self.new,
+            "spin/identical": self.identical / self.new,
+        }
 
 
-def check_answers(pairs: pa.Table, iteration: int, *, sft_weight: float, max_new_tokens: int | None) -> list[Finding]:
+def count_answers(pairs: pa.Table, iteration: int) -> AnswerCounts:
+    """Counts, a piece of the table at a time.
+
+    Args:
+        pairs: With `chosen_ids`, `rejected_ids`, `finish_reason` and `generated_in`.
+        iteration: Whose opponent answered.
+    """
+    counts = np.zeros(8, dtype=np.int64)
+    all_identical, first = True, None
+    for batch in pairs.to_batches(max_chunksize=BATCH_ROWS):
+        new = pc.equal(batch["generated_in"], iteration).to_numpy(zero_copy_only=False)
+        chosen, rejected = _flat(batch["chosen_ids"]), _flat(batch["rejected_ids"])
+        ended = pc.equal(batch["finish_reason"], "stop").to_numpy(zero_copy_only=False)
+        alike = identical(chosen, rejected)
+        all_identical &= bool(alike.all())
+        counts += [
+            values[new].sum()
+            for values in (
+                np.ones_like(new),
+                rejected[1],
+                chosen[1],
+                ~ended,
+                rejected[1] - ended <= 0,  # nothing but its end token
+                alike,
+                monotone(rejected),
+                monotone(chosen),
+            )
+        ]
+        if first is None and new.any():
+            first = batch["rejected_ids"][int(np.argmax(new))].as_py()
+    return AnswerCounts(pairs.num_rows, all_identical, first or [], *counts.tolist())
+
+
+def check_answers(
+    counts: AnswerCounts, iteration: int, *, sft_weight: float, max_new_tokens: int | None, sample: str
+) -> list[Finding]:
     """Looks for answers that nothing can be learnt from.
 
     Args:
-        pairs: The iteration's pairs, kept ones included.
+        counts: Of the iteration's pairs.
         iteration: Whose opponent answered.
         sft_weight: The `spin.sft_weight`.
         max_new_tokens: The `spin.generation.max_new_tokens`, or None for the default.
+        sample: An answer as text.
     """
-    new = pairs.filter(pc.equal(pairs["generated_in"], iteration)).combine_chunks()
-    count = new.num_rows
+    count = counts.new
     if count == 0:
         return []
-    shares = describe_pairs(pairs, iteration)
-    sample = _as_text(new["rejected"][0].as_py())
+    shares = counts.shares()
+    sample = repr(sample[:60])
     say = f"iteration {iteration}: "
-    identical, empty, cut = (shares[f"spin/{name}"] for name in ("identical", "empty", "truncated"))
+    same, empty, cut = (shares[f"spin/{name}"] for name in ("identical", "empty", "truncated"))
     findings: list[Finding] = []
 
     def find(fatal: bool, text: str) -> None:
         findings.append(Finding(say + text, fatal))
 
-    if sft_weight == 0 and _identical(pairs).all():
+    if sft_weight == 0 and counts.all_identical:
         find(
             True,
-            f"all {pairs.num_rows} answers equal the human's token for token, so the loss has no gradient and nothing "
+            f"all {counts.pairs} answers equal the human's token for token, so the loss has no gradient and nothing "
             "would be learnt. The data may have been made by this very model (greedily, if `spin.generation.temperature` "
             "is 0), or the game is over: lower `spin.iterations`, or use other data",
         )
-    elif identical >= _WARNED_SHARE and count >= _FEWEST:
+    elif same >= _WARNED_SHARE and count >= _FEWEST:
         find(
             False,
-            f"{identical:.1%} of {count} answers equal the human's, which give no gradient: the data may have been made by "
+            f"{same:.1%} of {count} answers equal the human's, which give no gradient: the data may have been made by "
             "this very model, or the game is nearly over",
         )
     if empty == 1.0 and count >= _FEWEST:
@@ -115,7 +178,7 @@ def check_answers(pairs: pa.Table, iteration: int, *, sft_weight: float, max_new
             f"{shares['spin/chosen_length']:.1f}). Either the model has not learnt to end its turn (train it with SFT "
             f"first), or `spin.generation.max_new_tokens` ({limit}) is too small. An answer starts: {sample}",
         )
-    own, human = _one_token_share(new["rejected_ids"]), _one_token_share(new["chosen_ids"])
+    own, human = counts.rejected_monotone / count, counts.chosen_monotone / count
     if own >= 0.9 and human < 0.5 and empty < 1.0 and count >= _FEWEST:
         what = f"{own:.1%} of {count} answers repeat a single token (human: {human:.1%})"
         if iteration == 0:
@@ -225,35 +288,28 @@ def check_step_zero(
     return [Finding(f"{text}: {why}", fatal=False)]
 
 
-def _identical(pairs: pa.Table) -> np.ndarray:
-    (chosen, chosen_lengths), (rejected, rejected_lengths) = (
-        _flat(pairs[f"{kind}_ids"]) for kind in ("chosen", "rejected")
-    )
-    alike = chosen_lengths == rejected_lengths
-    differs = chosen[np.repeat(alike, chosen_lengths)] != rejected[np.repeat(alike, rejected_lengths)]
-    row = np.repeat(np.flatnonzero(alike), chosen_lengths[alike])
+Answers = tuple[np.ndarray, np.ndarray]  # the ids of all answers end to end, and how many each has
+
+
+def identical(chosen: Answers, rejected: Answers) -> np.ndarray:
+    """Returns (answers,) whether both have the same ids."""
+    alike = chosen[1] == rejected[1]
+    differs = chosen[0][np.repeat(alike, chosen[1])] != rejected[0][np.repeat(alike, rejected[1])]
+    row = np.repeat(np.flatnonzero(alike), chosen[1][alike])
     return alike & (np.bincount(row, weights=differs, minlength=len(alike)) == 0)
 
 
-def _one_token_share(answers: pa.ChunkedArray) -> float:
-    """Returns the share of answers that say nothing but one token over and over (their end token aside)."""
-    ids, lengths = _flat(answers)
+def monotone(answers: Answers) -> np.ndarray:
+    """Returns (answers,) whether an answer says nothing but one token over and over (its end token aside)."""
+    ids, lengths = answers
     starts = np.cumsum(lengths) - lengths
     first = np.repeat(ids[starts[lengths > 0]], lengths[lengths > 0])
     differs = ids != first
     differs[(starts + lengths - 1)[lengths > 0]] = False  # the end token
     row = np.repeat(np.arange(len(lengths)), lengths)
-    return float(np.mean((lengths > 0) & (np.bincount(row, weights=differs, minlength=len(lengths)) == 0)))
+    return (lengths > 0) & (np.bincount(row, weights=differs, minlength=len(lengths)) == 0)
 
 
-def _flat(lists: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the ids of all rows end to end, and how many each row has."""
-    parts = lists.chunks
-    values = [part.flatten().to_numpy(zero_copy_only=False) for part in parts]
-    lengths = [pc.list_value_length(part).to_numpy(zero_copy_only=False) for part in parts]
-    none = np.zeros(0, dtype=np.int32)
-    return np.concatenate([none, *values]), np.concatenate([none, *lengths]).astype(np.int64)
-
-
-def _as_text(text: str) -> str:
-    return repr(text[:60])
+def _flat(lists: pa.ListArray) -> Answers:
+    lengths = pc.list_value_length(lists).to_numpy(zero_copy_only=False)
+    return lists.flatten().to_numpy(zero_copy_only=False), lengths.astype(np.int64)

@@ -1,16 +1,16 @@
 """The self-play loop of one iteration: the policy answers every prompt, scores the pairs, and is trained on them.
 
 Data flows from prompts to answers (`_generate`, in chunks over the ranks), from answers and the previous iteration's
-pairs to a table (`_assemble`), through one forward pass of the policy as its own opponent (`_score`) to
-`pairs.parquet`, from which every rank trains. The opponent needs no second model: at an iteration's start it is the
-policy, and its log-probs are on disk before the first optimizer step.
+pairs to a file that every rank maps (`_assemble`), through one forward pass of the policy as its own opponent (`_score`)
+to `pairs.parquet` (`_write`). The opponent needs no second model: at an iteration's start it is the policy, and its
+log-probs are on disk before the first optimizer step.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -21,17 +21,20 @@ from tqdm import tqdm
 
 from axolotl_spin.artifacts import DamagedFileError, ForeignFileError
 from axolotl_spin.chunks import ChunkFiles
-from axolotl_spin.generation import Backend, Chunk, Completion, chunk_rows, chunk_size, iteration_seed, token_limit
-from axolotl_spin.health import check_answers, check_opponent_logps, check_weights, describe_pairs, report
-from axolotl_spin.pairs import SCHEMA, PairDataset, read_pairs, write_pairs
+from axolotl_spin.generation import Backend, Chunks, chunk_rows, chunk_size, iteration_seed, token_limit
+from axolotl_spin.health import check_answers, check_opponent_logps, check_weights, count_answers, report
+from axolotl_spin.pairs import BATCH_ROWS, LOGPS, SCHEMA, PairDataset, read_batches, read_pairs, write_pairs
 from axolotl_spin.peers import Peers
 from axolotl_spin.plan import IterationPlan
 from axolotl_spin.policy import frozen, nonfinite_weights
+from axolotl_spin.prompts import token_counts
 from axolotl_spin.resume import lost_pairs
 from axolotl_spin.run import SpinRun
 from axolotl_spin.scoring import Scorer
+from axolotl_spin.staging import STAGED, Answers, read_staged, write_staged
 
 LOG = get_logger(__name__)
+T = TypeVar("T")
 
 
 class SelfPlay:
@@ -78,13 +81,15 @@ class SelfPlay:
         path = self.run.directory.pairs(entry.iteration)
         figures: dict[str, float] = {"spin/iteration": entry.iteration, "spin/beta": entry.beta}
         main = self.accelerator.is_main_process
-        found = self._agree(self._look_for_pairs(entry) if main else None)
+        found = self._on_main(lambda: self._stage_file(entry))
         if isinstance(found, ForeignFileError):
             raise ForeignFileError(f"{found}: choose another `output_dir`, or move the file away")
         if found is None:
             self._say(f"iteration {entry.iteration}: using the pairs in {path}")
             if main:  # a run stopped between writing them and this
                 ChunkFiles(self.run.directory, entry.iteration, "").remove()
+            pairs = PairDataset(read_staged(self.run.directory.staged(entry.iteration)), self._read_logps(entry))
+            figures.update(self._count(pairs, entry))
         elif not fresh:
             raise ValueError(lost_pairs(found, self.run, entry.iteration))
         else:
@@ -94,58 +99,58 @@ class SelfPlay:
             report(check_weights(bad, step=entry.first_step), main)
             with frozen(model):
                 pairs = self._generate(entry, model, figures)
-                self._check(pairs, entry)
                 pairs = self._score(entry, model, pairs, figures)
-            self._write(entry, pairs)
-        dataset = PairDataset(self._read(entry))
-        if found is None:
-            self._check(dataset.table, entry)
-        figures.update(describe_pairs(dataset.table, entry.iteration))
+            self._on_main(lambda: self._write(entry, pairs))
         kept = f" ({entry.kept_rows} kept from before)" if entry.kept_rows else ""
         self._say(
             f"iteration {entry.iteration}: training on {entry.rows} pairs{kept}, {entry.epochs} epoch(s), "
             f"{entry.steps} steps, learning rate {entry.learning_rate:g}, beta {entry.beta:g}"
         )
-        return dataset, figures
+        return pairs, figures
 
-    def _look_for_pairs(self, entry: IterationPlan) -> Exception | None:
-        """Returns None where an iteration's pairs are on disk and whole, else what is wrong with them."""
+    def end(self, entry: IterationPlan) -> None:
+        """Removes what only the iteration's training needed, after its last step."""
+        if self.accelerator.is_main_process:
+            self.run.directory.staged(entry.iteration).unlink(missing_ok=True)
+
+    def _stage_file(self, entry: IterationPlan) -> Exception | None:
+        """Stages an iteration's pairs where they are on disk and whole; else returns what is wrong with them."""
+        batches = (batch.select(STAGED.names) for batch in self._read(entry))
         try:
-            self._read(entry)
+            write_staged(self.run.directory.staged(entry.iteration), batches)
         except (FileNotFoundError, DamagedFileError, ForeignFileError) as error:
             return error
         return None
 
-    def _check(self, pairs: pa.Table, entry: IterationPlan) -> None:
+    def _count(self, pairs: PairDataset, entry: IterationPlan) -> dict[str, float]:
+        """Returns lengths and fractions of the iteration's answers, after checking that they teach something."""
         settings = self.run.settings
-        limit = settings.generation.max_new_tokens
-        findings = check_answers(pairs, entry.iteration, sft_weight=settings.sft_weight, max_new_tokens=limit)
+        counts = self._on_main(lambda: count_answers(pairs.table, entry.iteration))
+        findings = check_answers(
+            counts,
+            entry.iteration,
+            sft_weight=settings.sft_weight,
+            max_new_tokens=settings.generation.max_new_tokens,
+            sample=self.run.tokenizer.decode(counts.first),
+        )
         report(findings, self.accelerator.is_main_process)
+        return counts.shares()
 
     # -- generation ---------------------------------------------------------------------------------------------------
 
-    def chunks(self, iteration: int) -> list[Chunk]:
+    def chunks(self, iteration: int) -> Chunks:
         """Returns an iteration's work for the backend; the same on any number of ranks."""
         settings = self.run.settings.generation
         seed = settings.seed if settings.seed is not None else self.run.seed
-        prompts = self.run.prompts.with_format("numpy")["prompt_ids"][:]
-        size = chunk_size(len(prompts), settings.batch_size)
-        limits = [
-            token_limit(len(p), max_new_tokens=settings.max_new_tokens, sequence_len=self.run.sequence_len)
-            for p in prompts
-        ]
-        return [
-            Chunk(
-                index=index,
-                rows=tuple(rows),
-                prompts=tuple(prompts[row] for row in rows),
-                limits=tuple(limits[row] for row in rows),
-                seed=iteration_seed(seed, iteration),
-            )
-            for index, rows in enumerate(chunk_rows([len(p) for p in prompts], size))
-        ]
+        lengths = token_counts(self.run.prompts, "prompt_ids")
+        rows = chunk_rows(lengths, chunk_size(len(lengths), settings.batch_size))
 
-    def _generate(self, entry: IterationPlan, model: Any, figures: dict[str, float]) -> pa.Table:
+        def limit(prompt: int) -> int:
+            return token_limit(prompt, max_new_tokens=settings.max_new_tokens, sequence_len=self.run.sequence_len)
+
+        return Chunks(self.run.prompts, rows, limit, iteration_seed(seed, iteration))
+
+    def _generate(self, entry: IterationPlan, model: Any, figures: dict[str, float]) -> PairDataset:
         """Answers every prompt; finished chunks are on disk, so an interrupted phase makes only the missing ones.
 
         Returns:
@@ -155,9 +160,8 @@ class SelfPlay:
         iteration = entry.iteration
         files = ChunkFiles(self.run.directory, iteration, self.run.identity.before(iteration))
         chunks = self.chunks(iteration)
-        main = self.accelerator.is_main_process
-        done = set(self._agree([chunk.index for chunk in chunks if files.read(chunk) is not None] if main else []))
-        todo = [chunk for chunk in chunks if chunk.index not in done]
+        done = self._on_main(lambda: {index for index, rows in chunks.rows() if files.read(index, rows) is not None})
+        todo = chunks.without(done)
         if len(todo) < len(chunks):
             self._say(f"iteration {iteration}: {len(chunks) - len(todo)} of {len(chunks)} chunks are already answered")
         mine = len(range(self.accelerator.process_index, len(todo), self.accelerator.num_processes))
@@ -167,23 +171,13 @@ class SelfPlay:
                 self.peers.check()
                 bar.update()
         self.accelerator.wait_for_everyone()
-        answers: list[Completion | None] = [None] * entry.new_rows
-        for chunk in chunks:
-            completions_on_disk = files.read(chunk)
-            if completions_on_disk is None:
-                raise FileNotFoundError(
-                    f"chunk {chunk.index} of iteration {iteration} is missing after generation: `output_dir` must be on a "
-                    "filesystem that all nodes share"
-                )
-            for row, completion in zip(chunk.rows, completions_on_disk, strict=True):
-                answers[row] = completion
-        missing = [row for row, answer in enumerate(answers) if answer is None]
-        assert not missing, f"{len(missing)} prompts were not answered, the first are {missing[:5]}"
+        staged = self.run.directory.staged(iteration)
+        self._on_main(lambda: write_staged(staged, self._assemble(entry, chunks, files)))
+        pairs = PairDataset(read_staged(staged))
+        about = self._count(pairs, entry)
         seconds = time.perf_counter() - started
-        pairs = self._assemble(entry, answers)  # type: ignore[arg-type]
-        about = describe_pairs(pairs, iteration)
         rate = about["spin/rejected_length"] * entry.new_rows / seconds
-        figures.update({"spin/generation_seconds": seconds, "spin/generation_tokens_per_second": rate})
+        figures.update({**about, "spin/generation_seconds": seconds, "spin/generation_tokens_per_second": rate})
         self._say(
             f"iteration {iteration}: generated {entry.new_rows} answers in {seconds:.1f} s ({rate:.0f} tokens/s; mean "
             f"{about['spin/rejected_length']:.1f} tokens, human {about['spin/chosen_length']:.1f}; "
@@ -192,76 +186,103 @@ class SelfPlay:
         )
         return pairs
 
-    def _assemble(self, entry: IterationPlan, answers: Sequence[Completion]) -> pa.Table:
-        """Joins new pairs and those kept from the previous iteration; log-probs are still to be scored."""
-        prompts = self.run.prompts.with_format("arrow")[:]
-        rejected = [answer.ids for answer in answers]
-        new = {
-            "prompt_ids": prompts["prompt_ids"],
-            "chosen_ids": prompts["chosen_ids"],
-            "rejected_ids": pa.array(rejected, type=pa.list_(pa.int32())),
-            "prompt": self._decode(prompts["prompt_ids"]),
-            "chosen": self._decode(prompts["chosen_ids"]),
-            "rejected": self._decode(rejected),
-            "finish_reason": [answer.finish_reason for answer in answers],
-            "generated_in": np.full(len(answers), entry.iteration, dtype=np.int32),
-            "opponent_chosen_logp": np.full(len(answers), np.nan),
-            "opponent_rejected_logp": np.full(len(answers), np.nan),
-            "row": prompts["row"],
-        }
-        table = pa.table([pa.chunked_array([_as_array(new[f.name], f.type)]) for f in SCHEMA], schema=SCHEMA)
+    def _assemble(self, entry: IterationPlan, chunks: Chunks, files: ChunkFiles) -> Iterator[pa.RecordBatch]:
+        """Yields the new pairs, in the order of the prompts, and those kept from the previous iteration."""
+        answers = Answers(self.run.directory.iteration(entry.iteration), entry.new_rows)
+        for index, of_chunk in chunks.rows():
+            found = files.read(index, of_chunk)
+            if found is None:
+                raise FileNotFoundError(
+                    f"chunk {index} of iteration {entry.iteration} is missing after generation: `output_dir` must be "
+                    "on a filesystem that all nodes share"
+                )
+            answers.add(found)
+        missing = answers.missing()
+        assert not len(missing), f"{len(missing)} prompts were not answered, the first are {missing[:5]}"
+        rows, prompts = 0, self.run.prompts.with_format("arrow")
+        for start in range(0, entry.new_rows, BATCH_ROWS):
+            part = prompts[start : start + BATCH_ROWS].combine_chunks()
+            rejected, reasons = answers.between(start, start + len(part))
+            columns = {
+                **{name: part[name] for name in ("prompt_ids", "chosen_ids", "row")},
+                "rejected_ids": rejected,
+                "finish_reason": reasons,
+                "generated_in": np.full(len(part), entry.iteration, dtype=np.int32),
+            }
+            yield pa.record_batch([_as_array(columns[field.name], field.type) for field in STAGED], schema=STAGED)
+            rows += len(part)
         if entry.kept_rows:
-            before = self._kept(self.run.plan.iterations[entry.iteration - 1])
-            oldest = entry.iteration - self.run.settings.history
-            kept = before.filter(pc.greater_equal(before["generated_in"], oldest))
-            table = pa.concat_tables([table, kept.replace_schema_metadata(None)])
-        assert table.num_rows == entry.rows, f"{table.num_rows} pairs, but the plan has {entry.rows}"
-        return table
-
-    def _decode(self, ids: Any) -> list[str]:
-        return self.run.tokenizer.batch_decode(ids if isinstance(ids, list) else ids.to_pylist())
+            for batch in self._kept(self.run.plan.iterations[entry.iteration - 1]):
+                yield batch
+                rows += len(batch)
+        assert rows == entry.rows, f"{rows} pairs, but the plan has {entry.rows}"
 
     # -- the opponent's pass ------------------------------------------------------------------------------------------
 
-    def _score(self, entry: IterationPlan, model: Any, pairs: pa.Table, figures: dict[str, float]) -> pa.Table:
-        """Fills in the opponent's log-probs of both answers, kept pairs included: they have a new opponent too."""
+    def _score(self, entry: IterationPlan, model: Any, pairs: PairDataset, figures: dict[str, float]) -> PairDataset:
+        """Adds the opponent's log-probs of both answers, kept pairs included: they have a new opponent too."""
         started = time.perf_counter()
-        dataset = PairDataset(pairs)
-        mine = -(-len(dataset) // self.accelerator.num_processes)
+        mine = -(-len(pairs) // self.accelerator.num_processes)
         with self._bar(f"iteration {entry.iteration}: scoring", mine, "pair") as bar:
-            logps = self.scorer.logps(model, dataset, bar.update).numpy()
+            logps = self.scorer.logps(model, pairs, bar.update).numpy()
         report(check_opponent_logps(logps, entry.iteration), self.accelerator.is_main_process)
         seconds = figures["spin/scoring_seconds"] = time.perf_counter() - started
         self._say(f"iteration {entry.iteration}: scored {entry.rows} pairs in {seconds:.1f} s")
-        for column, name in enumerate(("opponent_chosen_logp", "opponent_rejected_logp")):
-            field = SCHEMA.get_field_index(name)
-            pairs = pairs.set_column(field, SCHEMA.field(name), pa.array(logps[:, column]))
-        return pairs
+        return PairDataset(pairs.table, logps)
 
     # -- files and reports --------------------------------------------------------------------------------------------
 
-    def _write(self, entry: IterationPlan, pairs: pa.Table) -> None:
+    def _write(self, entry: IterationPlan, pairs: PairDataset) -> None:
+        """Writes the iteration's pairs with their log-probs and texts. Call it on one rank."""
         directory, mark = self.run.directory, self.run.identity.before(entry.iteration)
-        if self.accelerator.is_main_process:
-            write_pairs(directory.pairs(entry.iteration), pairs, mark)
-            ChunkFiles(directory, entry.iteration, mark).remove()
-        self.accelerator.wait_for_everyone()
+        write_pairs(directory.pairs(entry.iteration), self._with_texts(pairs), mark)
+        ChunkFiles(directory, entry.iteration, mark).remove()
 
-    def _read(self, entry: IterationPlan) -> pa.Table:
+    def _with_texts(self, pairs: PairDataset) -> Iterator[pa.RecordBatch]:
+        assert pairs.logps is not None
+        start = 0
+        for batch in pairs.table.to_batches(max_chunksize=BATCH_ROWS):
+            logps = pairs.logps[start : start + len(batch)]
+            start += len(batch)
+            columns = {
+                **{name: batch[name] for name in STAGED.names},
+                **{name: logps[:, column] for column, name in enumerate(LOGPS)},
+                **{
+                    name: self.run.tokenizer.batch_decode(batch[f"{name}_ids"].to_pylist())
+                    for name in ("prompt", "chosen", "rejected")
+                },
+            }
+            yield pa.record_batch([_as_array(columns[field.name], field.type) for field in SCHEMA], schema=SCHEMA)
+
+    def _read(self, entry: IterationPlan, columns: Sequence[str] = tuple(SCHEMA.names)) -> Iterator[pa.RecordBatch]:
         mark = self.run.identity.before(entry.iteration)
-        return read_pairs(self.run.directory.pairs(entry.iteration), mark, entry.rows)
+        return read_batches(self.run.directory.pairs(entry.iteration), mark, entry.rows, columns)
 
-    def _kept(self, entry: IterationPlan) -> pa.Table:
-        """Reads the pairs of the iteration before, from which some are kept."""
+    def _read_logps(self, entry: IterationPlan) -> np.ndarray:
+        mark = self.run.identity.before(entry.iteration)
+        logps = read_pairs(self.run.directory.pairs(entry.iteration), mark, entry.rows, LOGPS)
+        return np.stack([logps[name].to_numpy() for name in LOGPS], axis=1)
+
+    def _kept(self, entry: IterationPlan) -> Iterator[pa.RecordBatch]:
+        """Yields those pairs of the iteration before that are trained on again."""
+        oldest = entry.iteration + 1 - self.run.settings.history
         try:
-            return self._read(entry)
+            for batch in self._read(entry, STAGED.names):
+                yield batch.filter(pc.greater_equal(batch["generated_in"], oldest))
         except (FileNotFoundError, DamagedFileError, ForeignFileError) as error:
             raise ValueError(lost_pairs(error, self.run, entry.iteration)) from error
 
-    def _agree(self, value: Any) -> Any:
-        """Returns rank 0's value on every rank: what one rank finds on disk, all must act on."""
-        box = [value]
+    def _on_main(self, work: Callable[[], T]) -> T:
+        """Has rank 0 do something while the others wait; what it returns or raises, all do."""
+        box: list[Any] = [None, None]
+        if self.accelerator.is_main_process:
+            try:
+                box[0] = work()
+            except Exception as error:
+                box[1] = error
         broadcast_object_list(box)
+        if box[1] is not None:
+            raise box[1]
         return box[0]
 
     def _say(self, line: str) -> None:

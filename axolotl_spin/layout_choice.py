@@ -31,7 +31,7 @@ def preferred_layout(config: Any, *, sample_packing: bool | None, longest: int) 
     attention = str(getattr(text, "_attn_implementation", None) or getattr(config, "_attn_implementation", None))
     if "flash" in attention:
         return "packed", f"{attention} separates sequences by their positions"
-    if attention not in ("sdpa", "eager"):
+    if attention not in ("sdpa", "eager", "flex_attention"):
         return "padded", f"{attention} is not known to take a mask"
     window = getattr(text, "sliding_window", None)
     windowed = "sliding_attention" in (getattr(text, "layer_types", None) or []) or (

@@ -163,6 +163,14 @@ def _needed(predicts: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Tensor]:
     return {"columns": torch.from_numpy(wanted), "picks": torch.from_numpy(rows * len(wanted) + place)}
 
 
+def _sees(query: Tensor, key: Tensor) -> Tensor:
+    """Whether a token of segment `query` may see an earlier one of segment `key`: of its pair, prompt or its own answer.
+
+    Padding is segment -1, a pair of its own.
+    """
+    return (query // 3 == key // 3) & ((key % 3 == 0) | (query == key))
+
+
 def shared_mask(segments: Tensor) -> Tensor:
     """Returns which token sees which in the shared layout.
 
@@ -172,9 +180,24 @@ def shared_mask(segments: Tensor) -> Tensor:
     Returns:
         (rows, 1, length, length) bool; padding sees padding, so that no token sees nothing.
     """
-    pair, part = segments.div(3, rounding_mode="floor"), segments.remainder(3)  # padding: pair -1
-    same_pair = pair[:, :, None] == pair[:, None, :]
-    own = (part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])
     length = segments.shape[1]
     earlier = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
-    return (same_pair & own & earlier)[:, None]
+    return (_sees(segments[:, :, None], segments[:, None, :]) & earlier)[:, None]
+
+
+def shared_block_mask(segments: Tensor) -> Any:
+    """Returns the same for flex attention, whose kernel skips the blocks of 128 x 128 tokens in which nothing is seen.
+
+    Args:
+        segments: See `shared_mask`.
+
+    Returns:
+        A `torch.nn.attention.flex_attention.BlockMask`.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def seen(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return _sees(segments[row, query], segments[row, key]) & (query >= key)
+
+    rows, length = segments.shape
+    return create_block_mask(seen, rows, None, length, length, device=str(segments.device))

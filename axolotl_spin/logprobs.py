@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from axolotl_spin.layouts import shared_mask
+from axolotl_spin.layouts import shared_block_mask, shared_mask
 
 # fp32 numbers that exist at once while log-probs are computed: 64 MiB
 _CHUNK = 16 * 2**20
@@ -34,7 +34,7 @@ def completion_logps(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     if "attention_mask" in batch:
         inputs["attention_mask"] = batch["attention_mask"]
     elif "segments" in batch:
-        inputs["attention_mask"] = _mask_for(model, shared_mask(batch["segments"]))
+        inputs["attention_mask"] = _mask_for(model, batch["segments"])
     columns = batch["columns"]
     if _keeps_some_logits(model):
         logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits
@@ -50,9 +50,15 @@ def completion_logps(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     return per_token_logps.sum(-1)
 
 
-def _mask_for(model: Any, allowed: Tensor) -> Tensor:
-    """Returns a mask in the form that the model's attention takes: `eager` adds it, the others select by it."""
+def _mask_for(model: Any, segments: Tensor) -> Any:
+    """Returns the shared layout's mask in the form that the model's attention takes.
+
+    Flex attention takes blocks, `eager` adds its mask, the others select by it.
+    """
     config = _causal_model(model).config
+    if config._attn_implementation == "flex_attention":
+        return shared_block_mask(segments)
+    allowed = shared_mask(segments)
     if config._attn_implementation != "eager":
         return allowed
     kind = getattr(config, "dtype", None) or torch.float32

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 IGNORED = -100  # the label of tokens that SFT does not train (torch.nn.CrossEntropyLoss)
 
 Turns = Literal["last", "all"]
@@ -123,6 +125,20 @@ def prompt_dataset(dataset: Any, *, turns: Turns, max_prompts: int | None = None
             "`roles_to_train`, `train_on_inputs` and the chat template"
         )
     return prompts.select(range(min(len(prompts), max_prompts or len(prompts))))
+
+
+def token_counts(dataset: Any, column: str) -> np.ndarray:
+    """Returns the number of ids in each row of a column, (rows,) int64, without making Python objects of them.
+
+    Args:
+        dataset: `datasets.Dataset`.
+        column: One with lists of ids.
+    """
+    import pyarrow.compute as pc
+
+    batches = dataset.select_columns([column]).with_format("arrow").iter(batch_size=10_000)
+    counts = [pc.list_value_length(batch[column]).to_numpy() for batch in batches]
+    return np.concatenate([np.zeros(0, dtype=np.int64), *counts])
 
 
 def _first_with_labels(dataset: Any, count: int) -> Any:

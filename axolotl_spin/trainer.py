@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from axolotl_spin.batches import pair_loader
 from axolotl_spin.checkpoints import read_checkpoint, saving
 from axolotl_spin.compat import WithoutTokenPerplexity
 from axolotl_spin.generation import Sampling
@@ -30,7 +31,7 @@ from axolotl_spin.layout_choice import settle_layout
 from axolotl_spin.layouts import PairCollator
 from axolotl_spin.logprobs import completion_logps
 from axolotl_spin.loss import LOSS_AT_START, spin_loss
-from axolotl_spin.pairs import PairDataset, StepBatches, WeightedRows
+from axolotl_spin.pairs import PairDataset
 from axolotl_spin.peers import Peers
 from axolotl_spin.plan import IterationPlan
 from axolotl_spin.policy import disable_dropout, nonfinite_weights, save_whole
@@ -124,33 +125,22 @@ class SpinTrainer(AxolotlTrainer, WithoutTokenPerplexity):
         self.progress.write()
         if self.accelerator.is_main_process:
             LOG.info(record.line())
+        self.self_play.end(entry)
         self._pairs = None
 
     # -- data ---------------------------------------------------------------------------------------------------------
 
     def _pair_loader(self, pairs: Any, epoch: int) -> DataLoader:
         assert self.run is not None
-        padded = self._collator.layout == "padded" and isinstance(pairs, PairDataset)
-        batches = StepBatches(
-            len(pairs),
-            micro_batch=self.args.per_device_train_batch_size,
-            accumulation=self.args.gradient_accumulation_steps,
+        return pair_loader(
+            pairs,
+            self._collator,
+            self.args,
             ranks=self.accelerator.num_processes,
             rank=self.accelerator.process_index,
             seed=self.run.seed,
             epoch=epoch,
             shuffle=self.run.shuffle,
-            lengths=pairs.padded_lengths() if padded else None,
-        )
-        workers = self.args.dataloader_num_workers
-        return DataLoader(
-            WeightedRows(pairs),
-            batch_sampler=batches,
-            collate_fn=self._collator,
-            num_workers=workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
-            pin_memory=self.args.dataloader_pin_memory and torch.accelerator.is_available(),
-            generator=torch.Generator(),  # the loader draws a seed for its workers: not from training's random state
         )
 
     def get_train_dataloader(self) -> DataLoader:

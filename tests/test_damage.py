@@ -116,14 +116,19 @@ def completes(warm: Warm, folder: Path, whole: dict[str, Any]) -> str:
 
 
 def refused(warm: Warm, folder: Path, *messages: str) -> None:
-    """The start is refused before a model loads, and what is on disk stays."""
-    names = sorted(path for path in (folder / "out").rglob("*") if path.name != "debug.log")
+    """The start is refused before a model loads, and what is on disk stays; but for what a killed run left half made."""
+
+    def kept() -> list[Path]:
+        paths = (folder / "out").rglob("*")
+        return sorted(path for path in paths if path.name != "debug.log" and not path.name.startswith("."))
+
+    names = kept()
     code, output = start(warm, folder)
     assert code == 1
     for message in messages:
         assert message in output, output[-3000:]
     assert not host.loaded_a_model(folder / "out")
-    assert sorted(path for path in (folder / "out").rglob("*") if path.name != "debug.log") == names
+    assert kept() == names
 
 
 # -- made again -------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -17,8 +18,8 @@ from axolotl_spin.generation.transformers import TransformersBackend
 
 
 def test_chunks_hold_every_prompt_once_longest_first() -> None:
-    assert chunk_rows([3, 9, 3, 5, 9], 2) == [[1, 4], [3, 0], [2]]
-    assert chunk_rows([], 2) == []
+    assert [rows.tolist() for rows in chunk_rows(np.array([3, 9, 3, 5, 9]), 2)] == [[1, 4], [3, 0], [2]]
+    assert chunk_rows(np.array([], dtype=np.int64), 2) == []
 
 
 def test_seeds_depend_on_their_arguments_alone() -> None:

@@ -20,11 +20,10 @@ from warm import Warm
 
 from axolotl_spin.health import (
     UnhealthyRunError,
-    _identical,
-    _one_token_share,
     check_answers,
     check_opponent_logps,
     check_step_zero,
+    count_answers,
     report,
 )
 from axolotl_spin.pairs import SCHEMA
@@ -52,7 +51,8 @@ def pairs(rejected: list[list[int]], chosen: list[list[int]] | None = None, iter
 
 
 def found(table: pa.Table, iteration: int = 0, sft_weight: float = 0.0) -> list[tuple[bool, str]]:
-    findings = check_answers(table, iteration, sft_weight=sft_weight, max_new_tokens=8)
+    counts = count_answers(table, iteration)
+    findings = check_answers(counts, iteration, sft_weight=sft_weight, max_new_tokens=8, sample="some text")
     return [(finding.fatal, finding.text) for finding in findings]
 
 
@@ -99,14 +99,20 @@ def test_shares_are_those_of_a_plain_count() -> None:
         return [draw.integers(7, 9, draw.integers(0, 5)).tolist() for _ in range(count)]
 
     own, human = answers(400), answers(400)
-    columns = {
-        "rejected_ids": pa.chunked_array([own[:150], own[150:]], type=pa.list_(pa.int32())),
-        "chosen_ids": pa.chunked_array([human[:70], human[70:]], type=pa.list_(pa.int32())),
-    }
-    found = _identical(pa.table(columns))
-    assert found.tolist() == [a == b for a, b in zip(own, human, strict=True)] and 0 < found.sum() < 400
-    repeated = [len(ids) > 0 and len(set(ids[:-1] or ids)) == 1 for ids in own]
-    assert _one_token_share(columns["rejected_ids"]) == np.mean(repeated) and 0 < np.mean(repeated) < 1
+    own[3] = [END]
+    table = pairs(own, human)
+    table = pa.concat_tables([table[:150], table[150:], pairs([[7, 7]] * 5, iteration=1)])
+    counts = count_answers(table, 0)
+    repeated = [[len(ids) > 0 and len(set(ids[:-1] or ids)) == 1 for ids in each] for each in (own, human)]
+    assert (counts.pairs, counts.new, counts.all_identical, counts.first) == (405, 400, False, own[0])
+    assert counts.rejected_tokens == sum(map(len, own)) and counts.chosen_tokens == sum(map(len, human))
+    assert counts.identical == sum(a == b for a, b in zip(own, human, strict=True)) > 0
+    assert [counts.rejected_monotone, counts.chosen_monotone] == [sum(each) for each in repeated]
+    assert counts.empty == sum(ids in ([], [END]) for ids in own) > 1
+    assert counts.cut == 399
+    assert counts.shares()["spin/rejected_length"] == counts.rejected_tokens / 400
+    later = count_answers(table, 1)
+    assert (later.new, later.rejected_monotone, later.first) == (5, 5, [7, 7])
 
 
 def test_log_probs_that_are_not_numbers() -> None:

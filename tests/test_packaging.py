@@ -81,12 +81,11 @@ LAYERS = [
         "generation",
         "compat",
         "peers",
-        "health",
         "sharding",
     },
     {"args", "pairs", "schedule", "generation.decoding", "uclaml", "callbacks", "metrics", "policy"}
     | {"checkpoints", "chunks", "lock", "logprobs"},
-    {"identity", "scoring", "generation.transformers"},
+    {"identity", "scoring", "generation.transformers", "health", "batches", "staging"},
     {"run"},
     {"report", "resume", "layout_choice"},
     {"iteration", "progress"},

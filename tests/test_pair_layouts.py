@@ -10,10 +10,11 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
+from torch.nn.attention.flex_attention import create_mask
 from transformers import Gemma3TextConfig, LlamaConfig, Mamba2Config, Mamba2ForCausalLM, MistralConfig, Qwen2Config
 
 from axolotl_spin.layout_choice import disagreement, preferred_layout, settle_layout
-from axolotl_spin.layouts import PairCollator, _bins, shared_mask
+from axolotl_spin.layouts import PairCollator, _bins, shared_block_mask, shared_mask
 from axolotl_spin.logprobs import completion_logps, selected_logps
 
 
@@ -121,6 +122,24 @@ def test_layouts_agree(attention: str, layout: Any, rows: str, monkeypatch: pyte
         assert torch.allclose(ours[name], gradient, atol=1e-5 * largest), name
 
 
+def test_flex_attention_gives_the_same_log_probs() -> None:
+    """Its kernel has no backward pass on a CPU, so there are no gradients to compare here."""
+    model = tiny.model(47, seed=3, attn_implementation="sdpa").eval()
+    made = pairs(40)
+    expected = completion_logps(model, PairCollator(0, "padded")(made)).detach()
+    model.set_attn_implementation("flex_attention")
+    batch = PairCollator(0, "shared")(made)
+    assert batch["segments"].shape[1] > 256
+    with torch.no_grad():
+        found = completion_logps(model, batch)
+    assert torch.allclose(found, expected, atol=1e-5), (found - expected).abs().max()
+    mask = shared_block_mask(batch["segments"])
+    assert 0 < mask.sparsity() < 100  # blocks in which nothing is seen are left out
+    assert torch.equal(
+        create_mask(mask.mask_mod, 1, 1, *mask.seq_lengths, device="cpu"), shared_mask(batch["segments"])
+    )
+
+
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 def test_selected_logps_and_their_gradient(kind: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against torch's log-softmax of everything, with chunks of three tokens."""
@@ -150,7 +169,8 @@ def test_selected_logps_and_their_gradient(kind: torch.dtype, monkeypatch: pytes
         (LlamaConfig(attn_implementation="sdpa"), False, "padded", "`sample_packing: false`"),
         (LlamaConfig(attn_implementation="flash_attention_2"), None, "packed", "by their positions"),
         (LlamaConfig(attn_implementation="kernels-community/flash-attn3"), True, "packed", "by their positions"),
-        (LlamaConfig(attn_implementation="flex_attention"), None, "padded", "not known to take a mask"),
+        (LlamaConfig(attn_implementation="flex_attention"), None, "shared", "flex_attention takes a mask"),
+        (LlamaConfig(attn_implementation="paged|sdpa"), None, "padded", "not known to take a mask"),
         (MistralConfig(sliding_window=64, attn_implementation="sdpa"), None, "padded", "slides over 64 tokens"),
         (MistralConfig(sliding_window=4096, attn_implementation="sdpa"), None, "shared", "takes a mask"),
         (Qwen2Config(sliding_window=64, use_sliding_window=False, attn_implementation="sdpa"), None, "shared", "mask"),

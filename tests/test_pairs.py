@@ -8,8 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from axolotl_spin.artifacts import DamagedFileError, ForeignFileError, write_whole
+from axolotl_spin.batches import StepBatches, WeightedRows
 from axolotl_spin.layouts import PairCollator
-from axolotl_spin.pairs import SCHEMA, PairDataset, StepBatches, WeightedRows, read_pairs, write_pairs
+from axolotl_spin.pairs import SCHEMA, PairDataset, read_pairs, write_pairs
 
 
 def table(count: int = 3) -> pa.Table:
@@ -110,7 +111,7 @@ def test_epochs_are_shuffled_differently_and_curriculum_not_at_all() -> None:
 
 def test_file_round_trip(tmp_path) -> None:
     path = tmp_path / "iteration-0" / "pairs.parquet"
-    write_pairs(path, table(), "abc")
+    write_pairs(path, table().to_batches(), "abc")
     assert read_pairs(path, "abc", 3).to_pydict() == table().to_pydict()
     assert [p.name for p in path.parent.iterdir()] == ["pairs.parquet"]
     dataset = PairDataset(read_pairs(path, "abc", 3))
@@ -121,7 +122,7 @@ def test_file_round_trip(tmp_path) -> None:
 
 def test_foreign_and_damaged_files_are_refused(tmp_path) -> None:
     path = tmp_path / "pairs.parquet"
-    write_pairs(path, table(), "abc")
+    write_pairs(path, table().to_batches(), "abc")
     with pytest.raises(ForeignFileError, match="another run"):
         read_pairs(path, "xyz", 3)
     with pytest.raises(DamagedFileError, match="has 3 pairs instead of 4"):
@@ -141,7 +142,7 @@ def test_foreign_and_damaged_files_are_refused(tmp_path) -> None:
 def test_a_flipped_bit_that_decodes_is_found_by_its_checksum(tmp_path) -> None:
     """Somewhere a single bit gives other values and no error: only the pages' checksums see that."""
     path = tmp_path / "pairs.parquet"
-    write_pairs(path, table(), "abc")
+    write_pairs(path, table().to_batches(), "abc")
     whole = path.read_bytes()
     silent = 0
     for place in range(4, len(whole) - 8):
@@ -161,7 +162,7 @@ def test_log_probs_that_are_no_numbers_are_damage(tmp_path) -> None:
     pairs = table()
     column = pairs.schema.get_field_index("opponent_chosen_logp")
     pairs = pairs.set_column(column, pairs.schema.field(column), pa.array([-1.0, float("nan"), -3.0]))
-    write_pairs(tmp_path / "pairs.parquet", pairs, "abc")
+    write_pairs(tmp_path / "pairs.parquet", pairs.to_batches(), "abc")
     with pytest.raises(DamagedFileError, match="no numbers"):
         read_pairs(tmp_path / "pairs.parquet", "abc", 3)
 

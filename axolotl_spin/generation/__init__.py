@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -87,15 +89,61 @@ def chunk_size(prompts: int, batch_size: int) -> int:
     return batch_size * max(1, min(8, batches // 16))
 
 
-def chunk_rows(lengths: Sequence[int], chunk_size: int) -> list[list[int]]:
+def chunk_rows(lengths: np.ndarray, chunk_size: int) -> list[np.ndarray]:
     """Cuts prompts into chunks of similar length, longest first, so that a chunk that cannot fit fails early.
 
     Args:
-        lengths: Tokens in each prompt.
+        lengths: (prompts,) tokens in each prompt.
         chunk_size: Prompts in a chunk.
+
+    Returns:
+        The prompts' indices, an array for each chunk.
     """
-    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    order = np.argsort(-lengths, kind="stable")
     return [order[start : start + chunk_size] for start in range(0, len(order), chunk_size)]
+
+
+class Chunks(Sequence[Chunk]):
+    """An iteration's chunks, each made when it is asked for: prompts stay in the dataset's file until then.
+
+    Args:
+        prompts: `datasets.Dataset` with `prompt_ids`.
+        rows: The prompts of each chunk; see `chunk_rows`.
+        limit: Returns from a prompt's tokens how many its answer may have.
+        seed: See `Chunk`.
+        only: Indices of the chunks that are meant; all by default.
+    """
+
+    def __init__(
+        self,
+        prompts: Any,
+        rows: list[np.ndarray],
+        limit: Callable[[int], int],
+        seed: int,
+        only: Sequence[int] | None = None,
+    ):
+        self._prompts = prompts.with_format("numpy").select_columns(["prompt_ids"])
+        self._rows, self._limit, self._seed = rows, limit, seed
+        self._only = range(len(rows)) if only is None else only
+
+    def __len__(self) -> int:
+        return len(self._only)
+
+    def __getitem__(self, position: int) -> Chunk:  # type: ignore[override]
+        index = self._only[position]
+        rows = self._rows[index].tolist()
+        prompts = tuple(self._prompts[rows]["prompt_ids"])
+        limits = tuple(self._limit(len(prompt)) for prompt in prompts)
+        return Chunk(index, tuple(rows), prompts, limits, self._seed)
+
+    def rows(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields each chunk's index and its prompts' indices."""
+        return ((index, self._rows[index]) for index in self._only)
+
+    def without(self, done: Collection[int]) -> Chunks:
+        """Returns the chunks whose index is not among some."""
+        left = [index for index in self._only if index not in done]
+        return Chunks(self._prompts, self._rows, self._limit, self._seed, left)
 
 
 def token_limit(prompt_length: int, *, max_new_tokens: int | None, sequence_len: int) -> int:
