@@ -38,13 +38,15 @@ def disable_dropout(model: torch.nn.Module) -> list[str]:
 
 @contextmanager
 def frozen(model: Any) -> Iterator[None]:
-    """Puts the policy into `eval()` as the opponent, and back afterwards; gradient checkpointing is not touched."""
-    training = model.training
+    """Puts the policy into `eval()` as the opponent, and each part of it back afterwards; gradient checkpointing is not
+    touched."""
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
         if hasattr(model, "reshard"):  # FSDP2: a forward without backward leaves the root's parameters gathered
             model.reshard()
 

@@ -15,6 +15,7 @@ from transformers import GenerationConfig, MambaConfig, MambaForCausalLM, Mistra
 from axolotl_spin.generation import Chunk, Sampling, chunk_rows, chunk_size, cut, iteration_seed, token_limit
 from axolotl_spin.generation.decoding import can_decode
 from axolotl_spin.generation.transformers import TransformersBackend
+from axolotl_spin.policy import frozen
 
 
 def test_chunks_hold_every_prompt_once_longest_first() -> None:
@@ -55,13 +56,13 @@ def answers(model, prompts, *, seed=1, limits=None, batch_size=32, **sampling):
     backend = TransformersBackend(Accelerator(cpu=True), settings, 0, batch_size)
     limits = tuple(limits or [12] * len(prompts))
     chunk = Chunk(0, tuple(range(len(prompts))), tuple(prompts), limits, seed)
-    [(_, completions)] = list(backend.answer(model.eval(), [chunk]))
+    [(_, completions)] = list(backend.answer(model, [chunk]))
     return completions
 
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny.model(20)
+    return tiny.model(20).eval()
 
 
 PROMPTS = [[4, 9, 10, 5], [4, 11, 5], [7, 8, 9, 10, 11, 12, 5]]
@@ -193,6 +194,30 @@ def test_models_without_plain_keys_and_values_answer_by_generate(model, monkeypa
     assert can_decode(model) and not can_decode(mamba)
     [found] = answers(mamba, PROMPTS[:1], temperature=0)
     assert found.ids == greedy_by_the_definition(mamba, PROMPTS[0], 12)
+
+
+def test_the_model_is_left_in_its_training_state() -> None:
+    model = tiny.model(47, seed=3).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.model.layers[0].eval()  # a part that a user froze
+    model.lm_head.weight.requires_grad_(False)
+
+    def state() -> tuple:
+        flags = [(name, module.training) for name, module in model.named_modules()]
+        trained = [(name, weight.requires_grad, weight.grad) for name, weight in model.named_parameters()]
+        return (
+            flags,
+            trained,
+            model.is_gradient_checkpointing,
+            model.config.use_cache,
+            model.generation_config.to_dict(),
+        )
+
+    before = state()
+    with frozen(model):
+        assert not any(module.training for module in model.modules())
+        answers(model, [[7, 8], [9]], temperature=1.0)
+    assert state() == before
 
 
 def test_attention_that_slides_answers_by_its_argmax() -> None:

@@ -10,8 +10,20 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from torch.nn.attention.flex_attention import create_mask
-from transformers import Gemma3TextConfig, LlamaConfig, Mamba2Config, Mamba2ForCausalLM, MistralConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    MistralConfig,
+    PhiConfig,
+    Qwen2Config,
+)
 
 from axolotl_spin.layout_choice import disagreement, preferred_layout, settle_layout
 from axolotl_spin.layouts import PairCollator, _bins, shared_block_mask, shared_mask
@@ -120,6 +132,73 @@ def test_layouts_agree(attention: str, layout: Any, rows: str, monkeypatch: pyte
     assert largest > 1
     for name, gradient in theirs.items():
         assert torch.allclose(ours[name], gradient, atol=1e-5 * largest), name
+
+
+SMALL = {"vocab_size": 47, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8, final_logit_softcapping=0.3),
+        CohereConfig(**SMALL, num_key_value_heads=2, logit_scale=3.0),
+        PhiConfig(**SMALL),
+    ],
+    ids=["soft-capped", "scaled", "biased"],
+)
+def test_heads_that_do_more_than_project(config: Any, layout: Any) -> None:
+    """Against the chain rule over each sequence by itself; and what the head adds is no trifle."""
+    torch.manual_seed(5)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    head = model.get_output_embeddings()
+    if head.bias is not None:
+        torch.nn.init.normal_(head.bias)
+    rows = pairs()
+    expected, bare = [], []
+    for kind in ("chosen_ids", "rejected_ids"):
+        for row in rows:
+            ids = torch.tensor([[*row["prompt_ids"], *row[kind]]])
+            places = torch.arange(len(row["prompt_ids"]) - 1, ids.shape[1] - 1)
+            hidden = model.model(input_ids=ids).last_hidden_state
+            for logits, sums in ((model(ids).logits, expected), (hidden @ head.weight.T, bare)):
+                logps = logits[0, places].log_softmax(-1).gather(-1, ids[0, places + 1, None])
+                sums.append(logps.sum())
+    found = completion_logps(model, PairCollator(0, layout)(rows))
+    assert torch.allclose(found, torch.stack(expected), atol=1e-4)
+    assert (torch.stack(expected) - torch.stack(bare)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("layout", ["packed", "shared"])
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_layouts_agree_under_gradient_checkpointing(layout: Any, adapter: bool, reentrant: bool) -> None:
+    model: Any = tiny.model(47, seed=3).train()
+    if adapter:
+        config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+        model = get_peft_model(model, config)
+        model.enable_input_require_grads()
+    rows = pairs()
+    expected = completion_logps(model, PairCollator(0, "padded")(rows))
+    plain = gradients(model, expected)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    forwards = 0
+    first = model.get_base_model().model.layers[0] if adapter else model.model.layers[0]
+
+    def count(*_: Any) -> None:
+        nonlocal forwards
+        forwards += 1
+
+    first.input_layernorm.register_forward_hook(count)
+    found = completion_logps(model, PairCollator(0, layout)(rows))
+    assert torch.allclose(found, expected, atol=1e-5)
+    checkpointed = gradients(model, found)
+    assert forwards == 2  # once more in the backward pass
+    assert checkpointed.keys() == plain.keys() and len(plain) == (28 if adapter else 21)
+    largest = max(gradient.abs().max().item() for gradient in plain.values())
+    for name, gradient in plain.items():
+        assert torch.allclose(checkpointed[name], gradient, atol=1e-5 * largest), name
 
 
 def test_flex_attention_gives_the_same_log_probs() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import host
 import pytest
 
-from axolotl_spin.pairs import StepBatches
+from axolotl_spin.batches import StepBatches
 
 pytestmark = pytest.mark.host
 
