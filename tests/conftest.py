@@ -24,6 +24,16 @@ def warm() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
+def warm_ranks(warm: Any) -> Iterator[Any]:
+    """Two such processes, from which runs on two ranks are forked."""
+    import host
+    from warm import Ranks, Warm
+
+    with Warm(host.environment(ACCELERATE_USE_CPU="true")) as other:
+        yield Ranks([warm, other])
+
+
+@pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where model and data of the runs lie that are stopped and started again."""
     return tmp_path_factory.mktemp("shared")

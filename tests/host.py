@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import tiny
 import yaml
 from packaging.version import Version
+from warm import Ranks, Warm
 
 TESTS = Path(__file__).parent
 
@@ -146,6 +147,15 @@ def loaded_a_model(out: Path) -> bool:
     return log.exists() and "Loading model" in log.read_text(errors="replace")
 
 
+def write(settings: dict[str, Any]) -> Path:
+    """Writes the config beside its output folder and returns its path."""
+    out = Path(settings["output_dir"])
+    path = out.parent / f"{out.name}.yml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
 def start(settings: dict[str, Any], *command: str, env: dict[str, str] | None = None, timeout: int = 600) -> Run:
     """Writes the config and runs a command with it; `{config}` in the command is its path.
 
@@ -155,10 +165,7 @@ def start(settings: dict[str, Any], *command: str, env: dict[str, str] | None = 
         env: More environment variables.
         timeout: Seconds.
     """
-    out = Path(settings["output_dir"])
-    path = out.parent / f"{out.name}.yml"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(settings))
+    path = write(settings)
     arguments = [argument.replace("{config}", str(path)) for argument in command]
     done = subprocess.run(
         [sys.executable, *arguments],
@@ -169,7 +176,7 @@ def start(settings: dict[str, Any], *command: str, env: dict[str, str] | None = 
         text=True,
         timeout=timeout,
     )
-    return Run(done.returncode, done.stdout, out)
+    return Run(done.returncode, done.stdout, Path(settings["output_dir"]))
 
 
 def launcher(kind: str) -> tuple[list[str], dict[str, str]]:
@@ -191,18 +198,28 @@ def train(
     kind: str = "single",
     env: dict[str, str] | None = None,
     fails: bool = False,
-    **kwargs: Any,
+    by: Warm | Ranks | None = None,
+    timeout: int = 600,
 ) -> Run:
-    """Trains through the host's module, with the launcher that the layout takes.
+    """Trains through the host's module, with the launcher that the layout takes or in forks of warm processes.
 
     Args:
         settings: The config.
         kind: The layout.
         env: More environment variables.
         fails: The run is expected to fail.
-        kwargs: For `start`.
+        by: What forks a run on one rank, or on two; without it the launcher starts it.
+        timeout: Seconds.
     """
     arguments, marks = launcher(kind)
-    run = start(settings, *arguments, "-m", "axolotl.cli.train", "{config}", env={**marks, **(env or {})}, **kwargs)
+    if by is None:
+        module = ("-m", "axolotl.cli.train", "{config}")
+        run = start(settings, *arguments, *module, env={**marks, **(env or {})}, timeout=timeout)
+    else:
+        assert isinstance(by, Warm if kind == "single" else Ranks)
+        path = write(settings)
+        own = environment(**(marks or {"ACCELERATE_USE_CPU": "true"}), **(env or {}))
+        code, output = by.run("axolotl.cli.train", str(path), env=own, cwd=path.parent, timeout=timeout)
+        run = Run(code, output, Path(settings["output_dir"]))
     assert (run.code != 0) == fails, run.output[-12000:]
     return run

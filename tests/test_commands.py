@@ -1,4 +1,7 @@
-"""The commands that a user types, run as they are, with one YAML."""
+"""The commands that a user types, with one YAML: `axolotl train`, `inference` and `evaluate` run as they are typed.
+
+The others run in forks of a process that has imported the host, through the same command line.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,22 @@ import host
 import pytest
 import yaml
 from transformers import AutoModelForCausalLM
+from warm import Warm
 
 pytestmark = pytest.mark.host
 
 
 def axolotl(settings: dict, command: str, *arguments: str, **kwargs) -> host.Run:
     return host.start(settings, "-m", "axolotl.cli.main", command, "{config}", *arguments, **kwargs)
+
+
+def forked(warm: Warm, settings: dict, *command: str) -> host.Run:
+    """Runs `axolotl` with a command, `{config}` standing for the config's path, in a fork."""
+    path = host.write(settings)
+    env = host.environment(ACCELERATE_USE_CPU="true")
+    arguments = [argument.replace("{config}", str(path)) for argument in command]
+    code, output = warm.run("axolotl.cli.main", *arguments, env=env, cwd=path.parent)
+    return host.Run(code, output, Path(settings["output_dir"]))
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +122,9 @@ def test_each_iterations_adapter_and_the_files_around_it(lora_run: tuple[dict, h
     assert len(plan["hash"]) == 64
 
 
-def test_merge_lora_takes_the_same_yaml(lora_run: tuple[dict, host.Run]) -> None:
+def test_merge_lora_takes_the_same_yaml(lora_run: tuple[dict, host.Run], warm: Warm) -> None:
     settings, run = lora_run
-    merged = axolotl(settings, "merge-lora")
+    merged = forked(warm, settings, "merge-lora", "{config}")
     assert merged.code == 0, merged.output[-4000:]
     AutoModelForCausalLM.from_pretrained(run.out / "merged")
 
@@ -144,35 +157,35 @@ def test_table_of_a_run_on_disk(lora_run: tuple[dict, host.Run]) -> None:
     assert nothing.code != 0 and "holds no SPIN run" in nothing.output
 
 
-def test_preprocess_and_plan_take_the_same_yaml_and_share_sfts_cache(folder: Path) -> None:
+def test_preprocess_and_plan_take_the_same_yaml_and_share_sfts_cache(folder: Path, warm: Warm) -> None:
     settings = {
         **host.config(folder),
         "output_dir": str(folder / "cache"),
         "dataset_prepared_path": str(folder / "cache-p"),
     }
-    done = axolotl(settings, "preprocess", env={"ACCELERATE_USE_CPU": "true"})
+    done = forked(warm, settings, "preprocess", "{config}")
     assert done.code == 0, done.output[-4000:]
     cached = [path.name for path in (folder / "cache-p").iterdir()]
-    planned = host.start(settings, "-m", "axolotl.cli.main", "spin", "plan", "{config}", "--json")
+    planned = forked(warm, settings, "spin", "plan", "{config}", "--json")
     assert planned.code == 0, planned.output[-4000:]
     plan = json.loads(planned.output[planned.output.index('{\n  "global_batch"') :])
     assert [(e["rows"], e["steps"], e["learning_rate"], e["beta"], e["epochs"]) for e in plan["iterations"]] == [
         (37, 10, 1e-3, 0.1, 1), (74, 19, 1e-3, 0.1, 1),
     ]  # fmt: skip
     sft = {key: value for key, value in settings.items() if key not in ("rl", "spin")}
-    trained = axolotl({**sft, "output_dir": str(folder / "sft")}, "train", env={"ACCELERATE_USE_CPU": "true"})
-    assert trained.code == 0, trained.output[-4000:]
+    trained = host.train({**sft, "output_dir": str(folder / "sft")}, by=warm)
     assert [path.name for path in (folder / "cache-p").iterdir()] == cached
     # with SPIN off nothing of ours ran or was left
     assert "[axolotl_spin." not in trained.output and not (folder / "sft" / "spin").exists()
 
 
-def test_a_second_start_with_other_settings_is_refused_with_both_values(lora_run: tuple[dict, host.Run]) -> None:
+def test_a_second_start_with_other_settings_is_refused_with_both_values(
+    lora_run: tuple[dict, host.Run], warm: Warm
+) -> None:
     settings, run = lora_run
     before = (run.out / "spin" / "plan.json").read_bytes()
     changed = {**settings, "spin": {**settings["spin"], "beta": 0.2}, "seed": 8}
-    done = axolotl(changed, "train", env={"ACCELERATE_USE_CPU": "true"})
-    assert done.code != 0
+    done = host.train(changed, by=warm, fails=True)
     assert "spin.beta: 0.1 -> 0.2" in done.output and "seed: 7 -> 8" in done.output
     assert "spin.iterations" not in done.output
     assert not host.loaded_a_model(run.out)
@@ -187,14 +200,15 @@ def test_a_second_start_with_other_settings_is_refused_with_both_values(lora_run
         ({"datasets": "prompt_free"}, "there is no prompt before the answer"),
     ],
 )
-def test_wrong_configs_stop_the_command_before_a_model_loads(folder: Path, change: dict, message: str) -> None:
+def test_wrong_configs_stop_the_command_before_a_model_loads(
+    folder: Path, warm: Warm, change: dict, message: str
+) -> None:
     settings = {**host.config(folder), "output_dir": str(folder / "wrong"), **change}
     if settings["datasets"] == "prompt_free":
         rows = folder / "prompt_free.jsonl"
         rows.write_text(json.dumps({"input_ids": [7, 8, 6], "attention_mask": [1] * 3, "labels": [7, 8, 6]}) + "\n")
         settings["datasets"] = [{"path": str(rows), "ds_type": "json", "type": None}]
-    done = host.start(settings, "-m", "axolotl.cli.train", "{config}")
-    assert done.code != 0
+    done = host.train(settings, by=warm, fails=True)
     assert message in done.output
     assert not host.loaded_a_model(folder / "wrong")
     assert yaml.safe_load((folder / "wrong.yml").read_text())["rl"] == "spin"

@@ -7,6 +7,7 @@ computed here from the files on disk.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import tiny
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
+from warm import Ranks, Warm
 
 pytestmark = [pytest.mark.host, pytest.mark.ranks]
 
@@ -25,6 +27,7 @@ LORA = [f"{name}-lora" for name in FULL]
 GATHER = {"zero3-lora": False, "fsdp2": False}  # the others choose by the free memory
 ITERATIONS = 3
 LN2 = 0.6931472
+LAUNCHED = ("ddp", "zero3")  # by the true launcher; the others are forked as it would start them
 
 
 @pytest.fixture(scope="module")
@@ -36,16 +39,32 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
+Train = Callable[..., host.Run]
+RunOf = Callable[[str], host.Run]
+
+
 @pytest.fixture(scope="module")
-def runs(folder: Path) -> dict[str, host.Run]:
-    return {}
+def train(warm: Warm, warm_ranks: Ranks) -> Train:
+    """A function that trains with a config in a layout, in forks."""
+
+    def run(settings: dict[str, Any], kind: str, **kwargs: Any) -> host.Run:
+        return host.train(settings, kind, by=warm if kind == "single" else warm_ranks, **kwargs)
+
+    return run
 
 
-def run_of(name: str, folder: Path, runs: dict[str, host.Run]) -> host.Run:
-    """Runs a layout once for all tests of this module."""
-    if name not in runs:
-        runs[name] = host.train(settings_of(name, folder), name.partition("-")[0])
-    return runs[name]
+@pytest.fixture(scope="module")
+def run_of(folder: Path, train: Train) -> RunOf:
+    """A function that gives a layout's run, which it makes once for all tests of this module."""
+    runs: dict[str, host.Run] = {}
+
+    def run(name: str) -> host.Run:
+        if name not in runs:
+            kind = name.partition("-")[0]
+            runs[name] = (host.train if name in LAUNCHED else train)(settings_of(name, folder), kind)
+        return runs[name]
+
+    return run
 
 
 def settings_of(name: str, folder: Path) -> dict[str, Any]:
@@ -62,17 +81,17 @@ def settings_of(name: str, folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["zero3", "zero3-lora", "fsdp2", "fsdp2-lora"])
-def test_sharded_weights_are_gathered_where_they_fit_or_as_asked(name: str, folder: Path, runs: dict) -> None:
+def test_sharded_weights_are_gathered_where_they_fit_or_as_asked(name: str, folder: Path, run_of: RunOf) -> None:
     """That both ways give the same answers and log-probs is what the tests below show."""
-    run = run_of(name, folder, runs)
+    run = run_of(name)
     gathered = run.output.count("sharded weights are gathered for the phase")
     assert gathered == (0 if GATHER.get(name) is False else 2 * ITERATIONS)  # answering and scoring
 
 
 @pytest.mark.parametrize("name", FULL + LORA)
-def test_first_step_of_every_iteration_is_ln_2(name: str, folder: Path, runs: dict) -> None:
+def test_first_step_of_every_iteration_is_ln_2(name: str, folder: Path, run_of: RunOf) -> None:
     """37 prompts: 10 steps, then 74 pairs and 19 steps twice; the LoRA runs have a dropout that must be off."""
-    run = run_of(name, folder, runs)
+    run = run_of(name)
     losses = run.losses()
     assert len(losses) == 10 + 19 + 19
     assert [losses[0], losses[10], losses[29]] == pytest.approx([LN2] * 3, abs=1e-5)
@@ -85,18 +104,22 @@ def test_first_step_of_every_iteration_is_ln_2(name: str, folder: Path, runs: di
 
 
 @pytest.mark.parametrize("name", FULL + LORA)
-def test_layouts_agree(name: str, folder: Path, runs: dict) -> None:
-    run = run_of(name, folder, runs)
-    single = run_of("single-lora" if name.endswith("-lora") else "single", folder, runs)
+def test_layouts_agree(name: str, folder: Path, run_of: RunOf) -> None:
+    run = run_of(name)
+    single = run_of("single-lora" if name.endswith("-lora") else "single")
     for iteration in range(ITERATIONS):
         for column in ("prompt_ids", "chosen_ids", "rejected_ids", "finish_reason", "generated_in", "row"):
             assert run.pairs(iteration)[column] == single.pairs(iteration)[column], (iteration, column)
     assert run.losses() == pytest.approx(single.losses(), abs=1e-4)
 
 
-def test_agreement_shows_that_every_optimizer_restarts(folder: Path, runs: dict) -> None:
-    """With the moments of iteration 0 kept, iteration 1 takes other steps, far beyond the layouts' tolerance."""
-    single = run_of("single", folder, runs)
+@pytest.mark.once
+def test_agreement_shows_that_every_optimizer_restarts(folder: Path, run_of: RunOf, train: Train) -> None:
+    """With the moments of iteration 0 kept, iteration 1 takes other steps, far beyond the layouts' tolerance.
+
+    On the default host alone, since it is about how sharp the comparison of the layouts is.
+    """
+    single = run_of("single")
     settings = {**host.config(folder), **host.layout("single", folder), "output_dir": str(folder / "kept")}
     spin = {
         "iterations": 2,
@@ -104,7 +127,7 @@ def test_agreement_shows_that_every_optimizer_restarts(folder: Path, runs: dict)
         "restart_optimizer": False,
         "generation": {"max_new_tokens": 10, "batch_size": 8},
     }
-    kept = host.train({**settings, "spin": spin})
+    kept = train({**settings, "spin": spin}, "single")
     assert kept.losses()[:11] == pytest.approx(single.losses()[:11], abs=1e-6)
     assert max(abs(a - b) for a, b in zip(kept.losses()[11:], single.losses()[11:29], strict=True)) > 2e-3
 
@@ -128,9 +151,9 @@ def plain_logp(model: torch.nn.Module, prompt: list[int], completion: list[int])
 
 
 @pytest.mark.parametrize("name", FULL + LORA)
-def test_the_opponent_is_the_model_the_iteration_started_from(name: str, folder: Path, runs: dict) -> None:
+def test_the_opponent_is_the_model_the_iteration_started_from(name: str, folder: Path, run_of: RunOf) -> None:
     """Kept rows included; and the test could tell: the model before or after gives other values."""
-    run = run_of(name, folder, runs)
+    run = run_of(name)
     for iteration in range(ITERATIONS):
         model = starting_model(name, folder, run, iteration)
         rows = run.pairs(iteration).to_pylist()
@@ -145,8 +168,8 @@ def test_the_opponent_is_the_model_the_iteration_started_from(name: str, folder:
 
 
 @pytest.mark.parametrize("name", FULL + LORA)
-def test_the_final_model_is_the_last_iterations(name: str, folder: Path, runs: dict) -> None:
-    run = run_of(name, folder, runs)
+def test_the_final_model_is_the_last_iterations(name: str, folder: Path, run_of: RunOf) -> None:
+    run = run_of(name)
     last = starting_model(name, folder, run, ITERATIONS)
     if name.endswith("-lora"):
         base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
@@ -160,9 +183,9 @@ def test_the_final_model_is_the_last_iterations(name: str, folder: Path, runs: d
 
 
 @pytest.mark.parametrize("name", FULL + LORA)
-def test_answers_are_samples_that_end_where_they_should(name: str, folder: Path, runs: dict) -> None:
+def test_answers_are_samples_that_end_where_they_should(name: str, folder: Path, run_of: RunOf) -> None:
     end = tiny.tokenizer().eos_token_id
-    for row in run_of(name, folder, runs).pairs(ITERATIONS - 1).to_pylist():
+    for row in run_of(name).pairs(ITERATIONS - 1).to_pylist():
         ids = row["rejected_ids"]
         assert 1 <= len(ids) <= 10
         assert end not in ids[:-1]
@@ -172,19 +195,21 @@ def test_answers_are_samples_that_end_where_they_should(name: str, folder: Path,
 
 
 @pytest.mark.parametrize(("name", "then"), [("ddp", "single"), ("zero3", "zero3"), ("fsdp2", "fsdp2")])
-def test_a_run_of_which_one_rank_is_killed_goes_on(name: str, then: str, folder: Path, runs: dict) -> None:
-    """In mid-iteration 1, as the system does it when memory runs out; the launcher then stops the other rank.
+def test_a_run_of_which_one_rank_is_killed_goes_on(
+    name: str, then: str, folder: Path, run_of: RunOf, train: Train
+) -> None:
+    """In mid-iteration 1, as the system does it when memory runs out; the launcher (for DDP the true one) stops the other.
 
     DDP's goes on with a single rank, where the global batch stays what it was.
     """
-    whole = run_of(name, folder, runs)
+    whole = run_of(name)
     settings = {**settings_of(name, folder), "output_dir": str(folder / f"{name}-{then}")}
     settings["plugins"] = ["cpu_cluster.CpuClusterPlugin", "faults.FaultPlugin", *host.OURS]
     fault = {"SPIN_KILL": "iteration 1/second epoch", "SPIN_KILL_RANK": "1"}
-    killed = host.train(settings, name, env=fault, fails=True)
+    killed = (host.train if name == "ddp" else train)(settings, name, env=fault, fails=True)
     assert "killed at: iteration 1/second epoch" in killed.output
     batch = host.layout(then, folder).get("micro_batch_size", 2)
-    resumed = host.train({**settings, "micro_batch_size": batch}, then)
+    resumed = train({**settings, "micro_batch_size": batch}, then)
     assert "going on from" in resumed.output and "using the pairs in" in resumed.output
     for iteration in range(ITERATIONS):
         for column in ("rejected_ids", "finish_reason", "generated_in", "row"):

@@ -5,25 +5,16 @@ The two ranks are started by hand, as on two machines: nothing but the run itsel
 
 from __future__ import annotations
 
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import host
 import pytest
 import yaml
+from warm import Ranks
 
 pytestmark = [pytest.mark.host, pytest.mark.ranks, pytest.mark.once]
-
-
-def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("localhost", 0))
-        return listening.getsockname()[1]
 
 
 @pytest.mark.parametrize(
@@ -35,29 +26,23 @@ def free_port() -> int:
         ("fsdp2", "score/first batch", 1),
     ],
 )
-def test_the_other_rank_stops_and_says_why(kind: str, point: str, rank: int, tmp_path: Path) -> None:
+def test_the_other_rank_stops_and_says_why(kind: str, point: str, rank: int, warm_ranks: Ranks, tmp_path: Path) -> None:
     settings = {**host.config(tmp_path), **host.layout(kind, tmp_path)}
     settings["plugins"] = ["cpu_cluster.CpuClusterPlugin", "faults.FaultPlugin", *host.OURS]
     (tmp_path / "run.yml").write_text(yaml.safe_dump(settings))
-    launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     fault = {"SPIN_KILL": point, "SPIN_KILL_RANK": str(rank), "SPIN_RAISE": "planted: out of memory"}
-    processes, logs = [], [tmp_path / f"rank{index}.log" for index in range(2)]
-    for index, log in enumerate(logs):
-        env = host.environment(**host.rank_environment(kind), **launch, **fault, RANK=str(index), LOCAL_RANK=str(index))
-        with open(log, "wb") as output:
-            command = [sys.executable, "-m", "axolotl.cli.train", "run.yml"]
-            processes.append(
-                subprocess.Popen(command, cwd=tmp_path, env=env, stdout=output, stderr=output, start_new_session=True)
-            )
+    env = host.environment(**host.rank_environment(kind), **fault)
+    logs = [tmp_path / f"rank{index}.log" for index in range(2)]
+    ranks = warm_ranks.start("axolotl.cli.train", "run.yml", env=env, cwd=tmp_path, logs=logs)
     try:
-        assert processes[rank].wait(timeout=300) == 1
+        assert ranks[rank].wait(timeout=300) == 1
         failed = time.monotonic()
-        assert processes[1 - rank].wait(timeout=60) == 1
+        assert ranks[1 - rank].wait(timeout=60) == 1
         assert time.monotonic() - failed < 15
     finally:
-        for process in processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+        for fork in ranks:
+            if fork.alive():
+                fork.end(signal.SIGKILL)
     message = f"rank {rank} failed: RuntimeError: planted: out of memory"
     assert message in logs[1 - rank].read_text(), logs[1 - rank].read_text()[-3000:]
     assert f"{message}" in logs[rank].read_text() and "telling the other ranks" in logs[rank].read_text()

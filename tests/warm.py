@@ -1,7 +1,8 @@
 """A process that has imported the host once and forks: a run of the host's command then starts at once.
 
 A forked run is a process of its own: it has its own session, environment, standard streams and exit code, runs a module as
-`python -m` does, and can be killed. Everything that it imports is what a fresh interpreter would import.
+`python -m` does, and can be killed. Everything that it imports is what a fresh interpreter would import. A run on two ranks
+is forked from two such processes, so that its ranks share no more than two interpreters do (their hashes differ, say).
 """
 
 from __future__ import annotations
@@ -10,34 +11,46 @@ import json
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 _IMPORTS = (
     "axolotl.cli.train",
+    "axolotl.cli.config",
+    "axolotl.cli.checks",
     "axolotl.train",
     "axolotl.core.builders",
     "axolotl.utils.data",
     "axolotl.prompt_strategies.chat_template",
+    "axolotl_spin.plugin",
+    "axolotl_spin.callbacks",
     "axolotl_spin.trainer",
     "axolotl_spin.resume",
     "axolotl_spin.args",
     "transformers.models.llama.modeling_llama",
     "transformers.models.auto.modeling_auto",
+    "deepspeed",  # which accelerate imports in every run
 )
 
 
 def _serve() -> None:
     """Reads requests from standard input, a JSON object a line, and answers each with a line."""
+    import gc
     import importlib
 
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what imports print is not an answer
     for name in _IMPORTS:
         importlib.import_module(name)
+    from accelerate.state import PartialState
+
+    assert not PartialState._shared_state  # each run makes its own, from its own environment
+    gc.freeze()
     answers.write("ready\n")
     for line in sys.stdin:
         request = json.loads(line)
@@ -82,7 +95,7 @@ class Warm:
     """A warm process; use it as a context."""
 
     def __init__(self, env: dict[str, str]):
-        self._env = env
+        self._env = {**env, "DS_ACCELERATOR": "cpu"}  # DeepSpeed reads it when it is imported
 
     def __enter__(self) -> Warm:
         self._server = subprocess.Popen(
@@ -93,7 +106,7 @@ class Warm:
             text=True,
             env=self._env,
         )
-        assert self._server.stdout is not None and self._server.stdout.readline() == "ready\n"
+        self._ready = False
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -102,19 +115,23 @@ class Warm:
 
     def _ask(self, request: dict[str, Any]) -> int:
         assert self._server.stdin is not None and self._server.stdout is not None
+        if not self._ready:
+            assert self._server.stdout.readline() == "ready\n"
+            self._ready = True
         self._server.stdin.write(json.dumps(request) + "\n")
         self._server.stdin.flush()
         return int(self._server.stdout.readline())
 
-    def start(self, *module: str, env: dict[str, str], cwd: Path) -> Fork:
+    def start(self, *module: str, env: dict[str, str], cwd: Path, log: Path | None = None) -> Fork:
         """Starts a module in a fork.
 
         Args:
             module: The module's name and its arguments.
             env: Its whole environment.
             cwd: Its working folder.
+            log: What it prints is appended to this file, or to one of its own.
         """
-        log = cwd / f"warm-{time.monotonic_ns()}.log"
+        log = log or cwd / f"warm-{time.monotonic_ns()}.log"
         return Fork(self, self._ask({"module": module, "env": env, "cwd": str(cwd), "log": str(log)}), log)
 
     def run(self, *module: str, env: dict[str, str], cwd: Path, timeout: float = 300) -> tuple[int, str]:
@@ -132,6 +149,59 @@ class Warm:
         return code, fork.output()
 
 
+class Ranks:
+    """Runs on several ranks of this machine, each forked from a warm process of its own."""
+
+    def __init__(self, warm: Sequence[Warm]):
+        self._warm = warm
+
+    def start(self, *module: str, env: dict[str, str], cwd: Path, logs: Sequence[Path]) -> list[Fork]:
+        """Starts a module on every rank; nothing watches over them.
+
+        Args:
+            module: The module's name and its arguments.
+            env: The environment of each, to which the launcher's variables are added.
+            cwd: The working folder.
+            logs: What each rank's output is appended to.
+        """
+        count = str(len(self._warm))
+        with socket.socket() as listening:
+            listening.bind(("localhost", 0))
+            port = listening.getsockname()[1]
+        shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        return [
+            warm.start(*module, env={**env, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd=cwd, log=log)
+            for rank, (warm, log) in enumerate(zip(self._warm, logs, strict=True))
+        ]
+
+    def run(self, *module: str, env: dict[str, str], cwd: Path, timeout: float = 300) -> tuple[int, str]:
+        """Runs a module on every rank, to the end of all; where one fails the others are ended, as torchrun does it.
+
+        Args:
+            module, env, cwd: See `start`.
+            timeout: Seconds after which it counts as hung.
+
+        Returns:
+            The exit code of the rank that failed first, else 0, and what all printed.
+        """
+        log = cwd / f"warm-{time.monotonic_ns()}.log"
+        forks = self.start(*module, env=env, cwd=cwd, logs=[log] * len(self._warm))
+        limit = time.monotonic() + timeout
+        codes: dict[int, int] = {}
+        while len(codes) < len(forks) and not any(codes.values()):
+            time.sleep(0.02)
+            codes |= {rank: fork.wait() for rank, fork in enumerate(forks) if rank not in codes and not fork.alive()}
+            if time.monotonic() > limit:
+                for rank, fork in enumerate(forks):
+                    if rank not in codes:
+                        fork.end(signal.SIGKILL)
+                raise AssertionError(f"hung: {forks[0].output()[-4000:]}")
+        for rank, fork in enumerate(forks):
+            if rank not in codes:
+                fork.end(signal.SIGTERM)
+        return next((code for code in codes.values() if code), 0), forks[0].output()
+
+
 class Fork:
     """A run in a fork."""
 
@@ -145,6 +215,16 @@ class Fork:
     def alive(self) -> bool:
         """Whether it still runs."""
         return _alive(self.pid)
+
+    def end(self, by: signal.Signals) -> int:
+        """Sends a signal, kills what has not ended half a minute later, and returns the exit code."""
+        os.killpg(self.pid, by)
+        limit = time.monotonic() + 30
+        while self.alive() and time.monotonic() < limit:
+            time.sleep(0.02)
+        if self.alive():
+            os.killpg(self.pid, signal.SIGKILL)
+        return self._warm._ask({"wait": self.pid})
 
     def wait(self, timeout: float = 300) -> int:
         """Waits for its end and returns the exit code; after the time-out (in seconds) it is killed, and the test fails."""
