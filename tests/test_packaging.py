@@ -28,7 +28,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [wheel] = folder.glob("axolotl_spin-*.whl")
     venv.create(folder / "env", with_pip=True)
     made = folder / "env" / "bin" / "python"
-    subprocess.run([made, "-m", "pip", "install", "-q", "--no-deps", wheel], check=True)
+    run(made, "-m", "pip", "install", "-q", "--no-deps", str(wheel))
     [site] = (folder / "env" / "lib").glob("python*/site-packages")
     (site / "host.pth").write_text(sysconfig.get_paths()["purelib"])
     return made
