@@ -175,7 +175,9 @@ def test_a_loss_that_is_nan_is_found_at_its_step(warm: Warm, shared: Path, tmp_p
 
 
 @pytest.mark.host
+@pytest.mark.once
 def test_weights_that_are_nan_are_found_before_generation(warm: Warm, shared: Path, tmp_path: Path) -> None:
+    """On the default host alone: our own look at the weights, before the host's training begins."""
     model = tiny.save(tmp_path / "nan")
     weights = load_file(model / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
@@ -199,7 +201,9 @@ def test_exchanged_weights_are_found_at_the_first_step(warm: Warm, shared: Path,
 
 
 @pytest.mark.host
+@pytest.mark.once
 def test_data_made_by_the_model_itself_stops_the_run(warm: Warm, shared: Path, tmp_path: Path) -> None:
+    """On the default host alone: our own comparison of answers, before the host's training begins."""
     greedy = {"iterations": 1, "generation": {"max_new_tokens": 8, "batch_size": 4, "temperature": 0}}
     settings = {**settings_in(tmp_path, shared), "spin": greedy, "val_set_size": 0}
     assert start(warm, tmp_path, settings, SPIN_KILL="train/first micro-batch")[0] != 0

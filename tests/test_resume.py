@@ -47,8 +47,12 @@ def completes(done: tuple[int, str]) -> str:
     return done[1]
 
 
+@pytest.mark.once
 def test_iterations_may_be_appended(start: Start, whole: dict, shared: Path, tmp_path: Path) -> None:
-    """A complete run that is given a third iteration ends as one that had three from the start."""
+    """A complete run that is given a third iteration ends as one that had three from the start.
+
+    This and the next follow from our plan alone; how a host resumes is what `test_a_named_checkpoint` shows.
+    """
     shutil.copytree(shared / "whole" / "out", tmp_path / "out")
     output = completes(start(spin=spin(iterations=3)))
     assert "going on from" in output and "iteration 2: generated 16 answers" in output
@@ -60,6 +64,7 @@ def test_iterations_may_be_appended(start: Start, whole: dict, shared: Path, tmp
     assert not [name for name in differences(extended, outcome(tmp_path / "out")) if name != "checkpoints"]
 
 
+@pytest.mark.once
 def test_iterations_may_be_left_out_at_the_end(start: Start, whole: dict, tmp_path: Path) -> None:
     """Stopped within the third of three iterations, a run that now has two is complete after them."""
     assert start("iteration 1/first epoch", spin=spin(iterations=3))[0] != 0
@@ -78,6 +83,7 @@ def test_harmless_changes_are_allowed(start: Start, whole: dict, tmp_path: Path)
         assert tensor.allclose(found["weights"][name], atol=1e-5)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
@@ -97,6 +103,7 @@ def test_harmless_changes_are_allowed(start: Start, whole: dict, tmp_path: Path)
 def test_a_change_of_what_results_depend_on_is_refused(
     changes: dict, line: str, start: Start, whole: dict, shared: Path, tmp_path: Path
 ) -> None:
+    """Our own comparison; that every host has the keys which it reads is part of the contract."""
     shutil.copytree(shared / "whole" / "out", tmp_path / "out")
     code, output = start(**changes)
     assert code == 1
