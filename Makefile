@@ -46,12 +46,13 @@ test-hosts:
 	  environment=$$(bash .ci/environment $$host); \
 	  $$environment/bin/pip install $(TESTED); \
 	  echo "== axolotl $$host"; \
-	  once=""; \
-	  if [ $$host != $(HOST) ]; then \
-	    once="and not once"; \
-	    $$environment/bin/python -m pytest $(BOTH) -m "not ranks and not game and not faults $$once"; \
+	  if [ $$host = $(HOST) ]; then \
+	    $$environment/bin/python -m pytest -n 2 -m "game and not ranks"; \
+	    $$environment/bin/python -m pytest -m "ranks and not faults"; \
+	  else \
+	    $$environment/bin/python -m pytest $(BOTH) -m "not ranks and not faults and not once"; \
+	    $$environment/bin/python -m pytest -m "ranks and not faults and not once"; \
 	  fi; \
-	  $$environment/bin/python -m pytest -m "(ranks or game) and not faults $$once"; \
 	done
 
 check:
