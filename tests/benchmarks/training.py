@@ -1,0 +1,165 @@
+"""Training on ready pairs: SPIN's layouts against TRL's DPOTrainer with a resident reference model, and SFT by the host.
+
+Every contestant is a process of its own, in turn, so that what else the machine does hits all of them. SPIN answers the
+prompts once, before; its runs then find the pairs on disk, and TRL reads the very token ids. SFT trains on rows that have
+as many tokens a step as the largest step of the shared layout, none of them padding.
+
+Called by `run.py`; with `--trl` it is the TRL contestant itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from itertools import chain, cycle, islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import workload
+from probe import Probe, baseline
+
+BATCH = 8
+TARGETS = {"shared": ">= 2.5", "packed": ">= 1.8", "padded": ""}
+
+
+def measure(
+    folder: Path, model: str, *, pairs: int, repeats: int, layouts: tuple[str, ...] = ("shared", "packed")
+) -> list[dict[str, Any]]:
+    """Returns rows of the table: speed against TRL, memory against TRL and against SFT by the host.
+
+    Args:
+        folder: Of `workload.prepare`.
+        model: One of `workload.MODELS`.
+        pairs: Trained on, in steps of `BATCH`.
+        repeats: Of each contestant; medians count.
+        layouts: SPIN's; "shared" among them.
+    """
+    work = folder / "training" / model
+    shutil.rmtree(work, ignore_errors=True)
+    config, ready = workload.with_pairs(work, folder, model, pairs=pairs, most=48)
+    file = ready / "spin" / "iteration-0" / "pairs.parquet"
+    found: dict[str, list[dict[str, Any]]] = {}
+    for _ in range(repeats):
+        for layout in layouts:
+            shutil.rmtree(work / "out", ignore_errors=True)
+            shutil.copytree(ready, work / "out")
+            found.setdefault(layout, []).append(workload.run(work, config, BENCH_LAYOUT=layout))
+        command = [__file__, "--trl", str(file), "--model", str(folder / model)]
+        found.setdefault("trl", []).append(workload.measured(command, work / "trl.json"))
+        found.setdefault("sft", []).append(_sft(folder, model, work, file, found["shared"][0]["most_tokens"]))
+    speed = {name: BATCH / median(run["step_seconds"] for run in runs) for name, runs in found.items()}
+    gib = {name: median(run["peak_bytes"] for run in runs) / 2**30 for name, runs in found.items()}
+    tokens = token_counts(file)
+    about = f"{model}, {tokens['prompt']:.0f} + {tokens['chosen']:.0f} / {tokens['rejected']:.0f} tokens a pair"
+    rows = [
+        {
+            "figure": f"training, pairs/s, {layout}",
+            "workload": f"{about}, batch {BATCH}",
+            "value": speed[layout],
+            "against": "TRL DPOTrainer with its reference",
+            "other": speed["trl"],
+            "ratio": speed[layout] / speed["trl"],
+            "target": TARGETS[layout],
+        }
+        for layout in layouts
+    ]
+    ours, theirs = found["shared"][0]["most_tokens"], found["sft"][0]["most_tokens"]
+    return [
+        *rows,
+        {
+            "figure": "peak memory of a step, GiB, shared",
+            "workload": f"{about}, batch {BATCH}",
+            "value": gib["shared"],
+            "against": "TRL DPOTrainer with its reference",
+            "other": gib["trl"],
+            "ratio": gib["shared"] / gib["trl"],
+            "target": "<= 0.55",
+        },
+        {
+            "figure": "peak memory of a step per token, MiB, shared",
+            "workload": f"{model}, {ours} and {theirs} tokens a step",
+            "value": 1024 * gib["shared"] / ours,
+            "against": "SFT by the host",
+            "other": 1024 * gib["sft"] / theirs,
+            "ratio": gib["shared"] / ours / (gib["sft"] / theirs),
+            "target": "<= 1.1",
+        },
+    ]
+
+
+def token_counts(file: Path) -> dict[str, float]:
+    """Returns the mean tokens of prompts, human answers and the opponent's."""
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    pairs = pq.read_table(file, columns=["prompt_ids", "chosen_ids", "rejected_ids"])
+    return {
+        name.removesuffix("_ids"): pc.mean(pc.list_value_length(pairs[name])).as_py() for name in pairs.column_names
+    }
+
+
+def _sft(folder: Path, model: str, work: Path, file: Path, tokens: int) -> dict[str, Any]:
+    """Trains by the host on human answers cut into rows of one length, `tokens` in a step."""
+    import pyarrow.parquet as pq
+
+    steps, length = 4, -(-tokens // BATCH)
+    pairs = pq.read_table(file, columns=["prompt_ids", "chosen_ids"]).to_pylist()
+    stream = cycle(chain.from_iterable(pair["prompt_ids"] + pair["chosen_ids"] for pair in pairs))
+    rows = [list(islice(stream, length)) for _ in range(steps * BATCH)]
+    data = work / "sft" / "data.jsonl"
+    shutil.rmtree(data.parent, ignore_errors=True)
+    data.parent.mkdir(parents=True)
+    lines = [json.dumps({"input_ids": ids, "attention_mask": [1] * length, "labels": ids}) for ids in rows]
+    data.write_text("\n".join(lines) + "\n")
+    changes = {
+        "rl": None,
+        "spin": None,
+        "plugins": ["probe.BenchPlugin"],
+        "datasets": [{"path": str(data), "ds_type": "json", "type": None}],
+        "dataset_prepared_path": str(data.parent / "prepared"),
+        "sequence_len": max(256, length),
+        "sample_packing": False,
+        "micro_batch_size": BATCH,
+        "output_dir": str(data.parent / "out"),
+    }
+    return workload.run(data.parent, workload.settings(folder, model, **changes))
+
+
+def train_by_trl(file: Path, model: Path) -> None:
+    """Trains an epoch over a pairs file with TRL's defaults and a reference model beside the policy."""
+    import pyarrow.parquet as pq
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    on_gpu = torch.cuda.is_available()
+    before = baseline()
+    kind = {"dtype": torch.bfloat16 if on_gpu else torch.float32, "attn_implementation": "sdpa"}
+    policy, reference = (AutoModelForCausalLM.from_pretrained(model, **kind) for _ in range(2))
+    config = DPOConfig(
+        output_dir=str(file.parent / "trl"), per_device_train_batch_size=BATCH, gradient_accumulation_steps=1,
+        num_train_epochs=1, learning_rate=1e-6, lr_scheduler_type="constant", optim="adamw_torch", beta=0.1,
+        max_length=None, bf16=on_gpu, use_cpu=not on_gpu, gradient_checkpointing=False, remove_unused_columns=False,
+        report_to=[], save_strategy="no", logging_steps=1000, seed=7,
+    )  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    dummy = Dataset.from_dict({"prompt": ["a"], "chosen": [" b"], "rejected": [" c"]})
+    probe = Probe(Path(os.environ["BENCH_RESULT"]), before)
+    trainer = DPOTrainer(
+        policy, reference, args=config, train_dataset=dummy, processing_class=tokenizer, callbacks=[probe]
+    )
+    pairs = pq.read_table(file, columns=["prompt_ids", "chosen_ids", "rejected_ids"])
+    trainer.train_dataset = Dataset.from_dict(pairs.to_pydict())  # the very token ids
+    trainer.train()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--trl", type=Path, required=True, help="pairs file to train on")
+    parser.add_argument("--model", type=Path, required=True)
+    arguments = parser.parse_args()
+    train_by_trl(arguments.trl, arguments.model)
