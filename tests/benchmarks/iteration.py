@@ -88,9 +88,8 @@ def measure_parts(file: Path, folder: Path, most: int) -> dict[str, float]:
     from axolotl_spin.policy import frozen
     from axolotl_spin.scoring import Scorer
 
-    settings = workload.settings(file.parent, "", spin=None)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    kind = torch.bfloat16 if settings["bf16"] else torch.float32
+    kind = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=kind, attn_implementation="sdpa").to(accelerator.device)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     table = pq.read_table(file)
@@ -104,7 +103,7 @@ def measure_parts(file: Path, folder: Path, most: int) -> dict[str, float]:
             tuple(rows),
             tuple(prompts[row] for row in rows),
             (most,) * len(rows),
-            iteration_seed(settings["seed"], 0),
+            iteration_seed(workload.SEED, 0),
         )
         for index, rows in enumerate(chunk_rows([len(prompt) for prompt in prompts], chunk_size(len(prompts), BATCH)))
     ]
@@ -120,9 +119,9 @@ def measure_parts(file: Path, folder: Path, most: int) -> dict[str, float]:
         with timed(seconds, "scoring"):
             Scorer(accelerator, collator, BATCH, "auto", lambda: None).logps(model, dataset)
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings["learning_rate"], weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=workload.LEARNING_RATE, weight_decay=0.0)
     order = StepBatches(
-        len(dataset), micro_batch=BATCH, accumulation=1, ranks=1, rank=0, seed=settings["seed"], epoch=0, shuffle=True
+        len(dataset), micro_batch=BATCH, accumulation=1, ranks=1, rank=0, seed=workload.SEED, epoch=0, shuffle=True
     )
     rows = WeightedRows(dataset)
     batches = [

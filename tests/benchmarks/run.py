@@ -24,7 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(1, str(Path(__file__).parents[1]))  # where the tests' `host` is
 
 import generation
 import iteration
@@ -39,13 +39,13 @@ Rows = list[dict[str, Any]]
 FIGURES: dict[str, tuple[Callable[[Path, str, int, bool], Rows], bool]] = {
     "training": (
         lambda folder, model, repeats, quick: training.measure(
-            folder, model, pairs=16 if quick else 32, repeats=repeats
+            folder, model, pairs=16 if quick else 24, repeats=repeats
         ),
         True,
     ),
     "iteration": (
         lambda folder, model, repeats, quick: iteration.measure(
-            folder, model, pairs=8 if quick else 32, most=8 if quick else 48, repeats=repeats
+            folder, model, pairs=8 if quick else 24, most=8 if quick else 48, repeats=repeats
         ),
         True,
     ),
@@ -62,7 +62,7 @@ FIGURES: dict[str, tuple[Callable[[Path, str, int, bool], Rows], bool]] = {
     ),
     "sharded": (
         lambda folder, model, repeats, quick: sharded.measure(
-            folder, model, prompts=8 if quick else 16, batch=4, most=4 if quick else 24, repeats=min(repeats, 2)
+            folder, model, prompts=16 if quick else 64, few=16, most=8 if quick else 32, repeats=min(repeats, 2)
         ),
         False,
     ),

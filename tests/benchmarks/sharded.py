@@ -14,54 +14,55 @@ from typing import Any
 
 import workload
 
-# (layout, spin.generation.gather_weights)
-CONTESTANTS = (("ddp", "auto"), ("zero3", "auto"), ("zero3", False), ("fsdp2", "auto"), ("fsdp2", False))
+BATCH = 8
+SHARDED = ("zero3", "fsdp2")
 
 
-def measure(folder: Path, model: str, *, prompts: int, batch: int, most: int, repeats: int) -> list[dict[str, Any]]:
+def measure(folder: Path, model: str, *, prompts: int, few: int, most: int, repeats: int) -> list[dict[str, Any]]:
     """Returns the rows of the table; none where there is an accelerator, which the two ranks would have to share.
 
     Args:
         folder: Of `workload.prepare`.
         model: One of `workload.MODELS`.
-        prompts: How many are answered.
-        batch: Answers that a rank writes at once.
-        most: Most tokens in an answer.
+        prompts: How many are answered where weights are gathered once, which costs the less the longer a phase is.
+        few: How many where they are gathered at every forward.
+        most: Most tokens in an answer; half as many for the few.
         repeats: Of each contestant; medians count.
     """
     import torch
 
     if torch.cuda.is_available():
         return []
-    rates: dict[tuple[str, Any], list[float]] = {}
-    for _ in range(repeats):
-        for contestant in CONTESTANTS:
-            rate = _tokens_per_second(folder, model, *contestant, prompts=prompts, batch=batch, most=most)
-            rates.setdefault(contestant, []).append(rate)
-    speed = {contestant: median(found) for contestant, found in rates.items()}
-    return [
-        {
-            "figure": f"generation on 2 ranks, tokens/s, {layout}, gather_weights: {str(gather).lower()}",
-            "workload": f"{model}, {prompts} prompts, batch {batch}, at most {most} tokens, one thread a rank",
-            "value": speed[layout, gather],
-            "against": "DDP",
-            "other": speed["ddp", "auto"],
-            "ratio": speed[layout, gather] / speed["ddp", "auto"],
-            "target": "",
-        }
-        for layout, gather in CONTESTANTS[1:]
-    ]
+    rows = []
+    for gather, count, limit in (("auto", prompts, most), (False, few, most // 2)):
+        rates: dict[str, list[float]] = {}
+        for _ in range(repeats):
+            for layout in ("ddp", *SHARDED):
+                rate = _tokens_per_second(folder, model, layout, gather, prompts=count, most=limit)
+                rates.setdefault(layout, []).append(rate)
+        speed = {layout: median(found) for layout, found in rates.items()}
+        rows += [
+            {
+                "figure": f"generation on 2 ranks, tokens/s, {layout}, gather_weights: {str(gather).lower()}",
+                "workload": f"{model}, {count} prompts, batch {BATCH}, at most {limit} tokens, one thread a rank",
+                "value": speed[layout],
+                "against": "DDP",
+                "other": speed["ddp"],
+                "ratio": speed[layout] / speed["ddp"],
+                "target": "",
+            }
+            for layout in SHARDED
+        ]
+    return rows
 
 
-def _tokens_per_second(
-    folder: Path, model: str, layout: str, gather: Any, *, prompts: int, batch: int, most: int
-) -> float:
+def _tokens_per_second(folder: Path, model: str, layout: str, gather: Any, *, prompts: int, most: int) -> float:
     import host
 
     work = folder / "sharded"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    generation = {"max_new_tokens": most, "batch_size": batch, "gather_weights": gather}
+    generation = {"max_new_tokens": most, "batch_size": BATCH, "gather_weights": gather}
     spin = {"iterations": 1, "save_iterations": False, "max_prompts": prompts, "generation": generation}
     changes = {**host.layout(layout, work), "gradient_accumulation_steps": 2, "output_dir": str(work / "out")}
     changes["plugins"] = ["cpu_cluster.CpuClusterPlugin", "probe.BenchPlugin", *workload.OURS]

@@ -142,9 +142,9 @@ def train_by_trl(file: Path, model: Path) -> None:
     policy, reference = (AutoModelForCausalLM.from_pretrained(model, **kind) for _ in range(2))
     config = DPOConfig(
         output_dir=str(file.parent / "trl"), per_device_train_batch_size=BATCH, gradient_accumulation_steps=1,
-        num_train_epochs=1, learning_rate=1e-6, lr_scheduler_type="constant", optim="adamw_torch", beta=0.1,
-        max_length=None, bf16=on_gpu, use_cpu=not on_gpu, gradient_checkpointing=False, remove_unused_columns=False,
-        report_to=[], save_strategy="no", logging_steps=1000, seed=7,
+        num_train_epochs=1, learning_rate=workload.LEARNING_RATE, lr_scheduler_type="constant", beta=0.1,
+        optim="adamw_torch", max_length=None, bf16=on_gpu, use_cpu=not on_gpu, gradient_checkpointing=False,
+        remove_unused_columns=False, report_to=[], save_strategy="no", logging_steps=1000, seed=workload.SEED,
     )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(model)
     dummy = Dataset.from_dict({"prompt": ["a"], "chosen": [" b"], "rejected": [" c"]})

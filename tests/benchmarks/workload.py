@@ -22,6 +22,8 @@ MEDIUM = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8,
 BILLION = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
 
 ENDING = 32
+SEED = 7
+LEARNING_RATE = 1e-6
 
 
 def prepare(folder: Path) -> None:
@@ -68,7 +70,7 @@ def settings(folder: Path, model: str, **changes: Any) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         "num_epochs": 1,
         "optimizer": "adamw_torch",
-        "learning_rate": 1e-6,
+        "learning_rate": LEARNING_RATE,
         "lr_scheduler": "constant",
         "warmup_steps": 0,
         "bf16": on_gpu,
@@ -77,7 +79,7 @@ def settings(folder: Path, model: str, **changes: Any) -> dict[str, Any]:
         "save_strategy": "no",
         "val_set_size": 0,
         "logging_steps": 1000,
-        "seed": 7,
+        "seed": SEED,
         **changes,
     }
 
