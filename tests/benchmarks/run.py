@@ -26,6 +26,7 @@ from typing import Any
 
 sys.path.insert(1, str(Path(__file__).parents[1]))  # where the tests' `host` is
 
+import data_plane
 import generation
 import iteration
 import sharded
@@ -63,6 +64,12 @@ FIGURES: dict[str, tuple[Callable[[Path, str, int, bool], Rows], bool]] = {
     "sharded": (
         lambda folder, model, repeats, quick: sharded.measure(
             folder, model, prompts=16 if quick else 64, few=16, most=8 if quick else 32, repeats=min(repeats, 2)
+        ),
+        False,
+    ),
+    "data": (
+        lambda folder, _, __, quick: data_plane.measure(
+            folder, sizes=(1_000, 10_000) if quick else (10_000, 100_000, 1_000_000)
         ),
         False,
     ),
