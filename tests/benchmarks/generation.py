@@ -48,11 +48,13 @@ def measure(folder: Path, model: str, *, prompts: int, batch: int, most: int, re
 
 def compete(folder: Path, name: str, count: int, batch: int, most: int, repeats: int) -> dict[str, Any]:
     """Runs both contestants in turn and returns their tokens per second."""
+    import numpy as np
     import torch
     from accelerate import Accelerator
+    from datasets import Dataset
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    from axolotl_spin.generation import Chunk, Sampling, chunk_rows, chunk_size, cut
+    from axolotl_spin.generation import Chunks, Sampling, chunk_rows, chunk_size, cut
     from axolotl_spin.generation.decoding import left_padded
     from axolotl_spin.generation.transformers import TransformersBackend
 
@@ -64,7 +66,8 @@ def compete(folder: Path, name: str, count: int, batch: int, most: int, repeats:
     eos = model.generation_config.eos_token_id
     stop = tuple(eos) if isinstance(eos, list) else (eos,)
     backend = TransformersBackend(accelerator, Sampling(1.0, 1.0, None, stop), stop[0], batch)
-    cuts = chunk_rows([len(prompt) for prompt in prompts], chunk_size(16 * 8 * batch, batch))
+    asked = Dataset.from_dict({"prompt_ids": prompts})
+    cuts = chunk_rows(np.array([len(prompt) for prompt in prompts]), chunk_size(16 * 8 * batch, batch))
     sampling = GenerationConfig(
         do_sample=True,
         temperature=1.0,
@@ -76,10 +79,7 @@ def compete(folder: Path, name: str, count: int, batch: int, most: int, repeats:
     )
 
     def spin(seed: int) -> int:
-        chunks = [
-            Chunk(index, tuple(rows), tuple(prompts[row] for row in rows), (most,) * len(rows), seed)
-            for index, rows in enumerate(cuts)
-        ]
+        chunks = Chunks(asked, cuts, lambda _: most, seed)
         return sum(len(answer.ids) for _, answers in backend.answer(model, chunks) for answer in answers)
 
     @torch.no_grad()

@@ -74,17 +74,20 @@ def measure_parts(file: Path, folder: Path, most: int) -> dict[str, float]:
     Raises:
         ValueError: The answers are not those in the file, so that the two would not be comparable.
     """
+    import numpy as np
     import pyarrow.parquet as pq
     import torch
     from accelerate import Accelerator
+    from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from axolotl_spin.generation import Chunk, Sampling, chunk_rows, chunk_size, iteration_seed
+    from axolotl_spin.batches import StepBatches, WeightedRows
+    from axolotl_spin.generation import Chunks, Sampling, chunk_rows, chunk_size, iteration_seed
     from axolotl_spin.generation.transformers import TransformersBackend
     from axolotl_spin.layouts import PairCollator
     from axolotl_spin.logprobs import completion_logps
     from axolotl_spin.loss import spin_loss
-    from axolotl_spin.pairs import PairDataset, StepBatches, WeightedRows
+    from axolotl_spin.pairs import PairDataset
     from axolotl_spin.policy import frozen
     from axolotl_spin.scoring import Scorer
 
@@ -97,16 +100,9 @@ def measure_parts(file: Path, folder: Path, most: int) -> dict[str, float]:
     eos = model.generation_config.eos_token_id
     stop = tuple(sorted({tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}))
     backend = TransformersBackend(accelerator, Sampling(1.0, 1.0, None, stop), tokenizer.pad_token_id, BATCH)
-    chunks = [
-        Chunk(
-            index,
-            tuple(rows),
-            tuple(prompts[row] for row in rows),
-            (most,) * len(rows),
-            iteration_seed(workload.SEED, 0),
-        )
-        for index, rows in enumerate(chunk_rows([len(prompt) for prompt in prompts], chunk_size(len(prompts), BATCH)))
-    ]
+    rows = chunk_rows(np.array([len(prompt) for prompt in prompts]), chunk_size(len(prompts), BATCH))
+    asked = Dataset.from_dict({"prompt_ids": prompts})
+    chunks = Chunks(asked, rows, lambda _: most, iteration_seed(workload.SEED, 0))
     seconds: dict[str, float] = {"answer": sum(map(len, answers)) / len(answers)}
     with frozen(model):
         with timed(seconds, "generation"):
@@ -123,9 +119,9 @@ def measure_parts(file: Path, folder: Path, most: int) -> dict[str, float]:
     order = StepBatches(
         len(dataset), micro_batch=BATCH, accumulation=1, ranks=1, rank=0, seed=workload.SEED, epoch=0, shuffle=True
     )
-    rows = WeightedRows(dataset)
+    weighted = WeightedRows(dataset)
     batches = [
-        {name: tensor.to(accelerator.device) for name, tensor in collator([rows[key] for key in keys]).items()}
+        {name: tensor.to(accelerator.device) for name, tensor in collator([weighted[key] for key in keys]).items()}
         for keys in order
     ]
     with timed(seconds, "training"):
