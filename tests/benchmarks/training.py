@@ -105,10 +105,11 @@ def _sft(folder: Path, model: str, work: Path, file: Path, tokens: int) -> dict[
     """Trains by the host on human answers cut into rows of one length, `tokens` in a step."""
     import pyarrow.parquet as pq
 
-    steps, length = 4, -(-tokens // BATCH)
+    steps, length = 3, 128  # the host pads rows to a multiple of 64
+    batch = max(1, round(tokens / length))
     pairs = pq.read_table(file, columns=["prompt_ids", "chosen_ids"]).to_pylist()
     stream = cycle(chain.from_iterable(pair["prompt_ids"] + pair["chosen_ids"] for pair in pairs))
-    rows = [list(islice(stream, length)) for _ in range(steps * BATCH)]
+    rows = [list(islice(stream, length)) for _ in range(steps * batch)]
     data = work / "sft" / "data.jsonl"
     shutil.rmtree(data.parent, ignore_errors=True)
     data.parent.mkdir(parents=True)
@@ -120,9 +121,8 @@ def _sft(folder: Path, model: str, work: Path, file: Path, tokens: int) -> dict[
         "plugins": ["probe.BenchPlugin"],
         "datasets": [{"path": str(data), "ds_type": "json", "type": None}],
         "dataset_prepared_path": str(data.parent / "prepared"),
-        "sequence_len": max(256, length),
         "sample_packing": False,
-        "micro_batch_size": BATCH,
+        "micro_batch_size": batch,
         "output_dir": str(data.parent / "out"),
     }
     return workload.run(data.parent, workload.settings(folder, model, **changes))
