@@ -57,7 +57,7 @@ def disagreement(model: Any, rows: Sequence[dict[str, Any]], collator: PairColla
 
     def logps(collate: PairCollator, pairs: Sequence[dict[str, Any]]) -> torch.Tensor:
         batch = {name: tensor.to(device) for name, tensor in collate(pairs).items()}
-        return completion_logps(model, batch) / batch["completion_lengths"]
+        return completion_logps(model, batch, collate.in_head) / batch["completion_lengths"]
 
     with torch.no_grad():
         found = logps(collator, rows)
@@ -85,19 +85,32 @@ def settle_layout(collator: PairCollator, model: Any, run: SpinRun, accelerator:
     """
     policy = accelerator.unwrap_model(model)
     layout, why = preferred_layout(policy.config, sample_packing=run.sample_packing, longest=run.sequence_len)
-    if layout != "padded":
+    text = policy.config.get_text_config() if hasattr(policy.config, "get_text_config") else policy.config
+    collator.hidden_size = int(getattr(text, "hidden_size", None) or collator.hidden_size)
+    rows, limit = _few_pairs(run.prompts), 0.05 if half or policy.dtype.itemsize < 4 else 1e-3
+    head = policy.get_output_embeddings() is not None if hasattr(policy, "get_output_embeddings") else False
+
+    def off_by(tried: Layout, in_head: bool) -> float:
+        """Returns the largest disagreement on any rank; infinite where the model does not take the layout."""
+        candidate = PairCollator(collator.pad_token_id, tried, hidden_size=10**6)  # all pairs in one row
+        candidate.in_head = in_head
         try:
             with frozen(model):
-                tried = PairCollator(collator.pad_token_id, layout)
-                off = disagreement(model, _few_pairs(run.prompts), tried, accelerator.device)
+                off = disagreement(model, rows, candidate, accelerator.device)
         except (TypeError, ValueError, RuntimeError) as error:
-            LOG.warning(f"the model does not take pairs in the {layout} layout: {error}")
+            LOG.warning(f"the model does not take pairs in the {tried} layout: {error}")
             off = float("inf")
-        off = float(accelerator.gather(torch.tensor([off], device=accelerator.device)).max())
-        if not off <= (0.05 if half or policy.dtype.itemsize < 4 else 1e-3):
+        return float(accelerator.gather(torch.tensor([off], device=accelerator.device)).max())
+
+    in_head = head and off_by(layout, True) <= limit
+    if not in_head and layout != "padded":
+        off = off_by(layout, False)
+        if not off <= limit:
             layout, why = "padded", f"in the {layout} layout its log-probs are off by {off:.2g} nats per token"
-    collator.layout = layout
-    return f"pairs are laid out {layout}: {why}"
+            in_head = head and off_by(layout, True) <= limit
+    collator.layout, collator.in_head = layout, in_head
+    where = "where the LM head gives its logits" if in_head else "from the forward's output"
+    return f"pairs are laid out {layout}: {why}; log-probs are taken {where}"
 
 
 def _few_pairs(prompts: Any) -> list[dict[str, Any]]:

@@ -6,12 +6,13 @@ pairs A and B, each a prompt P, a human answer C and the opponent's answer R, an
 
     padded    a row for each sequence, padded on the right
     packed    one row, sequences end to end: P_A C_A P_A R_A P_B C_B P_B R_B; positions restart at each prompt
-    shared    pairs end to end in rows of a token budget: P_A C_A R_A P_B C_B R_B; the positions of both answers go on from
+    shared    pairs end to end in rows of similar length: P_A C_A R_A P_B C_B R_B; the positions of both answers go on from
               their prompt's, and a token sees those before it that are prompt or of its own answer
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -21,8 +22,9 @@ from torch import Tensor
 
 Layout = Literal["padded", "packed", "shared"]
 
-# rows of the shared layout have at least so many tokens: attention over them costs little beside the rest of the model
-_LEAST_BUDGET = 1024
+# a token's attention over a row of this many times the hidden size costs as much as the rest of the layer does for it: with
+# linear layers of 12 * hidden^2 weights, 2 * 12 * hidden^2 against 4 * row * hidden operations
+_EVEN_COST = 6
 
 
 class PairCollator:
@@ -39,11 +41,18 @@ class PairCollator:
     Args:
         pad_token_id: Fills the padding; its value does not matter.
         layout: See the module.
+        hidden_size: The model's, from which the length of shared rows follows: short ones for a small model, whose
+            attention costs more than the padding that they need.
+
+    Attributes:
+        in_head: Whether log-probs can be taken where the LM head gives its logits; see `completion_logps`.
     """
 
-    def __init__(self, pad_token_id: int, layout: Layout = "padded"):
+    def __init__(self, pad_token_id: int, layout: Layout = "padded", hidden_size: int = 1024):
         self.pad_token_id = pad_token_id
         self.layout = layout
+        self.hidden_size = hidden_size
+        self.in_head = False
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Collates rows of `PairDataset`.
@@ -100,7 +109,7 @@ class PairCollator:
 
     def _shared(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         lengths = [sum(len(row[part]) for part in ("prompt_ids", "chosen_ids", "rejected_ids")) for row in rows]
-        bins = _bins(lengths, max(_LEAST_BUDGET, *lengths))
+        bins = _cheapest_rows(lengths, self.hidden_size)
         width = max(sum(lengths[index] for index in members) for members in bins)
         ids = np.full((len(bins), width), self.pad_token_id, dtype=np.int64)
         positions = np.zeros_like(ids)
@@ -130,24 +139,40 @@ class PairCollator:
         return {**made, **_needed([predicts[key] for key in sorted(predicts)])}
 
 
-def _bins(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Puts pairs into as few rows of a token budget as first-fit decreasing finds; no pair is split.
+def _cheapest_rows(lengths: Sequence[int], hidden_size: int) -> list[list[int]]:
+    """Puts pairs into rows that cost the least to compute, padding and attention counted; no pair is split.
 
     Args:
-        lengths: Tokens in each pair; none is above the budget.
-        budget: Most tokens in a row.
+        lengths: Tokens in each pair.
+        hidden_size: The model's.
+
+    Returns:
+        The pairs in each row, as their places in `lengths`.
     """
-    bins: list[list[int]] = []
-    left: list[int] = []
+    tried: list[tuple[float, list[list[int]]]] = []
+    best = float("inf")
+    for count in range(1, len(lengths) + 1):
+        if count * max(lengths) > best:
+            break  # from here on more rows are only more padding
+        rows = _balanced_rows(lengths, count)
+        width = max(sum(lengths[index] for index in row) for row in rows)
+        cost = count * width * (1 + width / (_EVEN_COST * hidden_size))
+        best = min(best, cost)
+        tried.append((cost, rows))
+    return next(
+        rows for cost, rows in tried if cost <= 1.02 * best
+    )  # the longest rows among those that cost about the same
+
+
+def _balanced_rows(lengths: Sequence[int], count: int) -> list[list[int]]:
+    """Puts pairs into so many rows of similar length: the longest first, each into the row that is the shortest so far."""
+    rows: list[list[int]] = [[] for _ in range(count)]
+    filled = [(0, place) for place in range(count)]
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        place = next((place for place, room in enumerate(left) if room >= lengths[index]), None)
-        if place is None:
-            place = len(bins)
-            bins.append([])
-            left.append(budget)
-        bins[place].append(index)
-        left[place] -= lengths[index]
-    return [sorted(members) for members in bins]
+        tokens, place = heapq.heappop(filled)
+        rows[place].append(index)
+        heapq.heappush(filled, (tokens + lengths[index], place))
+    return [sorted(row) for row in rows]
 
 
 def _needed(predicts: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Tensor]:

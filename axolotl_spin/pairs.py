@@ -107,7 +107,8 @@ def read_batches(
     """
     check_pairs(path, mark, rows)
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        # with `pre_buffer`, the default, what has been read stays in memory until the end
+        with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
             for batch in file.iter_batches(BATCH_ROWS, columns=list(columns)):
                 if not all(np.isfinite(batch[name].to_numpy()).all() for name in LOGPS if name in columns):
                     raise DamagedFileError(f"{path} is damaged (it has log-probs that are no numbers)")

@@ -63,7 +63,7 @@ class Scorer:
             self.pulse()
             batch = self.collator([pairs[row] for row in rows])
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            return completion_logps(policy, batch).double().view(2, len(rows)).T
+            return completion_logps(policy, batch, self.collator.in_head).double().view(2, len(rows)).T
 
         with whole_weights(model, accelerator, self.gather) as coupled:
             budget = int(tokens.max()) * self.micro_batch * (1 if coupled else _LARGER)

@@ -233,7 +233,7 @@ class SpinTrainer(AxolotlTrainer, WithoutTokenPerplexity):
         assert self.run is not None
         settings = self.run.settings
         entry = self.progress.record.plan
-        logps = completion_logps(model, inputs)
+        logps = completion_logps(model, inputs, self._collator.in_head)
         chosen, rejected = logps.chunk(2)
         opponent_chosen, opponent_rejected = inputs["opponent_logps"].to(logps.dtype).chunk(2)
         result = spin_loss(

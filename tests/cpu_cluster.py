@@ -40,6 +40,13 @@ if os.environ.get("CPU_CLUSTER"):
 
     torch.distributed.all_gather_into_tensor = _gather
 
+if "DS_ACCELERATOR" in os.environ:
+    import deepspeed.comm.torch
+
+    # an all-reduce of its own through shared memory, compiled at the first use (a minute, and a lock that outlives a kill);
+    # gloo's serves as well
+    deepspeed.comm.torch.build_shm_op = lambda: None
+
 torch.cuda.can_device_access_peer = lambda *devices: True  # hosts 0.20 and 0.21 ask, also without an accelerator
 
 

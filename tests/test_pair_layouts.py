@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,7 +27,7 @@ from transformers import (
 )
 
 from axolotl_spin.layout_choice import disagreement, preferred_layout, settle_layout
-from axolotl_spin.layouts import PairCollator, _bins, shared_block_mask, shared_mask
+from axolotl_spin.layouts import PairCollator, _balanced_rows, _cheapest_rows, shared_block_mask, shared_mask
 from axolotl_spin.logprobs import completion_logps, selected_logps
 
 
@@ -97,14 +98,25 @@ def test_what_sees_what() -> None:
     ]
 
 
-def test_bins_hold_whole_pairs() -> None:
-    assert _bins([5, 4, 3, 2, 6], 10) == [[1, 4], [0, 2, 3]]
-    generator = np.random.default_rng(0)
-    lengths = generator.integers(1, 50, 200).tolist()
-    bins = _bins(lengths, 60)
-    assert sorted(index for members in bins for index in members) == list(range(200))
-    assert max(sum(lengths[index] for index in members) for members in bins) <= 60
-    assert len(bins) <= 1.25 * sum(lengths) / 60
+def test_rows_hold_whole_pairs_evenly() -> None:
+    assert _balanced_rows([5, 4, 3, 2, 6], 2) == [[2, 3, 4], [0, 1]]  # 6; 5; 5 + 4; 6 + 3; 9 + 2
+    lengths = np.random.default_rng(0).integers(1, 50, 200).tolist()
+    rows = _balanced_rows(lengths, 12)
+    assert sorted(index for row in rows for index in row) == list(range(200))
+    sums = [sum(lengths[index] for index in row) for row in rows]
+    assert max(sums) <= 1.02 * sum(lengths) / 12
+
+
+def test_rows_are_as_long_as_pays() -> None:
+    """A large model's rows may be long; a small one's attention over them costs more than padding."""
+    assert [len(_cheapest_rows([100] * 8, hidden)) for hidden in (10**6, 1)] == [1, 8]
+    # 800 * (1 + width / 3600) in 1, 2, 4 and 8 rows: 978, 889, 844, 822
+    assert len(_cheapest_rows([100] * 8, 600)) == 8
+    # 1 row: 1000 * (1 + 1000 / 3600) = 1278; 2 rows of 510: 1165; 3 of 340: 1116, the least; 4 of 300: 1300
+    ragged = [300, 90, 100, 110, 60, 40, 150, 150]
+    rows = _cheapest_rows(ragged, 600)
+    assert sorted(index for row in rows for index in row) == list(range(8))
+    assert sorted(sum(ragged[index] for index in row) for row in rows) == [320, 340, 340]
 
 
 def gradients(model: Any, logps: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -115,16 +127,17 @@ def gradients(model: Any, logps: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("layout", ["packed", "shared"])
-@pytest.mark.parametrize("rows", ["one row", "several rows"])
-def test_layouts_agree(attention: str, layout: Any, rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if rows == "several rows":
-        monkeypatch.setattr("axolotl_spin.layouts._LEAST_BUDGET", 40)
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
+@pytest.mark.parametrize("hidden_size", [10**6, 1], ids=["one row", "several rows"])
+@pytest.mark.parametrize("in_head", [False, True])
+def test_layouts_agree(attention: str, layout: Any, hidden_size: int, in_head: bool) -> None:
     model = tiny.model(47, seed=3, attn_implementation=attention).train()
     assert model.config._attn_implementation == attention
     made = pairs()
     expected = completion_logps(model, PairCollator(0, "padded")(made))
-    found = completion_logps(model, PairCollator(0, layout)(made))
+    batch = PairCollator(0, layout, hidden_size)(made)
+    assert (len(batch["input_ids"]) > 1) == (layout != "packed" and (layout == "padded" or hidden_size == 1))
+    found = completion_logps(model, batch, in_head)
     assert torch.allclose(found, expected, atol=1e-5), (found - expected).abs().max()
     theirs, ours = gradients(model, expected), gradients(model, found)
     assert theirs.keys() == ours.keys()
@@ -207,7 +220,7 @@ def test_flex_attention_gives_the_same_log_probs() -> None:
     made = pairs(40)
     expected = completion_logps(model, PairCollator(0, "padded")(made)).detach()
     model.set_attn_implementation("flex_attention")
-    batch = PairCollator(0, "shared")(made)
+    batch = PairCollator(0, "shared", hidden_size=10**6)(made)
     assert batch["segments"].shape[1] > 256
     with torch.no_grad():
         found = completion_logps(model, batch)
@@ -220,15 +233,18 @@ def test_flex_attention_gives_the_same_log_probs() -> None:
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
-def test_selected_logps_and_their_gradient(kind: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_selected_logps_and_their_gradient(kind: torch.dtype, overwrite: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against torch's log-softmax of everything, with chunks of three tokens."""
     monkeypatch.setattr("axolotl_spin.logprobs._CHUNK", 3 * 11)
     torch.manual_seed(0)
     logits = (4 * torch.randn(10, 11)).to(kind).requires_grad_()
     targets = torch.randint(11, (10,))
     weights = torch.randn(10)
-    found = selected_logps(logits, targets)
+    given = logits.clone()  # as a head gives them: no leaf
+    found = selected_logps(given, targets, overwrite)
     (found * weights).sum().backward()
+    assert torch.equal(given, logits) != overwrite
     ours, logits.grad = logits.grad, None
     expected = logits.float().log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
     (expected * weights).sum().backward()
@@ -303,6 +319,20 @@ def test_the_check_sees_a_model_that_does_not(layout: Any, defect: Any) -> None:
     assert disagreement(model, few(), PairCollator(0, layout), "cpu") > 0.1
 
 
+def scales_its_logits(model: Any) -> Any:
+    """As a soft cap or a temperature does it, after the LM head."""
+    inner = model.forward
+
+    def scaled(*args: Any, **kwargs: Any) -> Any:
+        out = inner(*args, **kwargs)
+        out.logits = 3 * out.logits
+        return out
+
+    scaled.__signature__ = inspect.signature(inner)  # type: ignore[attr-defined]
+    model.forward = scaled
+    return model
+
+
 class Ranks:
     """What a single process shows of `accelerate.Accelerator`."""
 
@@ -320,7 +350,11 @@ class Ranks:
 @pytest.mark.parametrize(
     ("spoil", "line"),
     [
-        (None, "pairs are laid out shared: sdpa takes a mask"),
+        (None, "pairs are laid out shared: sdpa takes a mask; log-probs are taken where the LM head gives its logits"),
+        (
+            scales_its_logits,
+            "pairs are laid out shared: sdpa takes a mask; log-probs are taken from the forward's output",
+        ),
         (ignores_masks, "pairs are laid out padded: in the shared layout its log-probs are off by"),
     ],
 )
