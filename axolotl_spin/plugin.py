@@ -27,9 +27,11 @@ class SpinPlugin(BasePlugin):
         super().__init__()
         self.run: SpinRun | None = None
         self._trained = False
+        self._concerned = True
 
     def register(self, cfg: dict) -> None:
         """Refuses an untested host and an `output_dir` that cannot be written to, before the config is even parsed."""
+        self._concerned = cfg.get("rl") == "spin" or cfg.get("spin") is not None
         if cfg.get("rl") == "spin":
             from axolotl_spin.artifacts import check_output_dir
             from axolotl_spin.compat import check_host_version
@@ -38,8 +40,9 @@ class SpinPlugin(BasePlugin):
             if isinstance(cfg.get("output_dir"), str):
                 check_output_dir(cfg["output_dir"])
 
-    def get_input_args(self) -> str:
-        return "axolotl_spin.args.SpinArgs"
+    def get_input_args(self) -> str | None:
+        """Adds the `spin:` block, but not to a config without one: the host would build its schema anew for nothing."""
+        return "axolotl_spin.args.SpinArgs" if self._concerned else None
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> Any:
         """Prepares the host's SFT dataset, reads prompts from it and lays out the run; nothing is loaded yet."""

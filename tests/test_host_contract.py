@@ -187,6 +187,7 @@ def test_every_hook_is_inert_without_rl_spin() -> None:
     try:
         plugin = importlib.import_module("axolotl_spin.plugin").SpinPlugin()
         imported, answers = ours(), {}
+        plugin.register(DictDefault({"rl": "dpo"}))
         for name, hook in inspect.getmembers(plugin, inspect.ismethod):
             if not name.startswith("_") and hasattr(BasePlugin, name):
                 given = dict.fromkeys(parameters(hook))
@@ -198,9 +199,18 @@ def test_every_hook_is_inert_without_rl_spin() -> None:
         sys.modules.update(kept)
     assert imported == {"axolotl_spin", "axolotl_spin.args", "axolotl_spin.plugin", "axolotl_spin.refusals"}
     assert afterwards == imported
-    assert answers.pop("get_input_args") == "axolotl_spin.args.SpinArgs"
     assert len(answers) > 20
     assert {name: answer for name, answer in answers.items() if answer not in (None, [], {})} == {}
+
+
+@pytest.mark.parametrize("config", [{"rl": "spin"}, {"spin": {"beta": 1.0}}, {"rl": "dpo", "spin": {}}])
+def test_a_config_that_names_spin_gets_its_schema(config: dict[str, Any]) -> None:
+    """A block without `rl: spin` as well: its error comes from the schema."""
+    plugin = SpinPlugin()
+    plugin.register(DictDefault({}))
+    assert plugin.get_input_args() is None
+    plugin.register(DictDefault(config))
+    assert plugin.get_input_args() == "axolotl_spin.args.SpinArgs"
 
 
 # -- plugin and commands ----------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """Training on ready pairs: SPIN's layouts against TRL's DPOTrainer with a resident reference model, and SFT by the host.
 
 Every contestant is a process of its own, in turn, so that what else the machine does hits all of them. SPIN answers the
-prompts once, before; its runs then find the pairs on disk, and TRL reads the very token ids. SFT trains on rows that have
-as many tokens a step as the largest step of the shared layout, none of them padding.
+prompts once, before, in at most 32 tokens, about what the human answers have; its runs then find the pairs on disk, and
+TRL reads the very token ids. SFT trains on rows that have as many tokens a step as the largest step of the shared layout,
+none of them padding.
 
 Called by `run.py`; with `--trl` it is the TRL contestant itself.
 """
@@ -39,7 +40,7 @@ def measure(
     """
     work = folder / "training" / model
     shutil.rmtree(work, ignore_errors=True)
-    config, ready = workload.with_pairs(work, folder, model, pairs=pairs, most=48)
+    config, ready = workload.with_pairs(work, folder, model, pairs=pairs, most=32)
     file = ready / "spin" / "iteration-0" / "pairs.parquet"
     found: dict[str, list[dict[str, Any]]] = {}
     for _ in range(repeats):
