@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from accelerate.utils import convert_outputs_to_fp32
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch.nn.attention.flex_attention import create_mask
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -251,6 +253,36 @@ def test_selected_logps_and_their_gradient(kind: torch.dtype, overwrite: bool, m
     assert found.dtype == torch.float32 and ours.dtype == kind
     assert torch.allclose(found, expected, atol=1e-6)
     assert torch.allclose(ours.float(), logits.grad.float(), atol=1e-6 if kind == torch.float32 else 1e-2)
+
+
+class LargestFp32(TorchDispatchMode):
+    """Notes the most numbers in an fp32 tensor that an operation gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        for tensor in found if isinstance(found, (tuple, list)) else [found]:
+            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32:
+                self.numbers = max(self.numbers, tensor.numel())
+        return found
+
+
+@pytest.mark.parametrize("in_head", [True, False])
+def test_no_fp32_copy_of_the_logits_under_mixed_precision(in_head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate makes one of the forward's output: what is taken in the head never becomes output."""
+    monkeypatch.setattr("axolotl_spin.logprobs._CHUNK", 40_000)
+    model: Any = tiny.model(4000, seed=3).train()
+    context = torch.autocast("cpu", dtype=torch.bfloat16)
+    model.forward = convert_outputs_to_fp32(context(model.forward))  # as `Accelerator.prepare` wraps it
+    batch = PairCollator(0, "shared")(pairs(30))
+    logits = len(batch["targets"]) * 4000
+    assert logits > 1.5 * max(weight.numel() for weight in model.parameters())
+    with LargestFp32() as largest:
+        completion_logps(model, batch, in_head).sum().backward()
+    assert (largest.numbers < logits) == in_head
 
 
 # -- which layout a model takes ---------------------------------------------------------------------------------------
