@@ -97,7 +97,7 @@ def settle_layout(collator: PairCollator, model: Any, run: SpinRun, accelerator:
         try:
             with frozen(model):
                 off = disagreement(model, rows, candidate, accelerator.device)
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
             LOG.warning(f"the model does not take pairs in the {tried} layout: {error}")
             off = float("inf")
         return float(accelerator.gather(torch.tensor([off], device=accelerator.device)).max())

@@ -365,6 +365,22 @@ def scales_its_logits(model: Any) -> Any:
     return model
 
 
+class ByKeyword(torch.nn.Module):
+    def __init__(self, inner: torch.nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.inner(input=hidden)
+
+
+def calls_its_head_by_keyword(model: Any) -> Any:
+    """So that what the head is given is not seen where it is expected."""
+    head = model.lm_head
+    model.lm_head, model.get_output_embeddings = ByKeyword(head), lambda: head
+    return model
+
+
 class Ranks:
     """What a single process shows of `accelerate.Accelerator`."""
 
@@ -383,6 +399,10 @@ class Ranks:
     ("spoil", "line"),
     [
         (None, "pairs are laid out shared: sdpa takes a mask; log-probs are taken where the LM head gives its logits"),
+        (
+            calls_its_head_by_keyword,
+            "pairs are laid out shared: sdpa takes a mask; log-probs are taken from the forward's output",
+        ),
         (
             scales_its_logits,
             "pairs are laid out shared: sdpa takes a mask; log-probs are taken from the forward's output",
