@@ -39,9 +39,11 @@ Rows = list[dict[str, Any]]
 # name -> (measures with (folder, model, repeats, quick), once for every model or once only)
 FIGURES: dict[str, tuple[Callable[[Path, str, int, bool], Rows], bool]] = {
     "training": (
-        lambda folder, model, repeats, quick: training.measure(
-            folder, model, pairs=16 if quick else 24, repeats=repeats
-        ),
+        lambda folder, model, repeats, quick: [
+            row
+            for batch in ([8] if quick else [8, 16])
+            for row in training.measure(folder, model, batch=batch, steps=2 if quick else 3, repeats=repeats)
+        ],
         True,
     ),
     "iteration": (

@@ -22,25 +22,26 @@ from typing import Any
 import workload
 from probe import Probe, baseline
 
-BATCH = 8
 TARGETS = {"shared": ">= 2.5", "packed": ">= 1.8", "padded": ""}
 
 
 def measure(
-    folder: Path, model: str, *, pairs: int, repeats: int, layouts: tuple[str, ...] = ("shared", "packed")
+    folder: Path, model: str, *, batch: int, steps: int, repeats: int, layouts: tuple[str, ...] = ("shared", "packed")
 ) -> list[dict[str, Any]]:
     """Returns rows of the table: speed against TRL, memory against TRL and against SFT by the host.
 
     Args:
         folder: Of `workload.prepare`.
         model: One of `workload.MODELS`.
-        pairs: Trained on, in steps of `BATCH`.
+        batch: Pairs in a step, which is one forward and backward pass.
+        steps: In a run; the first one is left out.
         repeats: Of each contestant; medians count.
         layouts: SPIN's; "shared" among them.
     """
     work = folder / "training" / model
     shutil.rmtree(work, ignore_errors=True)
-    config, ready = workload.with_pairs(work, folder, model, pairs=pairs, most=32)
+    config, ready = workload.with_pairs(work, folder, model, pairs=batch * steps, most=32)
+    config["micro_batch_size"] = batch
     file = ready / "spin" / "iteration-0" / "pairs.parquet"
     found: dict[str, list[dict[str, Any]]] = {}
     for _ in range(repeats):
@@ -48,17 +49,17 @@ def measure(
             shutil.rmtree(work / "out", ignore_errors=True)
             shutil.copytree(ready, work / "out")
             found.setdefault(layout, []).append(workload.run(work, config, BENCH_LAYOUT=layout))
-        command = [__file__, "--trl", str(file), "--model", str(folder / model)]
+        command = [__file__, "--trl", str(file), "--model", str(folder / model), "--batch", str(batch)]
         found.setdefault("trl", []).append(workload.measured(command, work / "trl.json"))
         found.setdefault("sft", []).append(_sft(folder, model, work, file, found["shared"][0]["most_tokens"]))
-    speed = {name: BATCH / median(run["step_seconds"] for run in runs) for name, runs in found.items()}
+    speed = {name: batch / median(run["step_seconds"] for run in runs) for name, runs in found.items()}
     gib = {name: median(run["peak_bytes"] for run in runs) / 2**30 for name, runs in found.items()}
     tokens = token_counts(file)
     about = f"{model}, {tokens['prompt']:.0f} + {tokens['chosen']:.0f} / {tokens['rejected']:.0f} tokens a pair"
     rows = [
         {
             "figure": f"training, pairs/s, {layout}",
-            "workload": f"{about}, batch {BATCH}",
+            "workload": f"{about}, batch {batch}",
             "value": speed[layout],
             "against": "TRL DPOTrainer with its reference",
             "other": speed["trl"],
@@ -72,7 +73,7 @@ def measure(
         *rows,
         {
             "figure": "peak memory of a step, GiB, shared",
-            "workload": f"{about}, batch {BATCH}",
+            "workload": f"{about}, batch {batch}",
             "value": gib["shared"],
             "against": "TRL DPOTrainer with its reference",
             "other": gib["trl"],
@@ -129,7 +130,7 @@ def _sft(folder: Path, model: str, work: Path, file: Path, tokens: int) -> dict[
     return workload.run(data.parent, workload.settings(folder, model, **changes))
 
 
-def train_by_trl(file: Path, model: Path) -> None:
+def train_by_trl(file: Path, model: Path, batch: int) -> None:
     """Trains an epoch over a pairs file with TRL's defaults and a reference model beside the policy."""
     import pyarrow.parquet as pq
     import torch
@@ -142,7 +143,7 @@ def train_by_trl(file: Path, model: Path) -> None:
     kind = {"dtype": torch.bfloat16 if on_gpu else torch.float32, "attn_implementation": "sdpa"}
     policy, reference = (AutoModelForCausalLM.from_pretrained(model, **kind) for _ in range(2))
     config = DPOConfig(
-        output_dir=str(file.parent / "trl"), per_device_train_batch_size=BATCH, gradient_accumulation_steps=1,
+        output_dir=str(file.parent / "trl"), per_device_train_batch_size=batch, gradient_accumulation_steps=1,
         num_train_epochs=1, learning_rate=workload.LEARNING_RATE, lr_scheduler_type="constant", beta=0.1,
         optim="adamw_torch", max_length=None, bf16=on_gpu, use_cpu=not on_gpu, gradient_checkpointing=False,
         remove_unused_columns=False, report_to=[], save_strategy="no", logging_steps=1000, seed=workload.SEED,
@@ -162,5 +163,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trl", type=Path, required=True, help="pairs file to train on")
     parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--batch", type=int, required=True)
     arguments = parser.parse_args()
-    train_by_trl(arguments.trl, arguments.model)
+    train_by_trl(arguments.trl, arguments.model, arguments.batch)
