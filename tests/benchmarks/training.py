@@ -40,8 +40,7 @@ def measure(
     """
     work = folder / "training" / model
     shutil.rmtree(work, ignore_errors=True)
-    config, ready = workload.with_pairs(work, folder, model, pairs=batch * steps, most=32)
-    config["micro_batch_size"] = batch
+    config, ready = workload.with_pairs(work, folder, model, pairs=batch * steps, most=32, batch=batch)
     file = ready / "spin" / "iteration-0" / "pairs.parquet"
     found: dict[str, list[dict[str, Any]]] = {}
     for _ in range(repeats):

@@ -84,7 +84,9 @@ def settings(folder: Path, model: str, **changes: Any) -> dict[str, Any]:
     }
 
 
-def with_pairs(work: Path, folder: Path, model: str, *, pairs: int, most: int) -> tuple[dict[str, Any], Path]:
+def with_pairs(
+    work: Path, folder: Path, model: str, *, pairs: int, most: int, batch: int
+) -> tuple[dict[str, Any], Path]:
     """Has the model answer so many prompts, and stops before the first step.
 
     Args:
@@ -93,13 +95,14 @@ def with_pairs(work: Path, folder: Path, model: str, *, pairs: int, most: int) -
         model: One of `MODELS`.
         pairs: How many.
         most: Most tokens in an answer.
+        batch: Pairs in a step of training.
 
     Returns:
         The config, whose `output_dir` is `work / "out"`, and a folder that can be copied there: training on the pairs is
         all that is left to do.
     """
     spin = {"iterations": 1, "save_iterations": False, "max_prompts": pairs, "generation": {"max_new_tokens": most}}
-    config = settings(folder, model, spin=spin, output_dir=str(work / "out"))
+    config = settings(folder, model, spin=spin, micro_batch_size=batch, output_dir=str(work / "out"))
     run(work, config, BENCH_STOP="pairs")
     ready = work / "ready"
     (work / "out").rename(ready)
