@@ -2,7 +2,7 @@
 # make test         the tests, on the default host
 # make test-faults  kills the host's command everywhere and compares what it ends with; prints a table; half an hour
 # make test-hosts   contract and end-to-end tests on every pinned host, one rank and two
-# make bench        compares speed and memory with what one would use otherwise; prints a table; an hour (BENCH=--quick: minutes)
+# make bench        compares speed and memory with what one would use otherwise; prints a table; over an hour (BENCH=--quick: minutes)
 # make check        style and types; rewrites nothing
 SHELL := /bin/bash
 HOST ?= 0.19.0
