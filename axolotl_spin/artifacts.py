@@ -47,6 +47,14 @@ class RunDirectory:
     def model(self, iteration: int) -> Path:
         return self.iteration(iteration) / "model"
 
+    def opponent(self, iteration: int) -> Path:
+        """The policy as it answers, for an engine; gone once it has."""
+        return self.iteration(iteration) / ".opponent"
+
+    def engine(self, iteration: int, engine: int) -> Path:
+        """What an engine is asked and tells, and its log; gone once it has answered, and at the next start."""
+        return self.iteration(iteration) / f".engine-{engine}"
+
     def chunk(self, iteration: int, chunk: int) -> Path:
         """A finished piece of an iteration's generation; gone once `pairs.parquet` holds it."""
         return self.iteration(iteration) / "chunks" / f"{chunk:06d}.parquet"

@@ -66,6 +66,7 @@ _PLANNED_SPIN = ("iterations", "beta", "learning_rate", "history")
 _GROUP_RATES = ("embedding_lr", "embedding_lr_scale", "lr_groups", "loraplus_lr_ratio")
 # settings of the spin block that change nothing in the result: another backend draws from the same distribution
 _HARMLESS = ("save_iterations", "active", "generation.backend", "generation.gather_weights")
+_HARMLESS_BLOCK = "generation.vllm."
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def identify(cfg: Any, settings: SpinConfig, prompts: Any, plan: Plan) -> Identi
         prompts: The prompts (`datasets.Dataset` with `prompt_ids` and `chosen_ids`).
         plan: Made from them.
     """
-    spin = {f"spin.{key}": value for key, value in _flat(settings.model_dump()) if key not in _HARMLESS}
+    spin = {f"spin.{key}": value for key, value in _flat(settings.model_dump()) if not _harmless(key)}
     planned_spin = {f"spin.{key}" for key in _PLANNED_SPIN}
     fixed = {
         "data (prompts and human answers as token ids)": _content_hash(prompts),
@@ -143,6 +144,10 @@ def identify(cfg: Any, settings: SpinConfig, prompts: Any, plan: Plan) -> Identi
         fixed["learning_rate"] = cfg.get("learning_rate")
     planned = {**{key: cfg.get(key) for key in _PLANNED}, **{key: spin[key] for key in sorted(planned_spin)}}
     return Identity(_plain(fixed), _plain(planned), _plain([asdict(entry) for entry in plan.iterations]))
+
+
+def _harmless(key: str) -> bool:
+    return key in _HARMLESS or key.startswith(_HARMLESS_BLOCK)
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -32,6 +32,7 @@ from axolotl_spin.resume import lost_pairs
 from axolotl_spin.run import SpinRun
 from axolotl_spin.scoring import Scorer
 from axolotl_spin.staging import STAGED, Answers, read_staged, write_staged
+from axolotl_spin.tally import Tally
 
 LOG = get_logger(__name__)
 T = TypeVar("T")
@@ -46,6 +47,7 @@ class SelfPlay:
         backend: Answers prompts.
         scorer: Scores pairs.
         peers: Tells what happened to the other ranks.
+        tally: Shows how far the backend is.
     """
 
     def __init__(
@@ -55,12 +57,14 @@ class SelfPlay:
         backend: Backend,
         scorer: Scorer,
         peers: Peers,
+        tally: Tally,
     ):
         self.run = run
         self.accelerator = accelerator
         self.backend = backend
         self.scorer = scorer
         self.peers = peers
+        self.tally = tally
 
     def begin(self, entry: IterationPlan, model: Any, fresh: bool = True) -> tuple[PairDataset, dict[str, float]]:
         """Freezes the policy as the opponent and makes the iteration's pairs, or reads those already made.
@@ -164,20 +168,22 @@ class SelfPlay:
         todo = chunks.without(done)
         if len(todo) < len(chunks):
             self._say(f"iteration {iteration}: {len(chunks) - len(todo)} of {len(chunks)} chunks are already answered")
-        mine = len(range(self.accelerator.process_index, len(todo), self.accelerator.num_processes))
-        with self._bar(f"iteration {iteration}: generating", mine, "chunk") as bar:
-            for chunk, completions in self.backend.answer(model, todo):
+        waiting = sum(len(rows) for _, rows in todo.rows())
+        with self.tally.bar(f"generating/{iteration}", f"iteration {iteration}: generating", waiting):
+            for chunk, completions in self.backend.answer(model, todo, iteration):
                 files.write(chunk, completions)
-                self.peers.check()
-                bar.update()
-        self.accelerator.wait_for_everyone()
+                self.tally.pulse()
+            self.peers.meet(f"generated/{iteration}")
         staged = self.run.directory.staged(iteration)
         self._on_main(lambda: write_staged(staged, self._assemble(entry, chunks, files)))
         pairs = PairDataset(read_staged(staged))
         about = self._count(pairs, entry)
         seconds = time.perf_counter() - started
-        rate = about["spin/rejected_length"] * entry.new_rows / seconds
-        figures.update({**about, "spin/generation_seconds": seconds, "spin/generation_tokens_per_second": rate})
+        apart = self._on_main(lambda: self.backend.figures)
+        rate = about["spin/rejected_length"] * entry.new_rows / max(seconds - sum(apart.values()), 1e-9)
+        figures.update(
+            {**about, **apart, "spin/generation_seconds": seconds, "spin/generation_tokens_per_second": rate}
+        )
         self._say(
             f"iteration {iteration}: generated {entry.new_rows} answers in {seconds:.1f} s ({rate:.0f} tokens/s; mean "
             f"{about['spin/rejected_length']:.1f} tokens, human {about['spin/chosen_length']:.1f}; "

@@ -50,7 +50,8 @@ class SpinPlugin(BasePlugin):
         settings = spin_config(cfg)
         if settings is None:
             return None
-        refuse_loaded(cfg, self._other_trainers(cfg), settings.save_iterations)
+        whole = settings.save_iterations or (settings.generation.backend == "vllm" and not cfg.adapter)
+        refuse_loaded(cfg, self._other_trainers(cfg), saves_whole=whole)
 
         import torch
         from axolotl.common.datasets import TrainDatasetMeta
@@ -69,6 +70,10 @@ class SpinPlugin(BasePlugin):
             from axolotl_spin.resume import settle_start
 
             settle_start(self.run, cfg)
+            if self.run.served:
+                from axolotl_spin.generation.serving import check_serving
+
+                check_serving(self.run.served, settings.generation.vllm, self.run.directory)
         return TrainDatasetMeta(train_dataset, eval_dataset, self.run.plan.total_steps)
 
     def _other_trainers(self, cfg: Any) -> list[str]:

@@ -7,9 +7,10 @@ from typing import Any
 
 from axolotl_spin.args import SpinConfig, spin_config
 from axolotl_spin.artifacts import RunDirectory, write_json
+from axolotl_spin.generation.serving import ServedModel, served_model
 from axolotl_spin.identity import Identity, identify
 from axolotl_spin.plan import Plan, make_plan
-from axolotl_spin.prompts import prompt_dataset, stop_token_ids
+from axolotl_spin.prompts import prompt_dataset, stop_token_ids, token_counts
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class SpinRun:
         adapter: The host's `adapter`, or None for full fine-tuning.
         launch: Ranks and sharding.
         sample_packing: The host's key; False asks for padded batches.
+        served: What vLLM serves; None with another backend.
     """
 
     settings: SpinConfig
@@ -60,6 +62,7 @@ class SpinRun:
     adapter: str | None
     launch: Launch
     sample_packing: bool | None
+    served: ServedModel | None
 
     def stop_tokens(self, model: Any) -> tuple[int, ...]:
         """Returns the tokens that end an answer (see `stop_token_ids`).
@@ -127,6 +130,9 @@ def prepare_run(cfg: Any, train_dataset: Any, tokenizer: Any) -> SpinRun:
         adapter=cfg.adapter or None,
         launch=Launch(ranks, _sharding(cfg)),
         sample_packing=cfg.sample_packing,
+        served=served_model(cfg, settings, token_counts(prompts, "prompt_ids"))
+        if settings.generation.backend == "vllm"
+        else None,
     )
 
 
