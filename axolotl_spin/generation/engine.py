@@ -29,7 +29,7 @@ from typing import IO, Any
 from axolotl_spin.generation import vllm_worker
 
 # minor versions of vLLM whose interfaces the worker speaks, from the first up to, not including, the second
-VERSIONS = ((0, 25), (0, 33))
+VERSIONS = ((0, 28), (0, 33))
 _WORKER = Path(vllm_worker.__file__).absolute()
 _KEY = "spin.generation.vllm"
 # what a launcher says to its ranks means something else to vLLM

@@ -65,7 +65,12 @@ class VllmBackend:
         self.figures: dict[str, float] = {}
         group = settings.tensor_parallel_size
         self.engines = accelerator.num_processes // group
-        self.engine, self._place = divmod(accelerator.process_index, group)
+        self.engine, place = divmod(accelerator.process_index, group)
+        self.leads = place == 0
+
+    def share(self, chunks: int) -> range:
+        """Returns the positions of the chunks that this rank's engine answers."""
+        return range(self.engine, chunks, self.engines)
 
     def answer(self, model: Any, chunks: Chunks, iteration: int = 0) -> Iterator[tuple[Chunk, list[Completion]]]:
         """See `Backend.answer`.
@@ -84,10 +89,9 @@ class VllmBackend:
             torch.accelerator.empty_cache()  # what training's allocator keeps in reserve
         with offloaded(roots, device) if self.settings.offload else nullcontext():
             self.tally.peers.meet(f"opponent/{iteration}")  # its memory is free on every rank
-            if self._place == 0:
-                mine = range(self.engine, len(chunks), self.engines)
-                if mine:
-                    yield from self._follow(chunks, mine, iteration, opponent)
+            mine = self.share(len(chunks))
+            if self.leads and mine:
+                yield from self._follow(chunks, mine, iteration, opponent)
             self.tally.peers.meet(f"engines/{iteration}")  # and is again, before any rank brings training back
         if self.accelerator.is_main_process and opponent.name.startswith("."):
             shutil.rmtree(opponent, ignore_errors=True)

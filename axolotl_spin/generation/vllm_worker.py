@@ -5,8 +5,8 @@ vllm alone, and talks through files.
     python vllm_worker.py answer JOB   answers the job's `requests`, writing what happens to its `events`
 
 JOB is a JSON file, written by `engine.py`, where its keys are described. `requests` has one JSON object a line, a chunk:
-`index`, `prompts` (lists of token ids), `limits` (tokens), `seeds`, one a prompt. `events` gets one object a line, each on disk
-before the next:
+`index`, `prompts` (lists of token ids), `limits` (tokens), `seeds`, one a prompt. `events` gets one object a line, each on
+disk before the next:
 
     {"event": "ready", "seconds": 41.2, "version": "0.32.0"}       the engine takes requests
     {"event": "progress", "answers": 12, "tokens": 3400}           so far; every second in which it is true
