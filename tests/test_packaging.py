@@ -85,6 +85,7 @@ LAYERS = [
         "generation.vllm_worker",
     },
     {"generation.engine", "offload", "tally"},
+    {"generation.preflight"},
     {"args", "pairs", "schedule", "generation.decoding", "uclaml", "callbacks", "metrics", "policy"}
     | {"checkpoints", "chunks", "lock", "logprobs"},
     {"identity", "scoring", "generation.transformers", "generation.serving", "health", "batches", "staging"},

@@ -15,16 +15,17 @@ from axolotl.utils.dict import DictDefault
 
 from axolotl_spin.args import SpinConfig, VllmConfig
 from axolotl_spin.generation import Chunk, Completion, Sampling
-from axolotl_spin.generation.engine import (
-    EngineError,
-    check_environment,
-    environment,
-    interpreter,
+from axolotl_spin.generation.engine import EngineError, environment, interpreter
+from axolotl_spin.generation.preflight import check_environment
+from axolotl_spin.generation.serving import served_model
+from axolotl_spin.generation.vllm import (
+    answer_seed,
+    checked,
+    request,
+    sampling_arguments,
     share_of_memory,
     visible_devices,
 )
-from axolotl_spin.generation.serving import served_model
-from axolotl_spin.generation.vllm import answer_seed, checked, request, sampling_arguments
 from axolotl_spin.identity import _flat, _harmless
 
 FAKE = Path(__file__).parent / "fake_vllm"

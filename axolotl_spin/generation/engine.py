@@ -1,4 +1,4 @@
-"""A vLLM engine as a process of its own: checked, started, followed through what it writes, and gone at the end.
+"""A vLLM engine as a process of its own: started, followed through what it writes, and gone at the end.
 
 `vllm_worker.py` is what runs there, possibly in another Python environment; JOB, which it reads, has these keys:
 
@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -28,10 +28,8 @@ from typing import IO, Any
 
 from axolotl_spin.generation import vllm_worker
 
-# minor versions of vLLM whose interfaces the worker speaks, from the first up to, not including, the second
-VERSIONS = ((0, 28), (0, 33))
-_WORKER = Path(vllm_worker.__file__).absolute()
-_KEY = "spin.generation.vllm"
+WORKER = Path(vllm_worker.__file__).absolute()
+KEY = "spin.generation.vllm"
 # what a launcher says to its ranks means something else to vLLM
 _LAUNCHER = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_"),
@@ -50,15 +48,15 @@ _FIXED = {
 _ADVICE = (
     (
         ("less than desired GPU memory utilization", "less than desired CPU memory utilization"),
-        f"lower `{_KEY}.gpu_memory_utilization`, or set `{_KEY}.offload: true`",
+        f"lower `{KEY}.gpu_memory_utilization`, or set `{KEY}.offload: true`",
     ),
     (
         ("No available memory for the cache blocks", "larger than the maximum number of tokens that can be stored"),
-        f"raise `{_KEY}.gpu_memory_utilization`, lower `{_KEY}.max_model_len`, or set `{_KEY}.offload: true`",
+        f"raise `{KEY}.gpu_memory_utilization`, lower `{KEY}.max_model_len`, or set `{KEY}.offload: true`",
     ),
     (
         ("out of memory", "OutOfMemoryError"),
-        f"lower `{_KEY}.gpu_memory_utilization`, or `{_KEY}.max_num_seqs`, or set `{_KEY}.offload: true`",
+        f"lower `{KEY}.gpu_memory_utilization`, or `{KEY}.max_num_seqs`, or set `{KEY}.offload: true`",
     ),
 )
 
@@ -81,113 +79,10 @@ def interpreter(python: str | None) -> str:
     found = shutil.which(os.path.expanduser(python))
     if found is None:
         raise ValueError(
-            f"`{_KEY}.python: {python}` is no program that can be run: give the path of the Python in the environment "
+            f"`{KEY}.python: {python}` is no program that can be run: give the path of the Python in the environment "
             "where vLLM is installed, such as /opt/vllm/bin/python"
         )
     return found
-
-
-def check_environment(
-    python: str | None,
-    engine: dict[str, Any],
-    folder: Path,
-    *,
-    check_model: bool,
-    needs_gpu: bool,
-    timeout: float = 600,
-) -> str:
-    """Checks that an environment can run an engine, without loading weights: seconds, before anything expensive starts.
-
-    Args:
-        python: The `spin.generation.vllm.python`.
-        engine: Arguments of `vllm.EngineArgs`.
-        folder: For the check's files; removed afterwards.
-        check_model: Whether `engine["model"]` is what will be served, or has its architecture.
-        needs_gpu: Training runs on a GPU, so the engine should too.
-        timeout: Seconds.
-
-    Returns:
-        vLLM's version.
-
-    Raises:
-        ValueError: It cannot; names the key to change.
-    """
-    program = interpreter(python)
-    folder.mkdir(parents=True, exist_ok=True)
-    job = {
-        "parent": os.getpid(),
-        "engine": engine,
-        "versions": VERSIONS,
-        "check_model": check_model,
-        "report": str(folder / "report.json"),
-    }
-    try:
-        path = folder / "check.json"
-        path.write_text(json.dumps(job))
-        with open(folder / "check.log", "w+b") as log:
-            try:
-                done = subprocess.run(
-                    [program, str(_WORKER), "check", str(path)],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env=environment(program, {}),
-                    timeout=timeout,
-                )
-            except (OSError, subprocess.TimeoutExpired) as error:
-                raise ValueError(f"`{_KEY}.python: {program}` did not run: {error}\n{_tail(log)}") from error
-            if done.returncode or not (folder / "report.json").exists():
-                raise ValueError(
-                    f"`{_KEY}.python: {program}` could not be asked about vLLM (exit status {done.returncode}). It said:\n"
-                    f"{_tail(log)}"
-                )
-        report = json.loads((folder / "report.json").read_text())
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    if problem := explain(report, program, needs_gpu):
-        raise ValueError(problem)
-    return report["version"]
-
-
-def explain(report: dict[str, Any], program: str, needs_gpu: bool) -> str | None:
-    """Returns what a check found wrong, in the user's terms; None where all is well.
-
-    Args:
-        report: What `vllm_worker.check` returned.
-        program: The interpreter that was asked.
-        needs_gpu: Training runs on a GPU.
-    """
-    first, end = (".".join(map(str, version)) for version in VERSIONS)
-    version, message = report.get("version"), report.get("message", "")
-    problem = report.get("problem")
-    if problem == "module":
-        return (
-            f"`spin.generation.backend: vllm`: vLLM cannot be imported by {program} ({message}): install it there "
-            f"(`{program} -m pip install vllm`), or give another environment's Python as `{_KEY}.python`"
-        )
-    if problem == "version":
-        return (
-            f"`{_KEY}.python: {program}` has vLLM {version}; versions from {first} up to, not including, {end} work: "
-            "install one of them there, or give another environment's Python"
-        )
-    if problem == "device":
-        return (
-            f"`spin.generation.backend: vllm`: {message} (vLLM {version} of {program}): run on a machine with a GPU, "
-            "install vLLM's build for this machine, or set `spin.generation.backend: transformers`"
-        )
-    if problem == "argument":
-        return f"`{_KEY}`: {message}"
-    if problem == "model":
-        return (
-            f"vLLM {version} does not take this model or these arguments of `{_KEY}`: {message}\n"
-            "change them, or set `spin.generation.backend: transformers`"
-        )
-    if needs_gpu and report.get("device") == "cpu":
-        return (
-            f"`{_KEY}.python: {program}` has a build of vLLM {version} for CPUs, while training runs on a GPU: give an "
-            "environment's Python whose vLLM runs on the GPU"
-        )
-    return None
 
 
 def environment(program: str, changes: dict[str, str]) -> dict[str, str]:
@@ -240,7 +135,7 @@ class Engine:
         job_path = folder / "job.json"
         job_path.write_text(json.dumps({"parent": os.getpid(), **job, **files}))
         program = interpreter(python)
-        self._command = [program, str(_WORKER), "answer", str(job_path)]
+        self._command = [program, str(WORKER), "answer", str(job_path)]
         self._environment = environment(program, changes)
         self._process: subprocess.Popen | None = None
 
@@ -295,7 +190,7 @@ class Engine:
                     raise EngineError(
                         self.failure(
                             f"made no progress for {self.stall_seconds:g} s while {what}; "
-                            f"`{_KEY}.stall_seconds` sets how long it may take"
+                            f"`{KEY}.stall_seconds` sets how long it may take"
                         )
                     )
                 pulse()
@@ -326,7 +221,7 @@ class Engine:
     def failure(self, what: str) -> str:
         """Returns a message about a failure: what happened, advice, the last lines of the log, and its path."""
         with open(self.log, "rb") as log:
-            said = _tail(log)
+            said = log_tail(log)
         advice = "".join(f"\n{help}" for signs, help in _ADVICE if any(sign in said for sign in signs))
         return (
             f"the vLLM engine {what}{advice}\nthe end of its log, {self.log}:\n{said}\n"
@@ -338,7 +233,7 @@ def _status(code: int) -> str:
     return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
 
 
-def _tail(log: IO[bytes], lines: int = 20) -> str:
+def log_tail(log: IO[bytes], lines: int = 20) -> str:
     """Returns the last lines of a log, whatever is in it."""
     size = log.seek(0, os.SEEK_END)
     log.seek(max(0, size - 20_000))
@@ -346,37 +241,3 @@ def _tail(log: IO[bytes], lines: int = 20) -> str:
     printable = "".join(letter if letter.isprintable() or letter == "\n" else " " for letter in text)
     last = [line.strip()[:300] for line in printable.splitlines() if line.strip()]
     return "\n".join(f"  | {line}" for line in last[-lines:]) or "  (nothing)"
-
-
-def share_of_memory(wanted: float | None, free: int, total: int) -> float:
-    """Returns which share of a GPU's memory an engine takes (`gpu_memory_utilization`).
-
-    Args:
-        wanted: The `spin.generation.vllm.gpu_memory_utilization`; None takes nine tenths of what is free.
-        free: Bytes that training leaves free.
-        total: Bytes of the GPU.
-
-    Raises:
-        EngineError: Less is free than what is wanted; says how much, and what to set.
-    """
-    if wanted is None:
-        return round(0.9 * free / total, 3)
-    if wanted * total > free:
-        raise EngineError(
-            f"`{_KEY}.gpu_memory_utilization: {wanted:g}` is {wanted * total / 2**30:.1f} GiB of the GPU's "
-            f"{total / 2**30:.1f}, and training leaves {free / 2**30:.1f} GiB free: set it to at most "
-            f"{0.98 * free / total:.2f}, remove it, or set `{_KEY}.offload: true`"
-        )
-    return wanted
-
-
-def visible_devices(first: int, count: int, variable: str | None) -> str:
-    """Returns the `CUDA_VISIBLE_DEVICES` of an engine that has some of the GPUs that this process sees.
-
-    Args:
-        first: Number of the first GPU, as this process counts them.
-        count: How many.
-        variable: This process's own `CUDA_VISIBLE_DEVICES`.
-    """
-    names: Sequence[str] = variable.split(",") if variable else [str(number) for number in range(first + count)]
-    return ",".join(names[first : first + count])

@@ -14,7 +14,7 @@ from axolotl.utils.logging import get_logger
 from axolotl_spin.args import SpinConfig, VllmConfig
 from axolotl_spin.artifacts import RunDirectory
 from axolotl_spin.generation import token_limit
-from axolotl_spin.generation.engine import check_environment
+from axolotl_spin.generation.preflight import check_environment
 
 LOG = get_logger(__name__)
 

@@ -25,7 +25,7 @@ from axolotl.utils.logging import get_logger
 from axolotl_spin.args import VllmConfig
 from axolotl_spin.artifacts import RunDirectory
 from axolotl_spin.generation import Chunk, Chunks, Completion, Sampling
-from axolotl_spin.generation.engine import Engine, EngineError, share_of_memory, visible_devices
+from axolotl_spin.generation.engine import KEY, Engine, EngineError
 from axolotl_spin.generation.serving import ServedModel
 from axolotl_spin.offload import offloaded
 from axolotl_spin.tally import Tally
@@ -230,3 +230,37 @@ def checked(chunk: Chunk, ids: Any, reasons: Any, sampling: Sampling) -> list[Co
             )
         completions.append(Completion(answer, reason))
     return completions
+
+
+def share_of_memory(wanted: float | None, free: int, total: int) -> float:
+    """Returns which share of a GPU's memory an engine takes (`gpu_memory_utilization`).
+
+    Args:
+        wanted: The `spin.generation.vllm.gpu_memory_utilization`; None takes nine tenths of what is free.
+        free: Bytes that training leaves free.
+        total: Bytes of the GPU.
+
+    Raises:
+        EngineError: Less is free than what is wanted; says how much, and what to set.
+    """
+    if wanted is None:
+        return round(0.9 * free / total, 3)
+    if wanted * total > free:
+        raise EngineError(
+            f"`{KEY}.gpu_memory_utilization: {wanted:g}` is {wanted * total / 2**30:.1f} GiB of the GPU's "
+            f"{total / 2**30:.1f}, and training leaves {free / 2**30:.1f} GiB free: set it to at most "
+            f"{0.98 * free / total:.2f}, remove it, or set `{KEY}.offload: true`"
+        )
+    return wanted
+
+
+def visible_devices(first: int, count: int, variable: str | None) -> str:
+    """Returns the `CUDA_VISIBLE_DEVICES` of an engine that has some of the GPUs that this process sees.
+
+    Args:
+        first: Number of the first GPU, as this process counts them.
+        count: How many.
+        variable: This process's own `CUDA_VISIBLE_DEVICES`.
+    """
+    names: Sequence[str] = variable.split(",") if variable else [str(number) for number in range(first + count)]
+    return ",".join(names[first : first + count])
