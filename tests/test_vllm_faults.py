@@ -17,7 +17,7 @@ import yaml
 from recovery import CHANGES, differences, outcome
 from warm import Ranks, Warm
 
-pytestmark = [pytest.mark.host, pytest.mark.once]
+pytestmark = pytest.mark.host
 
 FAKE = Path(__file__).parent / "fake_vllm"
 
@@ -84,6 +84,7 @@ def test_engines_answer_and_leave_nothing(shared: Path, undisturbed: dict[str, A
     assert all((ids[-1] == 6) == (why == "stop") for ids, why in ends)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("fault", "says", "kept"),
     [
@@ -115,6 +116,7 @@ def test_a_fault_is_said_and_the_next_start_goes_on(
     assert differences(outcome(tmp_path / "out"), undisturbed) == []
 
 
+@pytest.mark.once
 def test_the_engine_ends_when_the_trainer_is_killed(
     shared: Path, tmp_path: Path, warm: Warm, undisturbed: dict[str, Any]
 ) -> None:
@@ -134,6 +136,7 @@ def test_the_engine_ends_when_the_trainer_is_killed(
     assert differences(outcome(tmp_path / "out"), undisturbed) == []
 
 
+@pytest.mark.once
 def test_no_engine_starts_for_answers_that_are_there(shared: Path, tmp_path: Path, warm: Warm) -> None:
     settings_in(tmp_path, shared)
     code, _ = run(warm, tmp_path, SPIN_KILL="generate/all chunks whole")
@@ -143,6 +146,7 @@ def test_no_engine_starts_for_answers_that_are_there(shared: Path, tmp_path: Pat
     assert (tmp_path / "out/spin/iteration-1/.engine-0/engine.log").exists()
 
 
+@pytest.mark.once
 def test_an_adapter_alone_is_served(shared: Path, tmp_path: Path, warm: Warm) -> None:
     """The fake engine refuses a folder without an adapter, and one with `enable_lora` but no adapter."""
     settings_in(tmp_path, shared, **host.LORA)
@@ -154,6 +158,7 @@ def test_an_adapter_alone_is_served(shared: Path, tmp_path: Path, warm: Warm) ->
     assert (tmp_path / "out/spin/iteration-1/model/adapter_model.safetensors").exists()
 
 
+@pytest.mark.once
 def test_offloading_changes_nothing(shared: Path, tmp_path: Path, warm: Warm, undisturbed: dict[str, Any]) -> None:
     settings_in(tmp_path, shared, {"offload": True})
     code, output = run(warm, tmp_path)
@@ -163,6 +168,7 @@ def test_offloading_changes_nothing(shared: Path, tmp_path: Path, warm: Warm, un
     assert differences(outcome(tmp_path / "out"), undisturbed) == []
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("vllm", "path", "says"),
     [
@@ -201,7 +207,9 @@ def on_two_ranks(
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("kind", ["ddp", "zero2", "zero3", "fsdp2"])
+@pytest.mark.parametrize(
+    "kind", [*(pytest.param(kind, marks=pytest.mark.once) for kind in ("ddp", "zero2")), "zero3", "fsdp2"]
+)
 def test_two_engines_and_offloading_on_two_ranks(
     kind: str, shared: Path, tmp_path: Path, warm_ranks: Ranks, undisturbed: dict[str, Any]
 ) -> None:
@@ -222,6 +230,7 @@ def test_two_engines_and_offloading_on_two_ranks(
     assert differences(ends[0], ends[1]) == []
 
 
+@pytest.mark.once
 @pytest.mark.ranks
 def test_one_engine_for_two_ranks(shared: Path, tmp_path: Path, warm_ranks: Ranks, undisturbed: dict[str, Any]) -> None:
     code, output = on_two_ranks("ddp", tmp_path / "run", shared, warm_ranks, {"tensor_parallel_size": 2})
@@ -231,6 +240,7 @@ def test_one_engine_for_two_ranks(shared: Path, tmp_path: Path, warm_ranks: Rank
     assert found["pairs 1"]["rejected_ids"] == undisturbed["pairs 1"]["rejected_ids"]
 
 
+@pytest.mark.once
 @pytest.mark.ranks
 def test_a_fault_of_one_engine_stops_all_ranks(shared: Path, tmp_path: Path, warm_ranks: Ranks) -> None:
     """Two ranks with an engine each; the first engine that dies ends both, and the other engine too."""

@@ -59,6 +59,9 @@ class ServedModel:
             "trust_remote_code": self.trust_remote_code,
             "skip_tokenizer_init": True,  # ids in, ids out
             "generation_config": "vllm",  # not the model's own, whose top_k or penalties would bend the samples
+            # a prompt that is read in parts moves its answer's random numbers on, so that they would depend on the batch
+            # (and vLLM's build for CPUs fails on it: "CPU Generator does not use offset")
+            "enable_chunked_prefill": False,
             "disable_log_stats": True,
         }
         if opponent is None and self.revision:

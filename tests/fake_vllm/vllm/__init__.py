@@ -34,6 +34,7 @@ class EngineArgs:
     skip_tokenizer_init: bool = False
     generation_config: str = "auto"
     disable_log_stats: bool = False
+    enable_chunked_prefill: bool = True
     revision: str | None = None
     enable_lora: bool = False
     max_lora_rank: int = 16
