@@ -135,7 +135,7 @@ def test_killed_while_the_engine_answers(smollm: Path, tmp_path: Path, warm: War
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="vLLM's build for CPUs binds each of the two workers to a core")
 def test_one_engine_over_two_ranks(tmp_path: Path, warm_ranks: Ranks) -> None:
-    """Tensor parallelism: after kill -9 of both trainers its processes and shared memory are gone; then the run ends well."""
+    """Tensor parallelism: after kill -9 of the trainers its processes and shared memory are gone; the next start ends."""
     tiny.save(tmp_path / "model", hidden_size=128, intermediate_size=256)
     tiny.conversations(tmp_path / "data.jsonl", 24)
     generation = {"backend": "vllm", "max_new_tokens": 24, "batch_size": 4}
