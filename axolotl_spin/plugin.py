@@ -73,7 +73,7 @@ class SpinPlugin(BasePlugin):
             if self.run.served:
                 from axolotl_spin.generation.serving import check_serving
 
-                check_serving(self.run.served, settings.generation.vllm, self.run.directory)
+                check_serving(self.run.served, settings.generation.vllm)
         return TrainDatasetMeta(train_dataset, eval_dataset, self.run.plan.total_steps)
 
     def _other_trainers(self, cfg: Any) -> list[str]:

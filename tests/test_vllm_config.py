@@ -17,7 +17,7 @@ from axolotl_spin.args import SpinConfig, VllmConfig
 from axolotl_spin.generation import Chunk, Completion, Sampling
 from axolotl_spin.generation.engine import EngineError, environment, interpreter
 from axolotl_spin.generation.preflight import check_environment
-from axolotl_spin.generation.serving import served_model
+from axolotl_spin.generation.serving import check_serving, served_model
 from axolotl_spin.generation.vllm import (
     answer_seed,
     checked,
@@ -115,16 +115,18 @@ def test_prompts_must_fit_into_the_engine() -> None:
     assert served_model(cfg(), settings(), np.array([10, 60])).longest == 80
 
 
-@pytest.mark.parametrize(("here", "size", "fits"), [("4", 2, True), ("4", 3, False), ("2", 4, False), (None, 2, False)])
+@pytest.mark.parametrize(("here", "size", "fits"), [("4", 3, False), ("2", 4, False), (None, 2, False), ("4", 2, True)])
 def test_ranks_are_grouped_whole(here: str | None, size: int, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     if here:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+    monkeypatch.setattr("axolotl_spin.generation.serving.check_environment", lambda *_, **__: "0.32.0")
+    served, engine = served_model(cfg(), settings(), LENGTHS), VllmConfig(tensor_parallel_size=size)
     if fits:
-        served_model(cfg(), settings(tensor_parallel_size=size), LENGTHS)
+        check_serving(served, engine)
     else:
-        with pytest.raises(ValueError, match=f"tensor_parallel_size: {size}` does not divide"):
-            served_model(cfg(), settings(tensor_parallel_size=size), LENGTHS)
+        with pytest.raises(ValueError, match=f"tensor_parallel_size: {size}` does not divide the {here or 1} rank"):
+            check_serving(served, engine)
 
 
 # -- the environment ----------------------------------------------------------------------------------------------------
@@ -135,16 +137,16 @@ def check(
 ) -> str:
     (tmp_path / "model").mkdir(exist_ok=True)
     (tmp_path / "model" / "config.json").write_text("{}")
-    for name, value in {"PYTHONPATH": str(FAKE), **env}.items():
+    for name, value in {"PYTHONPATH": str(FAKE), "TMPDIR": str(tmp_path), **env}.items():
         monkeypatch.setenv(name, value)
     served = served_model(cfg(base_model=str(tmp_path / "model")), settings(), LENGTHS)
     arguments = {**served.arguments(VllmConfig()), **json.loads(os.environ.get("MORE", "{}"))}
-    return check_environment(python, arguments, tmp_path / "check", check_model=True, needs_gpu=gpu)
+    return check_environment(python, arguments, check_model=True, needs_gpu=gpu)
 
 
 def test_a_sound_environment_passes_and_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert check(tmp_path, monkeypatch) == "0.32.0"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+    assert not list(tmp_path.glob("axolotl-spin-*"))
 
 
 @pytest.mark.parametrize(
@@ -165,7 +167,7 @@ def test_what_is_wrong_with_an_environment_is_said(
 ) -> None:
     with pytest.raises(ValueError, match=expected):
         check(tmp_path, monkeypatch, gpu=gpu, **env)
-    assert not (tmp_path / "check").exists()
+    assert not list(tmp_path.glob("axolotl-spin-*"))
 
 
 def test_a_wrong_interpreter_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,13 @@ VERSIONS = ((0, 28), (0, 33))
 
 
 def check_environment(
-    python: str | None,
-    engine: dict[str, Any],
-    folder: Path,
-    *,
-    check_model: bool,
-    needs_gpu: bool,
-    timeout: float = 600,
+    python: str | None, engine: dict[str, Any], *, check_model: bool, needs_gpu: bool, timeout: float = 600
 ) -> str:
-    """Checks that an environment can run an engine, without loading weights: seconds, before anything expensive starts.
+    """Checks that an environment can run an engine, without loading weights.
 
     Args:
         python: The `spin.generation.vllm.python`.
         engine: Arguments of `vllm.EngineArgs`.
-        folder: For the check's files; removed afterwards.
         check_model: Whether `engine["model"]` is what will be served, or has its architecture.
         needs_gpu: Training runs on a GPU, so the engine should too.
         timeout: Seconds.
@@ -41,21 +34,14 @@ def check_environment(
         ValueError: It cannot; names the key to change.
     """
     program = interpreter(python)
-    folder.mkdir(parents=True, exist_ok=True)
-    job = {
-        "parent": os.getpid(),
-        "engine": engine,
-        "versions": VERSIONS,
-        "check_model": check_model,
-        "report": str(folder / "report.json"),
-    }
-    try:
-        path = folder / "check.json"
-        path.write_text(json.dumps(job))
-        with open(folder / "check.log", "w+b") as log:
+    with tempfile.TemporaryDirectory(prefix="axolotl-spin-") as folder:
+        job, report, log_path = (Path(folder) / name for name in ("job.json", "report.json", "log"))
+        asked = {"parent": os.getpid(), "engine": engine, "versions": VERSIONS, "check_model": check_model}
+        job.write_text(json.dumps({**asked, "report": str(report)}))
+        with open(log_path, "w+b") as log:
             try:
                 done = subprocess.run(
-                    [program, str(WORKER), "check", str(path)],
+                    [program, str(WORKER), "check", str(job)],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
@@ -64,17 +50,15 @@ def check_environment(
                 )
             except (OSError, subprocess.TimeoutExpired) as error:
                 raise ValueError(f"`{KEY}.python: {program}` did not run: {error}\n{log_tail(log)}") from error
-            if done.returncode or not (folder / "report.json").exists():
+            if done.returncode or not report.exists():
                 raise ValueError(
                     f"`{KEY}.python: {program}` could not be asked about vLLM (exit status {done.returncode}). It said:\n"
                     f"{log_tail(log)}"
                 )
-        report = json.loads((folder / "report.json").read_text())
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    if problem := explain(report, program, needs_gpu):
+        found = json.loads(report.read_text())
+    if problem := explain(found, program, needs_gpu):
         raise ValueError(problem)
-    return report["version"]
+    return found["version"]
 
 
 def explain(report: dict[str, Any], program: str, needs_gpu: bool) -> str | None:

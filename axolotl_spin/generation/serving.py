@@ -12,7 +12,6 @@ import torch
 from axolotl.utils.logging import get_logger
 
 from axolotl_spin.args import SpinConfig, VllmConfig
-from axolotl_spin.artifacts import RunDirectory
 from axolotl_spin.generation import token_limit
 from axolotl_spin.generation.preflight import check_environment
 
@@ -83,8 +82,7 @@ def served_model(cfg: Any, settings: SpinConfig, prompt_lengths: np.ndarray) -> 
         prompt_lengths: (prompts,) tokens.
 
     Raises:
-        ValueError: vLLM cannot serve this adapter over the base model, or `max_model_len` or `tensor_parallel_size` do not
-            fit; names the key.
+        ValueError: vLLM cannot serve this adapter over the base model, or `max_model_len` is too small; names the key.
     """
     generation = settings.generation
     engine = generation.vllm
@@ -100,12 +98,6 @@ def served_model(cfg: Any, settings: SpinConfig, prompt_lengths: np.ndarray) -> 
         raise ValueError(
             f"`spin.generation.vllm.max_model_len: {engine.max_model_len}` is less than {longest}, the tokens of the "
             "longest prompt with its answer: raise or remove it, or lower `spin.generation.max_new_tokens`"
-        )
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if (here % engine.tensor_parallel_size and "LOCAL_WORLD_SIZE" in os.environ) or engine.tensor_parallel_size > here:
-        raise ValueError(
-            f"`spin.generation.vllm.tensor_parallel_size: {engine.tensor_parallel_size}` does not divide the {here} "
-            "rank(s) of a node, each of which brings one GPU to an engine"
         )
     if cfg.load_in_8bit:
         LOG.warning(
@@ -149,24 +141,24 @@ def _unserved(cfg: Any) -> list[str]:
     return found
 
 
-def check_serving(served: ServedModel, settings: VllmConfig, directory: RunDirectory) -> None:
-    """Checks, on one rank of each node, that the environment of the engines can serve; takes seconds.
+def check_serving(served: ServedModel, settings: VllmConfig) -> None:
+    """Checks, on one rank of each node, that engines can serve there; takes seconds.
 
     Args:
         served: The model.
         settings: The `spin.generation.vllm`.
-        directory: The run's, for the check's files.
 
     Raises:
-        ValueError: It cannot; names the key to change.
+        ValueError: They cannot; names the key to change.
     """
     if int(os.environ.get("LOCAL_RANK", "0")) != 0:
         return
-    version = check_environment(
-        settings.python,
-        served.arguments(settings),
-        directory.root / f".check-{os.environ.get('GROUP_RANK', '0')}",
-        check_model=True,
-        needs_gpu=torch.cuda.is_available(),
-    )
+    here, group = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), settings.tensor_parallel_size
+    if here % group:
+        raise ValueError(
+            f"`spin.generation.vllm.tensor_parallel_size: {group}` does not divide the {here} rank(s) of this node, each "
+            "of which brings one GPU to an engine"
+        )
+    arguments, on_gpu = served.arguments(settings), torch.cuda.is_available()
+    version = check_environment(settings.python, arguments, check_model=True, needs_gpu=on_gpu)
     LOG.info(f"answers come from vLLM {version}")
