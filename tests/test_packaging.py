@@ -86,6 +86,8 @@ LAYERS = [
     {"args", "pairs", "schedule", "generation.decoding", "uclaml", "callbacks", "metrics", "policy"}
     | {"checkpoints", "chunks", "lock", "logprobs"},
     {"identity", "scoring", "generation.transformers", "health", "batches", "staging"},
+    {"given_pairs"},
+    {"conversations"},
     {"run"},
     {"report", "resume", "layout_choice"},
     {"iteration", "progress"},
