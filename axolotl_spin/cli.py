@@ -38,6 +38,18 @@ def plan(config: str, as_json: bool, ranks: int) -> None:
 
 
 @spin.command()
+@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=str))
+def generate(config: str) -> None:
+    """Only answer the prompts of CONFIG with its model and score the pairs, as iteration 0 would; then stop.
+
+    Start it again after an interruption and it goes on. On several GPUs: accelerate launch -m axolotl_spin generate CONFIG.
+    """
+    from axolotl_spin.generating import generate_pairs
+
+    generate_pairs(config)
+
+
+@spin.command()
 @click.argument("output_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def table(output_dir: Path) -> None:
     """Print the table of iterations of the run in OUTPUT_DIR, finished or not."""

@@ -1,7 +1,7 @@
 """Rows of the SPIN authors' format become pairs of token ids, by the chat template and strategy of the training data.
 
 Their `generated` was drawn as tokens, but is kept as text: it is tokenised as a turn, which ends it. An exported set says
-in `finish_reason` which answers were cut; those get no end. An empty answer is its end token alone, as a model would draw it.
+in `finish_reason` which answers were cut; those get no end. An empty answer is its end token alone, as a model draws it.
 """
 
 from __future__ import annotations

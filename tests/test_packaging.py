@@ -92,7 +92,10 @@ LAYERS = [
     {"report", "resume", "layout_choice"},
     {"iteration", "progress"},
     {"trainer"},
+    {"only_pairs"},
     {"plugin"},
+    {"configs"},
+    {"generating"},
     {"cli"},
     {"__main__", "__init__"},
 ]
