@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -47,6 +48,32 @@ def generate(config: str) -> None:
     from axolotl_spin.generating import generate_pairs
 
     generate_pairs(config)
+
+
+@spin.command()
+@click.argument("output_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--iteration", type=click.IntRange(min=0), required=True, help="Whose pairs, counted from 0.")
+@click.option(
+    "--format", "kind", type=click.Choice(["uclaml", "dpo", "dpo-text", "parquet"]), required=True,
+    help="The SPIN authors' messages, TRL's conversational or standard DPO columns, or the token ids as they are.",
+)  # fmt: skip
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="The folder to make.")
+@click.option(
+    "--inexact", type=click.Choice(["refuse", "drop", "keep"]), default="refuse", show_default=True,
+    help="What to do with pairs that a format of messages or text cannot keep token for token.",
+)  # fmt: skip
+@click.option("--only-new", is_flag=True, help="Leave out the pairs kept from earlier iterations.")
+@click.option(
+    "--test-rows", type=click.IntRange(min=0), default=0, help="So many pairs at the end become the split `test`."
+)
+@click.option("--tokenizer", default="", help="Name or path of the run's tokenizer. Default: the one in OUTPUT_DIR.")
+def export(**options: Any) -> None:
+    """Write the pairs of one iteration of the run in OUTPUT_DIR, going on, stopped or finished, as a dataset."""
+    from axolotl_spin.export import Export, describe, export_pairs
+
+    asked = Export(**options)
+    for line in describe(asked, export_pairs(asked)):
+        click.echo(line)
 
 
 @spin.command()

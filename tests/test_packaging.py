@@ -80,14 +80,15 @@ LAYERS = [
         "refusals",
         "generation",
         "compat",
+        "messages",
         "peers",
         "sharding",
     },
-    {"args", "pairs", "schedule", "generation.decoding", "uclaml", "callbacks", "metrics", "policy"}
+    {"args", "pairs", "schedule", "generation.decoding", "uclaml", "callbacks", "metrics", "policy", "formats"}
     | {"checkpoints", "chunks", "lock", "logprobs"},
     {"identity", "scoring", "generation.transformers", "health", "batches", "staging"},
     {"given_pairs"},
-    {"conversations"},
+    {"conversations", "export"},
     {"run"},
     {"report", "resume", "layout_choice"},
     {"iteration", "progress"},
