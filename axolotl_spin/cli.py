@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+_RATE = click.FloatRange(min=0, min_open=True)
+
 
 @click.group()
 def spin() -> None:
@@ -18,24 +20,25 @@ def spin() -> None:
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=str))
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 @click.option("--ranks", type=click.IntRange(min=1), default=1, show_default=True, help="Ranks (GPUs) of the launch.")
-def plan(config: str, as_json: bool, ranks: int) -> None:
-    """Validate CONFIG, tokenise its data and print the plan. Loads no model weights."""
-    from axolotl.cli.config import load_cfg
-    from axolotl.integrations.base import PluginManager
+@click.option("--generation-tokens-per-second", "generation", type=_RATE, help="Tokens drawn, over all ranks.")
+@click.option(
+    "--scoring-tokens-per-second", "scoring", type=_RATE, help="Tokens of pairs, forward only, over all ranks."
+)
+@click.option("--training-tokens-per-second", "training", type=_RATE, help="Tokens of pairs, over all ranks.")
+def plan(config: str, as_json: bool, **given: Any) -> None:
+    """Validate CONFIG, tokenise its data, and tell what the run will do and need. Loads no model weights.
 
-    from axolotl_spin.plugin import SpinPlugin
-    from axolotl_spin.report import plan_table, print_wide
+    Times follow from given tokens per second, or from what a run in the same output_dir has measured.
+    """
+    from axolotl_spin.plan_view import plan_lines
+    from axolotl_spin.planning import Given, plan_run
+    from axolotl_spin.report import print_wide
 
-    cfg = load_cfg(config)
-    cfg.world_size = ranks
-    plugin = next((p for p in PluginManager.get_instance().plugins.values() if isinstance(p, SpinPlugin)), None)
-    if plugin is None or plugin.load_datasets(cfg, preprocess=True) is None:
-        raise click.ClickException(f"{config} does not say `rl: spin`")
-    assert plugin.run is not None
+    run, figures = plan_run(config, Given(**given))
     if as_json:
-        click.echo(json.dumps(plugin.run.plan.to_json(), indent=2))
+        click.echo(json.dumps(figures, indent=2))
     else:
-        print_wide(plan_table(plugin.run.plan))
+        print_wide(*plan_lines(run.plan, figures))
 
 
 @spin.command()

@@ -38,13 +38,14 @@ class GivenPairs:
 
     Attributes:
         rows: How many pairs there are.
+        tokens: Of all prompts and answers.
         digest: SHA-256 of their tokens and finish reasons; where it differs, it is another run.
     """
 
     def __init__(self, source: str, read: Callable[[], Iterable[Any]]):
         self.source = source
         self._read = read
-        self.rows, self.digest = 0, ""
+        self.rows, self.tokens, self.digest = 0, 0, ""
 
     def check(self, *, vocabulary: int, sequence_len: int) -> None:
         """Reads all pairs once: checks them, counts them and takes their digest.
@@ -56,7 +57,7 @@ class GivenPairs:
         Raises:
             ValueError: A row cannot be trained on, or nothing can be learnt from any; names `spin.initial_pairs`.
         """
-        digest, rows = hashlib.sha256(), 0
+        digest, rows, tokens = hashlib.sha256(), 0, 0
         learnable = answered = False
         with naming(self.source):
             for batch in self._batches():
@@ -66,6 +67,7 @@ class GivenPairs:
                 ended = pc.equal(batch["finish_reason"], "stop").to_numpy(zero_copy_only=False)
                 answered |= bool((rejected[1] > ended).any())
                 _add(digest, batch)
+                tokens += sum(len(batch[name].flatten()) for name in IDS)
                 rows += len(batch)
             if not rows:
                 raise ValueError("it holds no pair")
@@ -76,7 +78,7 @@ class GivenPairs:
                     f"all {rows} answers are empty: to have them answered, list the set under `datasets:` with "
                     "`type: axolotl_spin.uclaml` instead"
                 )
-        self.rows, self.digest = rows, digest.hexdigest()
+        self.rows, self.tokens, self.digest = rows, tokens, digest.hexdigest()
 
     def staged(self) -> Iterator[pa.RecordBatch]:
         """Yields the pairs as those of iteration 0, of `STAGED`.
