@@ -154,6 +154,12 @@ class SpinConfig(BaseModel):
     max_prompts: int | None = Field(
         default=None, ge=1, description="Use only the first N prompts of the prepared dataset. Default: all."
     )
+    initial_pairs: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Pairs for iteration 0, which then generates nothing: a `pairs.parquet`, a folder made by `axolotl "
+        "spin export`, or a dataset with `real` and `generated` messages (a file, a folder, or a name on the hub).",
+    )
     turns: Literal["last", "all"] = Field(
         default="last",
         description="Which assistant turns become pairs: the last of each row, or every one.",

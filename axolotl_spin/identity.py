@@ -65,7 +65,8 @@ _PLANNED_SPIN = ("iterations", "beta", "learning_rate", "history")
 # parameter groups with a rate of their own refer to the base rate
 _GROUP_RATES = ("embedding_lr", "embedding_lr_scale", "lr_groups", "loraplus_lr_ratio")
 # settings of the spin block that change nothing in the result: another backend draws from the same distribution
-_HARMLESS = ("save_iterations", "active", "generation.backend", "generation.gather_weights")
+# (and what is in a set of pairs counts, not where it is)
+_HARMLESS = ("initial_pairs", "save_iterations", "active", "generation.backend", "generation.gather_weights")
 _HARMLESS_BLOCK = "generation.vllm."
 
 
@@ -120,7 +121,7 @@ class Identity:
         return lines
 
 
-def identify(cfg: Any, settings: SpinConfig, prompts: Any, plan: Plan) -> Identity:
+def identify(cfg: Any, settings: SpinConfig, prompts: Any, plan: Plan, given: str | None = None) -> Identity:
     """Collects what identifies a run.
 
     Args:
@@ -128,6 +129,7 @@ def identify(cfg: Any, settings: SpinConfig, prompts: Any, plan: Plan) -> Identi
         settings: Its `spin` block.
         prompts: The prompts (`datasets.Dataset` with `prompt_ids` and `chosen_ids`).
         plan: Made from them.
+        given: Digest of the pairs that iteration 0 is given, if it is.
     """
     spin = {f"spin.{key}": value for key, value in _flat(settings.model_dump()) if not _harmless(key)}
     planned_spin = {f"spin.{key}" for key in _PLANNED_SPIN}
@@ -137,6 +139,8 @@ def identify(cfg: Any, settings: SpinConfig, prompts: Any, plan: Plan) -> Identi
         **{key: cfg.get(key) for key in _HOST_KEYS},
         **{key: value for key, value in spin.items() if key not in planned_spin},
     }
+    if given is not None:
+        fixed["spin.initial_pairs (pairs as token ids)"] = given
     deepspeed = cfg.get("deepspeed")
     if isinstance(deepspeed, dict) and deepspeed.get("optimizer"):
         fixed["deepspeed.optimizer"] = deepspeed["optimizer"]

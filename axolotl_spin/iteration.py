@@ -22,6 +22,7 @@ from tqdm import tqdm
 from axolotl_spin.artifacts import DamagedFileError, ForeignFileError
 from axolotl_spin.chunks import ChunkFiles
 from axolotl_spin.generation import Backend, Chunks, chunk_rows, chunk_size, iteration_seed, token_limit
+from axolotl_spin.given_pairs import GivenPairs
 from axolotl_spin.health import check_answers, check_opponent_logps, check_weights, count_answers, report
 from axolotl_spin.pairs import BATCH_ROWS, LOGPS, SCHEMA, PairDataset, read_batches, read_pairs, write_pairs
 from axolotl_spin.peers import Peers
@@ -102,7 +103,8 @@ class SelfPlay:
             bad = nonfinite_weights(self.accelerator.unwrap_model(model), frozen=True)
             report(check_weights(bad, step=entry.first_step), main)
             with frozen(model):
-                pairs = self._generate(entry, model, figures)
+                given = self.run.given if entry.iteration == 0 else None
+                pairs = self._take(given, entry, figures) if given else self._generate(entry, model, figures)
                 pairs = self._score(entry, model, pairs, figures)
             self._on_main(lambda: self._write(entry, pairs))
         kept = f" ({entry.kept_rows} kept from before)" if entry.kept_rows else ""
@@ -139,6 +141,15 @@ class SelfPlay:
         )
         report(findings, self.accelerator.is_main_process)
         return counts.shares()
+
+    def _take(self, given: GivenPairs, entry: IterationPlan, figures: dict[str, float]) -> PairDataset:
+        """Takes the iteration's pairs from `spin.initial_pairs`, still without the opponent's log-probs."""
+        staged = self.run.directory.staged(entry.iteration)
+        self._on_main(lambda: write_staged(staged, given.staged()))
+        pairs = PairDataset(read_staged(staged))
+        figures.update(self._count(pairs, entry))
+        self._say(f"iteration {entry.iteration}: took {entry.new_rows} pairs from {given.source}")
+        return pairs
 
     # -- generation ---------------------------------------------------------------------------------------------------
 

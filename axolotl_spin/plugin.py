@@ -26,6 +26,7 @@ class SpinPlugin(BasePlugin):
     def __init__(self) -> None:
         super().__init__()
         self.run: SpinRun | None = None
+        self.pairs_only = False  # set by `axolotl spin generate`
         self._trained = False
         self._concerned = True
 
@@ -67,14 +68,24 @@ class SpinPlugin(BasePlugin):
             train_dataset, eval_dataset, _, _ = prepare_datasets(cfg, tokenizer)
         self.run = prepare_run(cfg, train_dataset, tokenizer)
         if not preprocess:
-            from axolotl_spin.resume import settle_start
-
-            settle_start(self.run, cfg)
+            self._settle_start(cfg)
             if self.run.served:
                 from axolotl_spin.generation.serving import check_serving
 
                 check_serving(self.run.served, settings.generation.vllm)
         return TrainDatasetMeta(train_dataset, eval_dataset, self.run.plan.total_steps)
+
+    def _settle_start(self, cfg: Any) -> None:
+        from axolotl_spin.resume import settle_start
+
+        assert self.run is not None
+        if not self.pairs_only:
+            return settle_start(self.run, cfg)
+        from axolotl_spin.only_pairs import leave_if_made, refuse_if_trained
+
+        leave_if_made(self.run)
+        settle_start(self.run, cfg)
+        refuse_if_trained(self.run, cfg)
 
     def _other_trainers(self, cfg: Any) -> list[str]:
         plugins = PluginManager.get_instance().plugins.items()
@@ -83,6 +94,10 @@ class SpinPlugin(BasePlugin):
     def get_trainer_cls(self, cfg: Any) -> type | None:
         if spin_config(cfg) is None:
             return None
+        if self.pairs_only:
+            from axolotl_spin.only_pairs import PairsOnlyTrainer
+
+            return PairsOnlyTrainer
         from axolotl_spin.trainer import SpinTrainer
 
         return SpinTrainer
@@ -104,6 +119,8 @@ class SpinPlugin(BasePlugin):
         plan = self.run.plan
         arguments["num_train_epochs"] = plan.total_epochs
         arguments["max_steps"] = plan.total_steps
+        if self.pairs_only:
+            arguments["eval_on_start"] = False
         for setting, per_epoch in (("save_steps", cfg.saves_per_epoch), ("eval_steps", cfg.evals_per_epoch)):
             if per_epoch and cfg.get(setting):  # a fraction of the run, which the host took to be one iteration
                 arguments[setting] = 1.0 / (per_epoch * plan.total_epochs)

@@ -103,9 +103,14 @@ def _zero3_whole(engine: Any) -> Iterator[None]:
     import deepspeed
     from trl.models.utils import add_hooks, remove_hooks
 
+    offload = engine.optimizer.parameter_offload
     with deepspeed.zero.GatheredParameters(list(engine.parameters())):
         remove_hooks(engine)  # they gather before each module's forward, and let go of the weights after it
+        # one more compares the ranks at the start of each forward, of which a rank may now have more than another
+        compare = offload.module._forward_pre_hooks[offload.fwd_pre_hook.id]
+        offload.fwd_pre_hook.remove()
         try:
             yield
         finally:
+            offload.fwd_pre_hook = offload.module.register_forward_pre_hook(compare)
             add_hooks(engine)
