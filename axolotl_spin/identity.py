@@ -65,7 +65,7 @@ _PLANNED_SPIN = ("iterations", "beta", "learning_rate", "history")
 # parameter groups with a rate of their own refer to the base rate
 _GROUP_RATES = ("embedding_lr", "embedding_lr_scale", "lr_groups", "loraplus_lr_ratio")
 # settings of the spin block that change nothing in the result: another backend draws from the same distribution
-_HARMLESS = ("save_iterations", "active", "generation.backend", "generation.gather_weights")
+_HARMLESS = ("save_iterations", "eval_prompts", "active", "generation.backend", "generation.gather_weights")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 from axolotl_spin.args import SpinConfig, spin_config
 from axolotl_spin.artifacts import RunDirectory, write_json
+from axolotl_spin.heldout import heldout_prompts
 from axolotl_spin.identity import Identity, identify
 from axolotl_spin.plan import Plan, make_plan
 from axolotl_spin.prompts import prompt_dataset, stop_token_ids
@@ -44,6 +45,7 @@ class SpinRun:
         adapter: The host's `adapter`, or None for full fine-tuning.
         launch: Ranks and sharding.
         sample_packing: The host's key; False asks for padded batches.
+        heldout: Prompts and human answers of held-out play, like `prompts`; None where there is none.
     """
 
     settings: SpinConfig
@@ -60,6 +62,7 @@ class SpinRun:
     adapter: str | None
     launch: Launch
     sample_packing: bool | None
+    heldout: Any = None
 
     def stop_tokens(self, model: Any) -> tuple[int, ...]:
         """Returns the tokens that end an answer (see `stop_token_ids`).
@@ -86,16 +89,17 @@ class SpinRun:
         write_json(self.directory.plan, value)
 
 
-def prepare_run(cfg: Any, train_dataset: Any, tokenizer: Any) -> SpinRun:
+def prepare_run(cfg: Any, train_dataset: Any, tokenizer: Any, eval_dataset: Any = None) -> SpinRun:
     """Makes a run from the host's normalized config and prepared SFT dataset.
 
     Args:
         cfg: The host's config, with an active `spin` block.
         train_dataset: `datasets.Dataset` with `input_ids` and `labels`.
         tokenizer: The host's.
+        eval_dataset: The host's held-out rows, with the same columns, or None.
 
     Raises:
-        ValueError: The data leaves nothing to train on; see `prompt_dataset`.
+        ValueError: The data leaves nothing to train on (see `prompt_dataset`), or the held-out rows nothing to play on.
     """
     settings = spin_config(cfg)
     assert settings is not None
@@ -127,6 +131,7 @@ def prepare_run(cfg: Any, train_dataset: Any, tokenizer: Any) -> SpinRun:
         adapter=cfg.adapter or None,
         launch=Launch(ranks, _sharding(cfg)),
         sample_packing=cfg.sample_packing,
+        heldout=heldout_prompts(eval_dataset, settings),
     )
 
 
