@@ -110,7 +110,9 @@ class SpinPlugin(BasePlugin):
         if self.run is None:
             return []
         from axolotl_spin.callbacks import SaveAtIterationEnd, TakeUp
+        from axolotl_spin.terminal import show_lines
 
+        show_lines(trainer)
         return [SaveAtIterationEnd(self.run.plan), TakeUp(trainer)]
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:

@@ -41,6 +41,7 @@ from axolotl_spin.resume import set_aside
 from axolotl_spin.run import SpinRun
 from axolotl_spin.schedule import IterationSchedule, learning_rate_table, restart_optimizer
 from axolotl_spin.scoring import Scorer
+from axolotl_spin.terminal import show_table
 
 LOG = get_logger(__name__)
 
@@ -134,6 +135,7 @@ class SpinTrainer(AxolotlTrainer, WithoutTokenPerplexity):
         self.progress.write()
         if self.accelerator.is_main_process:
             LOG.info(record.line())
+            show_table(self.run, entry)
         self.self_play.end(entry)
         self._pairs = None
 

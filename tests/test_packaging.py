@@ -89,7 +89,7 @@ LAYERS = [
     {"identity", "scoring", "generation.transformers", "health", "batches", "staging", "heldout"},
     {"run"},
     {"report", "resume", "layout_choice"},
-    {"iteration", "progress", "play"},
+    {"iteration", "progress", "play", "terminal"},
     {"trainer"},
     {"plugin"},
     {"cli"},
