@@ -106,10 +106,10 @@ class SpinTrainer(AxolotlTrainer, WithoutTokenPerplexity):
         self._settle_layout(model)
         self._pairs, figures = self.self_play.begin(entry, model, fresh)
         if fresh:
-            if entry.iteration == 0:
-                figures.update(self.held_out.before())
+            start = self.held_out.before() if entry.iteration == 0 else {}
             self.progress.begin(entry, figures)
             self.log({name: value for name, value in self.progress.record.figures.items() if value is not None})
+            self.progress.record.figures.update(start)
             self._step_zero_due = True
             if entry.iteration > 0 and self.run.settings.restart_optimizer:
                 restart_optimizer(self.optimizer)
