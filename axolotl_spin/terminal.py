@@ -19,11 +19,11 @@ Shown = tuple[tuple[str, str, str], ...]
 _TRAINING: Shown = (
     ("spin/iteration", "iter", "{:d}"),
     ("loss", "loss", "{:.4f}"),
-    ("rewards/accuracies", "accuracy", "{:.2f}"),
+    ("rewards/accuracies", "acc", "{:.2f}"),
     ("rewards/margins", "margin", "{:+.3f}"),
     ("rewards/chosen", "human", "{:+.3f}"),
     ("rewards/rejected", "own", "{:+.3f}"),
-    ("learning_rate", "lr", "{:.2e}"),
+    ("learning_rate", "lr", "{:.1e}"),
     ("grad_norm", "grad", "{:.2f}"),
     ("tokens/train_per_sec_per_gpu", "tokens/s", "{:.0f}"),
     ("memory/max_active (GiB)", "GiB", "{:.1f}"),
