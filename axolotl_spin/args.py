@@ -164,6 +164,12 @@ class SpinConfig(BaseModel):
         default="last",
         description="Which assistant turns become pairs: the last of each row, or every one.",
     )
+    eval_prompts: int | None = Field(
+        default=None,
+        ge=0,
+        description="Held-out prompts that the policy answers at each iteration's end, and once before the first. "
+        "Default: 64 where there is held-out data (`val_set_size`, `test_datasets`), else 0.",
+    )
     save_iterations: bool = Field(
         default=True,
         description="Keep each iteration's resulting model or adapter in OUTPUT_DIR/spin/iteration-N/model.",

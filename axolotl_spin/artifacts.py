@@ -44,6 +44,10 @@ class RunDirectory:
     def metrics(self, iteration: int) -> Path:
         return self.iteration(iteration) / "metrics.json"
 
+    def heldout(self, iteration: int) -> Path:
+        """The held-out play of the model that the iteration's training resulted in."""
+        return self.iteration(iteration) / "heldout.parquet"
+
     def model(self, iteration: int) -> Path:
         return self.iteration(iteration) / "model"
 

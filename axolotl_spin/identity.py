@@ -66,7 +66,10 @@ _PLANNED_SPIN = ("iterations", "beta", "learning_rate", "history")
 _GROUP_RATES = ("embedding_lr", "embedding_lr_scale", "lr_groups", "loraplus_lr_ratio")
 # settings of the spin block that change nothing in the result: another backend draws from the same distribution
 # (and what is in a set of pairs counts, not where it is)
-_HARMLESS = ("initial_pairs", "save_iterations", "active", "generation.backend", "generation.gather_weights")
+_HARMLESS = (
+    *("initial_pairs", "save_iterations", "eval_prompts", "active"),
+    *("generation.backend", "generation.gather_weights"),
+)
 _HARMLESS_BLOCK = "generation.vllm."
 
 

@@ -307,7 +307,9 @@ class SelfPlay:
             LOG.info(line)
 
     def _bar(self, description: str, total: int, unit: str) -> tqdm:
-        return tqdm(desc=description, total=total, unit=unit, disable=not self.accelerator.is_main_process)
+        shown = self.accelerator.is_main_process
+        # gone at its end: the phase's line has the figures, and the training's bar stays the only one
+        return tqdm(desc=description, total=total, unit=unit, leave=False, dynamic_ncols=True, disable=not shown)
 
 
 def _as_array(values: Any, kind: pa.DataType) -> pa.Array:

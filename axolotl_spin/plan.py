@@ -91,6 +91,17 @@ class Plan:
                 return Position(entry.iteration, self.first_epoch(entry) + epoch, step)
         return Position(len(self.iterations), self.total_epochs, 0)
 
+    def training_values(self, batches: int) -> tuple[int, int, int, int, int, int, int]:
+        """Returns the whole run as `transformers.Trainer.set_initial_training_values` does.
+
+        Args:
+            batches: One rank's micro-batches in an epoch of the first iteration.
+        """
+        first = self.iterations[0]
+        samples = sum(entry.rows * entry.epochs for entry in self.iterations)
+        epochs, steps = self.total_epochs, self.total_steps
+        return epochs, first.steps_per_epoch, first.rows, samples, self.global_batch, batches, steps
+
     def to_json(self) -> dict[str, Any]:
         """Returns the plan as plain JSON values, as written to `plan.json`."""
         return {

@@ -59,14 +59,16 @@ class SpinPlugin(BasePlugin):
         from axolotl.loaders import load_tokenizer
         from axolotl.utils.data import prepare_datasets
 
+        from axolotl_spin.heldout import refuse_missing_data
         from axolotl_spin.run import prepare_run
 
+        refuse_missing_data(settings, cfg)
         if not torch.cuda.is_available():
             cfg.device_map = None  # with several ranks the host sets an accelerator's index
         tokenizer = load_tokenizer(cfg)
         with _rows_only(), _named(cfg):
             train_dataset, eval_dataset, _, _ = prepare_datasets(cfg, tokenizer)
-        self.run = prepare_run(cfg, train_dataset, tokenizer)
+        self.run = prepare_run(cfg, train_dataset, tokenizer, eval_dataset)
         if not preprocess:
             self._settle_start(cfg)
             if self.run.served:
@@ -130,7 +132,9 @@ class SpinPlugin(BasePlugin):
         if self.run is None:
             return []
         from axolotl_spin.callbacks import SaveAtIterationEnd, TakeUp
+        from axolotl_spin.terminal import show_lines
 
+        show_lines(trainer)
         return [SaveAtIterationEnd(self.run.plan), TakeUp(trainer)]
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:

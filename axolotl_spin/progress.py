@@ -49,7 +49,8 @@ class Progress:
         """
         known = read_metrics([self._directory.metrics(entry.iteration)])
         kept = {name: value for name, value in (known[0] if known else {}).items() if name.startswith("spin/")}
-        kept.pop("spin/training_seconds", None)
+        later = ("spin/training_seconds", "spin/heldout_")  # of what that start trained, or measured again by this one
+        kept = {name: value for name, value in kept.items() if not name.startswith(later)}
         self._accelerator.wait_for_everyone()
         self.metrics = PairMetrics(entry.first_step)
         self._record = IterationRecord(entry, {**kept, **figures})

@@ -77,8 +77,6 @@ def prompt_dataset(dataset: Any, *, turns: Turns, max_prompts: int | None = None
     Raises:
         ValueError: The dataset is empty, was not tokenised, or has a row without a prompt.
     """
-    from datasets import Features, List, Value
-
     missing = {"input_ids", "labels"} - set(dataset.column_names)
     if missing:
         raise ValueError(
@@ -112,9 +110,7 @@ def prompt_dataset(dataset: Any, *, turns: Turns, max_prompts: int | None = None
         batched=True,
         with_indices=True,
         remove_columns=dataset.column_names,
-        features=Features(
-            {"prompt_ids": List(Value("int32")), "chosen_ids": List(Value("int32")), "row": Value("int64")}
-        ),
+        features=prompt_features(),
         desc="Splitting rows into prompts and human answers",
         # beside the host's prepared rows, unless that folder is shared read-only
         keep_in_memory=not all(os.access(folder, os.W_OK) for folder in caches),
@@ -125,6 +121,13 @@ def prompt_dataset(dataset: Any, *, turns: Turns, max_prompts: int | None = None
             "`roles_to_train`, `train_on_inputs` and the chat template"
         )
     return prompts.select(range(min(len(prompts), max_prompts or len(prompts))))
+
+
+def prompt_features() -> Any:
+    """Returns the columns of prompts (`datasets.Features`)."""
+    from datasets import Features, List, Value
+
+    return Features({"prompt_ids": List(Value("int32")), "chosen_ids": List(Value("int32")), "row": Value("int64")})
 
 
 def token_counts(dataset: Any, column: str) -> np.ndarray:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from axolotl.utils.logging import get_logger
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -66,20 +67,23 @@ class IterationRecord:
         return " ".join(parts)
 
 
-# heading, metric, format
+# heading in two lines, metric, format; with all of them a table stays within 120 columns
 _COLUMNS = (
-    ("loss first", "loss_first", "{:.4f}"),
-    ("loss last", "loss_last", "{:.4f}"),
-    ("accuracy", "rewards/accuracies", "{:.2f}"),
-    ("margin", "rewards/margins", "{:.3f}"),
-    ("human tokens", "spin/chosen_length", "{:.1f}"),
-    ("own tokens", "spin/rejected_length", "{:.1f}"),
-    ("cut", "spin/truncated", "{:.0%}"),
-    ("held-out NLL", "eval_loss", "{:.4f}"),
-    ("generate s", "spin/generation_seconds", "{:.1f}"),
-    ("score s", "spin/scoring_seconds", "{:.1f}"),
-    ("train s", "spin/training_seconds", "{:.1f}"),
+    ("loss\nfirst", "loss_first", "{:.4f}"),
+    ("loss\nlast", "loss_last", "{:.4f}"),
+    ("accu-\nracy", "rewards/accuracies", "{:.2f}"),
+    ("\nmargin", "rewards/margins", "{:.3f}"),
+    ("human\ntokens", "spin/chosen_length", "{:.1f}"),
+    ("own\ntokens", "spin/rejected_length", "{:.1f}"),
+    ("\ncut", "spin/truncated", "{:.0%}"),
+    ("held-out\nNLL", "eval_loss", "{:.4f}"),
+    ("held-out\nmargin", "spin/heldout_margin", "{:+.3f}"),
+    ("held-out\nAUC", "spin/heldout_auc", "{:.3f}"),
+    ("generate\ns", "spin/generation_seconds", "{:.1f}"),
+    ("score\ns", "spin/scoring_seconds", "{:.1f}"),
+    ("train\ns", "spin/training_seconds", "{:.1f}"),
 )
+_HELD_OUT = "spin/heldout_"
 
 
 def read_metrics(paths: Iterable[Path]) -> list[dict[str, Any]]:
@@ -96,15 +100,32 @@ def read_metrics(paths: Iterable[Path]) -> list[dict[str, Any]]:
 
 
 def iteration_table(metrics: list[dict[str, Any]]) -> Table:
-    """Lays out the iterations' `metrics.json`, one row each."""
-    table = Table(title="Self-play iterations", header_style="bold")
-    table.add_column("iteration", justify="right")
-    for heading, _, _ in _COLUMNS:
-        table.add_column(heading, justify="right")
-    for figures in metrics:
-        cells = [form.format(figures[name]) if figures.get(name) is not None else "-" for _, name, form in _COLUMNS]
-        table.add_row(str(figures.get("spin/iteration", "?")), *cells)
+    """Lays out the iterations' `metrics.json`, one row each; with held-out play, after a row of the start model's.
+
+    Columns of held-out play are left out of a run without it.
+    """
+    start = _start_row(metrics)
+    rows = [("start", start)] if start else []
+    rows += [(str(figures.get("spin/iteration", "?")), figures) for figures in metrics]
+    played = any(name.startswith(_HELD_OUT) for _, figures in rows for name in figures)
+    columns = [column for column in _COLUMNS if played or not column[1].startswith(_HELD_OUT)]
+    table = Table(
+        title="Self-play iterations", header_style="bold", box=box.SIMPLE_HEAD, show_edge=False, collapse_padding=True
+    )
+    table.add_column("\niter", justify="right")
+    for heading, _, _ in columns:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for label, figures in rows:
+        cells = [form.format(figures[name]) if figures.get(name) is not None else "-" for _, name, form in columns]
+        table.add_row(label, *cells)
     return table
+
+
+def _start_row(metrics: list[dict[str, Any]]) -> dict[str, float]:
+    """Returns the start model's held-out play under the names that it has after an iteration."""
+    prefix = f"{_HELD_OUT}start_"
+    first = metrics[0] if metrics else {}
+    return {name.replace(prefix, _HELD_OUT): value for name, value in first.items() if name.startswith(prefix)}
 
 
 def plan_table(plan: Plan) -> Table:

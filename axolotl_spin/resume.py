@@ -228,8 +228,8 @@ def set_aside(run: SpinRun, step: int) -> list[Path]:
         index = folder.name.removeprefix("iteration-")
         if index.isdigit() and int(index) > position.iteration:
             found.append(folder)
-    model = directory.model(position.iteration)
-    found += [model] if model.exists() else []
+    results = (directory.model(position.iteration), directory.heldout(position.iteration))
+    found += [path for path in results if path.exists()]
     if not found:
         return []
     number = 1

@@ -9,6 +9,7 @@ from axolotl_spin.args import SpinConfig, spin_config
 from axolotl_spin.artifacts import RunDirectory, write_json
 from axolotl_spin.generation.serving import ServedModel, served_model
 from axolotl_spin.given_pairs import GivenPairs, pairs_file, read_file
+from axolotl_spin.heldout import heldout_prompts
 from axolotl_spin.identity import Identity, identify
 from axolotl_spin.plan import Plan, make_plan
 from axolotl_spin.prompts import prompt_dataset, stop_token_ids, token_counts
@@ -48,6 +49,7 @@ class SpinRun:
         sample_packing: The host's key; False asks for padded batches.
         served: What vLLM serves; None with another backend.
         given: The pairs of `spin.initial_pairs`, with which iteration 0 starts; None where it answers the prompts.
+        heldout: Prompts and human answers of held-out play, like `prompts`; None where there is none.
     """
 
     settings: SpinConfig
@@ -66,6 +68,7 @@ class SpinRun:
     sample_packing: bool | None
     served: ServedModel | None = None
     given: GivenPairs | None = None
+    heldout: Any = None
 
     def stop_tokens(self, model: Any) -> tuple[int, ...]:
         """Returns the tokens that end an answer (see `stop_token_ids`).
@@ -92,16 +95,17 @@ class SpinRun:
         write_json(self.directory.plan, value)
 
 
-def prepare_run(cfg: Any, train_dataset: Any, tokenizer: Any) -> SpinRun:
+def prepare_run(cfg: Any, train_dataset: Any, tokenizer: Any, eval_dataset: Any = None) -> SpinRun:
     """Makes a run from the host's normalized config and prepared SFT dataset.
 
     Args:
         cfg: The host's config, with an active `spin` block.
         train_dataset: `datasets.Dataset` with `input_ids` and `labels`.
         tokenizer: The host's.
+        eval_dataset: The host's held-out rows, with the same columns, or None.
 
     Raises:
-        ValueError: The data leaves nothing to train on; see `prompt_dataset`.
+        ValueError: The data leaves nothing to train on (see `prompt_dataset`), or the held-out rows nothing to play on.
     """
     settings = spin_config(cfg)
     assert settings is not None
@@ -139,6 +143,7 @@ def prepare_run(cfg: Any, train_dataset: Any, tokenizer: Any) -> SpinRun:
         if settings.generation.backend == "vllm"
         else None,
         given=given,
+        heldout=heldout_prompts(eval_dataset, settings),
     )
 
 

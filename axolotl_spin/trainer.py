@@ -35,6 +35,7 @@ from axolotl_spin.loss import LOSS_AT_START, spin_loss
 from axolotl_spin.pairs import PairDataset
 from axolotl_spin.peers import Peers
 from axolotl_spin.plan import IterationPlan
+from axolotl_spin.play import HeldOutPlay
 from axolotl_spin.policy import disable_dropout, nonfinite_weights, save_whole
 from axolotl_spin.progress import Progress
 from axolotl_spin.resume import set_aside
@@ -42,6 +43,7 @@ from axolotl_spin.run import SpinRun
 from axolotl_spin.schedule import IterationSchedule, learning_rate_table, restart_optimizer
 from axolotl_spin.scoring import Scorer
 from axolotl_spin.tally import Tally
+from axolotl_spin.terminal import show_table
 
 LOG = get_logger(__name__)
 
@@ -83,6 +85,7 @@ class SpinTrainer(AxolotlTrainer, WithoutTokenPerplexity):
         save, optimizer = partial(save_whole, self), lambda: self.optimizer
         backend = chosen_backend(run, self.accelerator, sampling, pad, tally, save=save, optimizer=optimizer)
         self.self_play = SelfPlay(run, self.accelerator, backend, scorer, self._peers, tally)
+        self.held_out = HeldOutPlay(run, self, sampling, pad, scorer, self._peers.check)
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
@@ -104,18 +107,23 @@ class SpinTrainer(AxolotlTrainer, WithoutTokenPerplexity):
     def _begin_iteration(self, entry: IterationPlan, model: Any) -> None:
         assert self.run is not None
         fresh = self.state.global_step == entry.first_step
-        if not self._layout_settled:
-            self._layout_settled = True
-            half = self.args.bf16 or self.args.fp16
-            LOG.info(settle_layout(self._collator, model, self.run, self.accelerator, half))
+        self._settle_layout(model)
         self._pairs, figures = self.self_play.begin(entry, model, fresh)
         if fresh:
+            start = self.held_out.before() if entry.iteration == 0 else {}
             self.progress.begin(entry, figures)
             self.log({name: value for name, value in self.progress.record.figures.items() if value is not None})
+            self.progress.record.figures.update(start)
             self._step_zero_due = True
             if entry.iteration > 0 and self.run.settings.restart_optimizer:
                 restart_optimizer(self.optimizer)
         self.progress.write()
+
+    def _settle_layout(self, model: Any) -> None:
+        if self.run is not None and not self._layout_settled:
+            self._layout_settled = True
+            half = self.args.bf16 or self.args.fp16
+            LOG.info(settle_layout(self._collator, model, self.run, self.accelerator, half))
 
     def _end_iteration(self, entry: IterationPlan) -> None:
         assert self.run is not None
@@ -126,9 +134,12 @@ class SpinTrainer(AxolotlTrainer, WithoutTokenPerplexity):
         self._refuse_nonfinite_weights()
         if self.run.settings.save_iterations:
             save_whole(self, self.run.directory.model(entry.iteration))
+        self._settle_layout(self.model_wrapped)  # an iteration that a resume closes has not begun in this start
+        record.figures.update(self.held_out.after(entry))
         self.progress.write()
         if self.accelerator.is_main_process:
             LOG.info(record.line())
+            show_table(self.run, entry)
         self.self_play.end(entry)
         self._pairs = None
 
@@ -157,18 +168,7 @@ class SpinTrainer(AxolotlTrainer, WithoutTokenPerplexity):
         """Returns the whole run's epochs and steps; see `transformers.Trainer`."""
         if self.run is None:
             return super().set_initial_training_values(args, dataloader)
-        plan = self.run.plan
-        first = plan.iterations[0]
-        samples = sum(entry.rows * entry.epochs for entry in plan.iterations)
-        return (
-            plan.total_epochs,
-            first.steps_per_epoch,
-            first.rows,
-            samples,
-            plan.global_batch,
-            len(dataloader),
-            plan.total_steps,
-        )
+        return self.run.plan.training_values(len(dataloader))
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         epochs, batches = super()._init_training_state(*args, **kwargs)

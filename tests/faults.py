@@ -82,6 +82,8 @@ POINTS: dict[str, Point] = {
     "iteration end/evaluated": Point("transformers:Trainer.evaluate", after=True),
     "iteration end/model written aside": Point("axolotl_spin.policy:publish_folder"),
     "iteration end/model whole": Point("axolotl_spin.policy:publish_folder", after=True),
+    "iteration end/held-out play written aside": Point(REPLACE, where=_to("heldout.parquet")),
+    "iteration end/held-out play whole": Point(REPLACE, after=True, where=_to("heldout.parquet")),
     "iteration end/closed": Point(OURS + "_end_iteration", after=True),
     "iteration 1/generating": Point(CHUNK, call=6),
     "iteration 1/keeping pairs": Point("axolotl_spin.iteration:SelfPlay._kept", after=True),

@@ -129,6 +129,9 @@ class Run:
     def pairs(self, iteration: int) -> Any:
         return pq.read_table(self.out / "spin" / f"iteration-{iteration}" / "pairs.parquet")
 
+    def heldout(self, iteration: int) -> Any:
+        return pq.read_table(self.out / "spin" / f"iteration-{iteration}" / "heldout.parquet")
+
     def metrics(self, iteration: int) -> dict[str, Any]:
         return json.loads((self.out / "spin" / f"iteration-{iteration}" / "metrics.json").read_text())
 

@@ -62,6 +62,7 @@ def outcome(out: Path, weights: str = "model.safetensors") -> dict[str, Any]:
     for iteration in range(2):
         folder = spin / f"iteration-{iteration}"
         found[f"pairs {iteration}"] = host.Run(0, "", out).pairs(iteration).to_pydict()
+        found[f"heldout {iteration}"] = host.Run(0, "", out).heldout(iteration).to_pydict()
         found[f"metrics {iteration}"] = without_clocks(json.loads((folder / "metrics.json").read_text()))
         found[f"weights {iteration}"] = load_file(folder / "model" / weights)
     return found

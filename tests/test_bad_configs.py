@@ -95,6 +95,11 @@ SPIN: dict[str, tuple[Any, str]] = {
     "batch size 0": ({"generation": {"batch_size": 0}}, "spin.generation.batch_size"),
     "no new tokens": ({"generation": {"max_new_tokens": 0}}, "spin.generation.max_new_tokens"),
     "negative seed": ({"generation": {"seed": -1}}, "spin.generation.seed"),
+    "negative held-out prompts": ({"eval_prompts": -1}, "spin.eval_prompts"),
+    "held-out prompts without data": (
+        {"eval_prompts": 8},
+        "`spin.eval_prompts: 8` needs held-out data, but `val_set_size`",
+    ),
     "not a block": ("yes", "block of keys"),
     "a list for a block": (["iterations"], "block of keys"),
     "generation not a block": ({"generation": "vllm"}, "spin.generation"),
@@ -127,6 +132,13 @@ DATA: dict[str, tuple[Change, str]] = {
     "nothing labelled": (rows(tokens([-100] * 3), type=None), "no row of the prepared dataset has a labelled token"),
     "completion data": (rows({"text": "w1 w2"}, type="completion"), "there is no prompt before the answer"),
     "rows that do not fit": ({"sequence_len": 2}, "sequence_len"),
+    "no prompt held out": (
+        lambda folder: {
+            "test_datasets": rows(tokens([7, 8, 6]), type=None)(folder)["datasets"],
+            "spin": {"eval_prompts": 8},
+        },
+        "`spin.eval_prompts: 8`, but none of the 1 held-out rows has a prompt",
+    ),
     "everything held out": ({"val_set_size": 37}, "val_set_size"),
     "authors' format without its columns": (
         rows({"messages": [turn("user", "w1")]}, type="axolotl_spin.uclaml"),

@@ -112,8 +112,8 @@ def test_each_iterations_adapter_and_the_files_around_it(lora_run: tuple[dict, h
         str(path.relative_to(spin)) for path in spin.rglob("*") if path.is_file() and "model" not in path.parts
     )
     assert names == [
-        "iteration-0/metrics.json", "iteration-0/pairs.parquet", "iteration-1/metrics.json", "iteration-1/pairs.parquet",
-        "plan.json", "run.lock",
+        "iteration-0/heldout.parquet", "iteration-0/metrics.json", "iteration-0/pairs.parquet",
+        "iteration-1/heldout.parquet", "iteration-1/metrics.json", "iteration-1/pairs.parquet", "plan.json", "run.lock",
     ]  # fmt: skip
     for iteration in range(2):
         assert (spin / f"iteration-{iteration}" / "model" / "adapter_model.safetensors").exists()

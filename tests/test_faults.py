@@ -31,6 +31,7 @@ QUICK = [
     "checkpoint/random state saved",
     "checkpoint/half rotated away",
     "iteration end/model written aside",
+    "iteration end/held-out play whole",
     "iteration 1/second epoch",
     "final/model half written",
 ]

@@ -26,6 +26,7 @@ FULL = ["single", "ddp", "zero2", "zero3", "fsdp2"]
 LORA = [f"{name}-lora" for name in FULL]
 GATHER = {"zero3-lora": False, "fsdp2": False}  # the others choose by the free memory
 ITERATIONS = 3
+HELD_OUT = 9
 LN2 = 0.6931472
 LAUNCHED = ("ddp", "zero3")  # by the true launcher; the others are forked as it would start them
 
@@ -72,9 +73,12 @@ def settings_of(name: str, folder: Path) -> dict[str, Any]:
     changes: dict[str, Any] = host.layout(name, folder)
     if name.endswith("-lora"):
         changes["lora_model_dir"] = str(folder / "adapter")
+    # of the very rows that are trained on, so that their number stays
+    changes["test_datasets"] = [{**entry, "split": "train"} for entry in host.config(folder)["datasets"]]
     spin = {
         "iterations": ITERATIONS,
         "beta": [0.5, 0.5, 1.0],
+        "eval_prompts": HELD_OUT,
         "generation": {"max_new_tokens": 10, "batch_size": 8, "gather_weights": GATHER.get(name, "auto")},
     }
     return {**host.config(folder), **changes, "spin": spin}
@@ -85,7 +89,8 @@ def test_sharded_weights_are_gathered_where_they_fit_or_as_asked(name: str, fold
     """That both ways give the same answers and log-probs is what the tests below show."""
     run = run_of(name)
     gathered = run.output.count("sharded weights are gathered for the phase")
-    assert gathered == (0 if GATHER.get(name) is False else 2 * ITERATIONS)  # answering and scoring
+    # answering and scoring: in each iteration, at its end on held-out prompts, and on those before the first
+    assert gathered == (0 if GATHER.get(name) is False else 2 * (2 * ITERATIONS + 1))
 
 
 @pytest.mark.parametrize("name", FULL + LORA)
@@ -168,6 +173,24 @@ def test_the_opponent_is_the_model_the_iteration_started_from(name: str, folder:
 
 
 @pytest.mark.parametrize("name", FULL + LORA)
+def test_held_out_play_is_the_resulting_models(name: str, folder: Path, run_of: RunOf) -> None:
+    """The same answers in every layout, with the log-probs of the model that the iteration resulted in."""
+    run, single = run_of(name), run_of("single-lora" if name.endswith("-lora") else "single")
+    for iteration in range(ITERATIONS):
+        played, expected = run.heldout(iteration), single.heldout(iteration)
+        assert played.num_rows == HELD_OUT
+        for column in ("prompt_ids", "human_ids", "own_ids", "finish_reason", "row", "own"):
+            assert played[column] == expected[column], (iteration, column)
+        model = starting_model(name, folder, run, iteration + 1)
+        for kind in ("human", "own"):
+            logps = [plain_logp(model, row["prompt_ids"], row[f"{kind}_ids"]) for row in played.to_pylist()]
+            assert played[f"{kind}_logp"].to_pylist() == pytest.approx(logps, abs=1e-3)
+        for figure in ("margin", "auc", "distinct_2", "length"):
+            name = f"spin/heldout_{figure}"
+            assert run.metrics(iteration)[name] == pytest.approx(single.metrics(iteration)[name], abs=2e-2)
+
+
+@pytest.mark.parametrize("name", FULL + LORA)
 def test_the_final_model_is_the_last_iterations(name: str, folder: Path, run_of: RunOf) -> None:
     run = run_of(name)
     last = starting_model(name, folder, run, ITERATIONS)
@@ -214,4 +237,5 @@ def test_a_run_of_which_one_rank_is_killed_goes_on(
     for iteration in range(ITERATIONS):
         for column in ("rejected_ids", "finish_reason", "generated_in", "row"):
             assert resumed.pairs(iteration)[column] == whole.pairs(iteration)[column]
+        assert resumed.heldout(iteration)["own_ids"] == whole.heldout(iteration)["own_ids"]
     assert resumed.losses() == pytest.approx(whole.losses(), abs=1e-5)

@@ -14,7 +14,7 @@ import yaml
 from recovery import differences, outcome, settings_in
 from warm import Warm
 
-from axolotl_spin.artifacts import write_json
+from axolotl_spin.artifacts import read_json, write_json
 from axolotl_spin.checkpoints import Checkpoint, read_checkpoint
 from axolotl_spin.identity import Identity
 from axolotl_spin.resume import _check_launch
@@ -133,6 +133,19 @@ def test_from_the_beginning(start: Start, whole: dict, tmp_path: Path) -> None:
     assert "going on from" not in output and "using the pairs in" in output
     assert "iteration 0: generated" not in output and "iteration 1: generated" in output
     assert not differences(outcome(tmp_path / "out"), whole)
+
+
+@pytest.mark.once
+def test_an_earlier_runs_play_is_not_taken_for_this_ones(start: Start, tmp_path: Path) -> None:
+    """Started from the beginning and stopped again, the first iteration has no held-out play yet."""
+    assert start("iteration 1/first epoch")[0] != 0
+    folder = tmp_path / "out" / "spin" / "iteration-0"
+    assert (folder / "heldout.parquet").exists()
+    assert start("train/first step taken", auto_resume_from_checkpoints=False)[0] != 0
+    assert not (folder / "heldout.parquet").exists()
+    assert (tmp_path / "out" / "spin" / "replaced-1" / "iteration-0" / "heldout.parquet").exists()
+    played = [name for name in read_json(folder / "metrics.json") if "heldout" in name]
+    assert played and all(name.startswith("spin/heldout_start_") for name in played)
 
 
 def test_a_checkpoint_without_an_optimizer_is_not_resumed_from(start: Start, tmp_path: Path) -> None:
