@@ -46,10 +46,9 @@
     const axis = {
       gridcolor: value("border"), linecolor: value("border"), zerolinecolor: value("border"), automargin: true, zeroline: false,
     };
-    const legend = { orientation: "h", x: 0, y: -0.2, yanchor: "top", font: { size: 12 } };
     return {
-      ...own, ...size,
-      margin: { l: 8, r: 12, t: 22, b: 8 }, legend, hovermode: "x unified",
+      ...own, ...size, showlegend: false,
+      margin: { l: 8, r: 12, t: 22, b: 8 }, hovermode: "x unified",
       hoverlabel: { bgcolor: value("card"), bordercolor: value("border"), font: { color: value("text") } },
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { color: value("text"), size: 12, family: getComputedStyle(document.body).fontFamily },
@@ -58,10 +57,39 @@
     };
   }
 
+  // a legend in HTML, since it wraps; a click hides a line and shows it again
+  function legend(chart, place) {
+    let box = place.previousElementSibling;
+    if (!box.classList.contains("legend")) box = place.parentElement.insertBefore(make("div", "legend"), place);
+    if (!chart.layout.showlegend) return;
+    box.replaceChildren(...chart.data.map((trace) => {
+      const button = make("button", trace.type === "bar" ? "bar" : (trace.line || {}).dash || "solid", plain(trace.name));
+      button.type = "button";
+      button.style.setProperty("--line", coloured((trace.line || trace.marker).color));
+      button.setAttribute("aria-pressed", trace.visible !== false);
+      button.addEventListener("click", () => {
+        trace.visible = trace.visible === false;
+        draw();
+      });
+      return button;
+    }));
+  }
+
+  // names of runs are escaped for Plotly, which takes some HTML
+  const plain = (text) => new DOMParser().parseFromString(text, "text/html").body.textContent;
+
+  function make(tag, kind, text) {
+    const element = document.createElement(tag);
+    if (kind) element.className = kind;
+    if (text !== undefined) element.textContent = text;
+    return element;
+  }
+
   async function draw(size) {
     for (const chart of data.charts) {
       const place = byId(chart.name);
-      const settings = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+      const settings = { responsive: true, displayModeBar: false };
+      legend(chart, place);
       await window.Plotly.react(place, coloured(chart.data), layoutOf(chart, size || { autosize: true }), settings);
       place.dataset.drawn = "true";
     }
@@ -96,6 +124,7 @@
   addEventListener("beforeprint", () => {
     before = theme;
     root.dataset.theme = "light";
+    for (const details of document.querySelectorAll("details")) details.open = true;
     if (window.Plotly) draw({ autosize: false, width: 325, height: 230 });
   });
   addEventListener("afterprint", () => {
@@ -111,13 +140,6 @@
   const several = new Set(pairs.columns.map((column) => column.run)).size > 1;
   const label = (column) => (several ? `${column.run}, ` : "") + `iteration ${column.iteration}`;
   const state = { sort: "n", down: false, column: Math.max(0, pairs.columns.length - 1), search: "", cut: false, count: PAGE };
-
-  function make(tag, kind, text) {
-    const element = document.createElement(tag);
-    if (kind) element.className = kind;
-    if (text !== undefined) element.textContent = text;
-    return element;
-  }
 
   // the text with every hit of the search marked; what is written here is text, never HTML
   function marked(kind, text, characters, atEnd) {
@@ -159,8 +181,8 @@
     prompt.answers.forEach((answer, index) => {
       if (!answer) return;
       const cut = answer.cut ? " · cut" : "";
-      texts.append(answerBox("", `${label(pairs.columns[index])} · ${answer.tokens} tokens${cut} · margin ${signed(answer.margin)}`, answer));
-      texts.lastChild.title = `log-probs under this opponent: human ${answer.human_logp}, own ${answer.logp} nats`;
+      texts.append(answerBox("", `${label(pairs.columns[index])} · ${answer.tokens} tokens${cut} · ${signed(answer.margin)}`, answer));
+      texts.lastChild.title = `margin ${signed(answer.margin)} nats per token; log-probs under this opponent: human ${answer.human_logp}, own ${answer.logp} nats`;
     });
     element.append(texts);
     return element;

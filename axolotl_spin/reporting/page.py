@@ -14,7 +14,7 @@ from typing import Any
 
 import jinja2
 import yaml
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
 from axolotl_spin.reporting.answers import Sample, read_answers, sample
@@ -70,6 +70,13 @@ class RunView:
         return starts[-1]
 
     @property
+    def releases(self) -> str:
+        """The versions that matter most."""
+        versions = self.start.get("versions") or {}
+        names = ("axolotl-spin", "axolotl", "transformers", "torch")
+        return ", ".join(f"{name} {versions[name]}" for name in names if name in versions)
+
+    @property
     def state(self) -> str:
         """Where the run stands, in words."""
         run = self.run
@@ -94,10 +101,11 @@ def render(runs: Sequence[RunData]) -> bytes:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
+    environment.filters.update(keys=_with_keys, moment=_moment)
     text = environment.get_template("page.html").render(
         views=views,
         title=f"SPIN: {', '.join(run.name for run in runs)}",
-        made=datetime.datetime.now(datetime.UTC).isoformat(sep=" ", timespec="minutes").replace("+00:00", " UTC"),
+        made=_moment(datetime.datetime.now(datetime.UTC).isoformat()),
         groups=drawn,
         columns=columns,
         rows=rows,
@@ -109,6 +117,17 @@ def render(runs: Sequence[RunData]) -> bytes:
         data=_data(drawn, pairs),
     )
     return text.encode("utf-8", "replace")  # names of files may hold what is no text
+
+
+def _with_keys(text: str) -> Markup:
+    """Returns a text of ours as HTML, with what stands in backticks as code."""
+    parts = [escape(part) for part in text.split("`")]
+    return Markup("").join(Markup("<code>{}</code>").format(part) if i % 2 else part for i, part in enumerate(parts))
+
+
+def _moment(time: str) -> str:
+    """Returns an ISO time for the eye, to the minute."""
+    return f"{time[:16].replace('T', ' ')} UTC" if time.endswith("+00:00") else time
 
 
 def _tell_apart(runs: Sequence[RunData]) -> None:

@@ -53,6 +53,7 @@ def iterations(runs: Sequence[RunData], answers: Sequence[list[Answers]]) -> lis
                 ("spin/rejected_length", "own", "@own"),
                 ("spin/heldout_length", "own, held-out", "@third"),
             ),
+            yaxis={"rangemode": "tozero"},
         ),
         _figures(
             "shares",
