@@ -38,7 +38,7 @@ def make(
         prompts: Prompts; an iteration after the first has the pairs of the one before as well.
         iterations: Of the plan.
         words: Mean length of the opponent's answers in iteration 0, in words of a token each; it falls by two.
-        odd: Texts of the first prompts' answers, in place of random words.
+        odd: Texts of the first prompts' answers, in place of random words; unlikely ones, so that a sample has them.
         begun: Iterations that have pairs; all by default.
         seed: Of everything random.
         fixed: What identifies the run, beside its seed.
@@ -67,19 +67,14 @@ def make(
     for entry in plan.iterations[:begun]:
         own = _answers(generator, prompts, max(2, words - 2 * entry.iteration), odd)
         logps = [-2.0 * human["length"], -(1.0 + generator.random(prompts)) * own["length"]]
+        logps[1][: len(odd)] -= 1000.0
         new = {"own": own, "logps": logps, "iteration": entry.iteration}
         parts = [new] if before is None else [new, before]
         write_pairs(directory.pairs(entry.iteration), _batches(asked, human, parts), identity.before(entry.iteration))
         before = new
         for step in range(entry.first_step + 1, entry.first_step + entry.steps + 1):
             done = (step - entry.first_step) / entry.steps
-            rows.append(
-                {
-                    "loss": math.log(2) * (1 - 0.5 * done), "learning_rate": 1e-5 * (1 - done), "rewards/chosen": 0.1 * done,
-                    "rewards/rejected": -done, "rewards/margins": 1.1 * done, "rewards/accuracies": 0.5 + 0.4 * done,
-                    "logps/chosen": -10.0, "logps/rejected": -12.0 - done, "epoch": step / plan.total_steps, "step": step,
-                }
-            )  # fmt: skip
+            rows.append(_row(done, 1e-5, step, plan.total_steps))
         figures = {
             "spin/iteration": entry.iteration, "spin/beta": entry.beta, "loss_first": math.log(2), "loss_last": 0.35,
             "rewards/accuracies": 0.9, "rewards/margins": 1.1, "rewards/chosen": 0.1, "rewards/rejected": -1.0,
@@ -93,6 +88,22 @@ def make(
         write_json(directory.metrics(entry.iteration), figures)
     restart_log(directory.log, rows)
     return plan
+
+
+def _row(done: float, rate: float, step: int, steps: int) -> dict[str, Any]:
+    """Returns what is logged when so much of an iteration is done."""
+    return {
+        "loss": math.log(2) * (1 - 0.5 * done),
+        "learning_rate": rate * (1 - done),
+        "rewards/chosen": 0.1 * done,
+        "rewards/rejected": -done,
+        "rewards/margins": 1.1 * done,
+        "rewards/accuracies": 0.5 + 0.4 * done,
+        "logps/chosen": -10.0,
+        "logps/rejected": -12.0 - done,
+        "epoch": step / steps,
+        "step": step,
+    }
 
 
 def _answers(generator: np.random.Generator, count: int, mean: int, odd: Sequence[str] = ()) -> dict[str, Any]:

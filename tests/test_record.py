@@ -41,16 +41,18 @@ def test_rows_are_there_at_once_and_a_half_written_one_is_left_out(tmp_path: Pat
 
 def test_secrets_are_left_out_and_nothing_else() -> None:
     config = {
-        "hub_token": "abc", "wandb_api_key": "abc", "datasets": [{"path": "https://me:pw@host/x", "storage_options": {"key": "a",
-        "secret": "b", "anon": False}}], "special_tokens": {"bos_token": "<s>", "eos_token": "</s>"}, "eot_tokens": ["<e>"],
+        "hub_token": "abc", "wandb_api_key": "abc",
+        "datasets": [{"path": "https://me:pw@host/x", "storage_options": {"key": "a", "secret": "b", "anon": False}}],
+        "special_tokens": {"bos_token": "<s>", "eos_token": "</s>"}, "eot_tokens": ["<e>"],
         "tokens": ["<a>"], "hf_use_auth_token": True, "spin": {"generation": {"max_new_tokens": 9}}, "mlflow_password": "x",
         "comment": "use hf_AbCdEfGhIjKlMnOpQr here", "lora_qkv_kernel": False, "token": "abc", "base_model": "a/key-model",
     }  # fmt: skip
     assert without_secrets(config) == {
         **config,
         "hub_token": LEFT_OUT, "wandb_api_key": LEFT_OUT, "mlflow_password": LEFT_OUT, "token": LEFT_OUT,
-        "datasets": [{"path": f"https://{LEFT_OUT}@host/x", "storage_options": {"key": LEFT_OUT, "secret": LEFT_OUT,
-        "anon": False}}], "comment": f"use {LEFT_OUT} here",
+        "datasets": [{"path": f"https://{LEFT_OUT}@host/x",
+                      "storage_options": {"key": LEFT_OUT, "secret": LEFT_OUT, "anon": False}}],
+        "comment": f"use {LEFT_OUT} here",
     }  # fmt: skip
 
 

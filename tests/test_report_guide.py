@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,7 @@ def test_every_rule_names_a_key_that_exists() -> None:
 
 
 def test_the_first_loss_is_the_losses_own() -> None:
-    assert reported.LOSS_AT_START == pytest.approx(LOSS_AT_START)
+    assert dict(reported.LOSS_AT_START) == pytest.approx(dict(LOSS_AT_START))
 
 
 def test_what_the_rules_are_given(tmp_path: Path) -> None:
@@ -160,7 +161,7 @@ def test_what_the_rules_are_given(tmp_path: Path) -> None:
     rows = pq.read_table(run.directory.pairs(1)).to_pylist()
     for name, got in zip(("rejected_ids", "chosen_ids"), figures[1].distinct_2, strict=True):
         new = [row[name] for row in rows if row["generated_in"] == 1]
-        pairs = [pair for ids in new for pair in zip(ids, ids[1:], strict=False)]
+        pairs = [pair for ids in new for pair in pairwise(ids)]
         assert got == pytest.approx(len(set(pairs)) / len(pairs))
     assert figures[1].per_token("rewards/margins") == pytest.approx(
         1.1 / 0.1 / figures[1].metrics["spin/chosen_length"]
