@@ -131,10 +131,13 @@ def _moment(time: str) -> str:
 
 
 def _tell_apart(runs: Sequence[RunData]) -> None:
-    names = [run.name for run in runs]
-    for run in runs:
-        if names.count(run.name) > 1:
-            run.name = str(run.directory.root.parent)
+    """Names each run by as many of its path's last parts as tell them apart; one run by two."""
+    paths = [run.directory.root.parent.resolve().parts for run in runs]
+    count = 2 if len(runs) == 1 else 1
+    while len({parts[-count:] for parts in paths}) < len(set(paths)):
+        count += 1
+    for run, parts in zip(runs, paths, strict=True):
+        run.name = "/".join(parts[-count:])
 
 
 def _view(run: RunData, answers: Sequence[Any]) -> RunView:

@@ -142,7 +142,7 @@ def read_run(output_dir: Path, complete: bool | None = None) -> RunData:
     if complete is None:
         complete = plan.get("completed_steps") == steps
     return RunData(
-        name=output_dir.resolve().name or str(output_dir),
+        name=str(output_dir),
         directory=directory,
         plan=plan,
         iterations=iterations,

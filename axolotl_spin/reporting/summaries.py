@@ -13,7 +13,7 @@ from axolotl_spin.reporting.answers import Answers
 from axolotl_spin.reporting.charts import LINE, Chart, line, short, styled
 from axolotl_spin.reporting.reading import RunData, number
 
-BINS = 40
+BINS = 40  # at most, in a distribution
 
 
 def iterations(runs: Sequence[RunData], answers: Sequence[list[Answers]]) -> list[Chart]:
@@ -143,11 +143,12 @@ def _histogram(
         return None
     together = np.concatenate([values for _, _, values in series])
     low, high = np.percentile(together, [0, 100] if unit == "tokens" else [0.5, 99.5])
+    bins = min(BINS, max(8, math.ceil(2 * max(len(values) for _, _, values in series) ** (1 / 3))))  # Rice's rule
     if unit == "tokens":  # bins of whole numbers
-        width = max(1, math.ceil((high - low + 1) / BINS))
+        width = max(1, math.ceil((high - low + 1) / bins))
         edges = np.arange(low, high + width + 1, width) - 0.5
     else:
-        edges = np.linspace(low, high if high > low else low + 1, BINS + 1)
+        edges = np.linspace(low, high if high > low else low + 1, bins + 1)
     data = []
     for label, role, values in series:
         counts = np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0]
