@@ -27,6 +27,20 @@ class RunDirectory:
         return self.root / "plan.json"
 
     @property
+    def log(self) -> Path:
+        """What the Trainer logged, a row a line."""
+        return self.root / "log.jsonl"
+
+    @property
+    def about(self) -> Path:
+        """What ran and on what."""
+        return self.root / "about.json"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    @property
     def lock(self) -> Path:
         """Held by the process that writes here."""
         return self.root / "run.lock"

@@ -94,3 +94,29 @@ def table(output_dir: Path) -> None:
     except (DamagedFileError, KeyError) as error:
         raise click.ClickException(f"{directory.plan} is damaged: {error}") from error
     print_wide(iteration_table(read_metrics(directory.metrics(iteration) for iteration in range(iterations))))
+
+
+@spin.command()
+@click.argument("output_dirs", nargs=-1, required=True, metavar="OUTPUT_DIR...", type=click.Path(path_type=Path))
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Where to write the page. Default: OUTPUT_DIR/spin/report.html; for a comparison, ./spin-comparison.html.",
+)
+def report(output_dirs: tuple[Path, ...], output: Path | None) -> None:
+    """Write a page that shows the run in OUTPUT_DIR, complete or not; of several runs, one that compares them."""
+    from axolotl_spin.artifacts import RunDirectory
+    from axolotl_spin.reporting import write_report
+    from axolotl_spin.reporting.reading import NoRunError
+
+    if output is None:
+        output = RunDirectory(output_dirs[0]).report if len(output_dirs) == 1 else Path("spin-comparison.html")
+    try:
+        size = write_report(output_dirs, output)
+    except NoRunError as error:
+        raise click.ClickException(str(error)) from error
+    except OSError as error:
+        raise click.ClickException(
+            f"the page could not be written; name another place with --output: {error}"
+        ) from error
+    click.echo(f"{output} ({size / 1e6:.1f} MB): open it in a browser; it needs no network")

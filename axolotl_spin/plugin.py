@@ -29,15 +29,18 @@ class SpinPlugin(BasePlugin):
         self.pairs_only = False  # set by `axolotl spin generate`
         self._trained = False
         self._concerned = True
+        self._written: dict[str, Any] | None = None
 
     def register(self, cfg: dict) -> None:
         """Refuses an untested host and an `output_dir` that cannot be written to, before the config is even parsed."""
         self._concerned = cfg.get("rl") == "spin" or cfg.get("spin") is not None
         if cfg.get("rl") == "spin":
+            from axolotl_spin.about import plain_config
             from axolotl_spin.artifacts import check_output_dir
             from axolotl_spin.compat import check_host_version
 
             check_host_version()
+            self._written = plain_config(cfg)
             if isinstance(cfg.get("output_dir"), str):
                 check_output_dir(cfg["output_dir"])
 
@@ -131,11 +134,13 @@ class SpinPlugin(BasePlugin):
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list:
         if self.run is None:
             return []
-        from axolotl_spin.callbacks import SaveAtIterationEnd, TakeUp
+        from axolotl_spin.about import plain_config
+        from axolotl_spin.callbacks import KeepRecord, SaveAtIterationEnd, TakeUp
         from axolotl_spin.terminal import show_lines
 
         show_lines(trainer)
-        return [SaveAtIterationEnd(self.run.plan), TakeUp(trainer)]
+        written = plain_config(cfg) if self._written is None else self._written
+        return [SaveAtIterationEnd(self.run.plan), KeepRecord(self.run, written), TakeUp(trainer)]
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         if self.run is not None:
@@ -147,8 +152,14 @@ class SpinPlugin(BasePlugin):
     def post_train_unload(self, cfg: Any) -> None:
         """Notes that the run is complete and prints the table of iterations, behind everything that the host says."""
         if self._trained and self.run is not None and int(os.environ.get("RANK", "0")) == 0:
+            from axolotl_spin.about import note_end
             from axolotl_spin.report import print_table
+            from axolotl_spin.reporting import report_at_end
 
+            note_end(self.run.directory.about)
+            report_at_end(
+                self.run.directory
+            )  # before the run counts as complete, so that a kill leaves none without it
             self.run.write_plan(completed=True)
             print_table(self.run)
         self._trained = False
