@@ -108,7 +108,7 @@ def test_a_page_of_fifty_thousand_pairs(browser: Any, large: Path) -> None:
     page = large / "spin" / "report.html"
     assert page.stat().st_size < 5_000_000
     show(browser, page)
-    check_charts(browser, fewest=12)
+    check_charts(browser, fewest=16)
     assert browser.get_log("browser") == []
     assert (
         ask(browser, "performance.getEntriesByType('resource').filter((entry) => !/^(data|blob):/.test(entry.name))")
