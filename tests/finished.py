@@ -80,6 +80,8 @@ def make(
             "rewards/accuracies": 0.9, "rewards/margins": 1.1, "rewards/chosen": 0.1, "rewards/rejected": -1.0,
             "spin/rejected_length": float(own["length"].mean()), "spin/chosen_length": float(human["length"].mean()),
             "spin/truncated": 0.1, "spin/empty": 0.0, "spin/identical": 0.0, "eval_loss": 2.0 - 0.1 * entry.iteration,
+            "spin/heldout_auc": 0.7, "spin/heldout_margin": 0.4, "spin/heldout_length": 7.0, "spin/heldout_distinct_2": 0.6,
+            "spin/heldout_seconds": 12.0,
             "spin/generation_seconds": 30.0, "spin/scoring_seconds": 5.0, "spin/training_seconds": 60.0,
         }  # fmt: skip
         rows.append(

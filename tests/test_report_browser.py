@@ -23,8 +23,8 @@ pytestmark = pytest.mark.once
 
 ODD = [
     "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>",
-    "<b>bold</b> &amp; `code` ]]> <!-- \u2028 \u0000 \x1b[31m \u202e rtl \U0001f600 \ufffe",
-    "needle " + "long " * 30_000,
+    "<b>bold</b> </script hacked <!--<script &amp; `code` ]]> <!-- \u2028 \u0000 \x1b[31m \u202e rtl \U0001f600 \ufffe",
+    "Needle " + "long " * 30_000,
     "",
 ]
 PROMPTS = 50_000
@@ -108,7 +108,7 @@ def test_a_page_of_fifty_thousand_pairs(browser: Any, large: Path) -> None:
     page = large / "spin" / "report.html"
     assert page.stat().st_size < 5_000_000
     show(browser, page)
-    check_charts(browser, fewest=12)
+    check_charts(browser, fewest=16)
     assert browser.get_log("browser") == []
     assert (
         ask(browser, "performance.getEntriesByType('resource').filter((entry) => !/^(data|blob):/.test(entry.name))")
@@ -131,7 +131,7 @@ def test_searching(browser: Any, large: Path) -> None:
     field.send_keys("NEEDLE")
     assert cards(browser) == [2]  # among the extremes, so that the sample has it
     assert "Showing 1 of 1 prompts that match" in ask(browser, "document.querySelector('#shown').textContent")
-    assert ask(browser, "document.querySelector('.pair mark').textContent") == "needle"
+    assert ask(browser, "document.querySelector('.pair mark').textContent") == "Needle"
     assert "(150,007 characters)" in ask(browser, "document.querySelector('.pair').textContent")
     field.clear()
     field.send_keys("</script>")
@@ -187,6 +187,7 @@ def test_light_and_dark_wide_and_narrow(browser: Any, large: Path, width: int) -
     while "light" not in button.text:
         button.click()
     assert luminance(browser, "body", "background-color") > 200
+    assert luminance(browser, "#curve-loss .xtick text", "fill") < 128
     browser.execute_script("localStorage.clear()")
     assert browser.get_log("browser") == []
 

@@ -151,8 +151,8 @@ def choose(answers: Sequence[Answers]) -> list[int]:
     picked = set(np.linspace(0, max(total - 1, 0), min(SPREAD, total)).round().astype(int).tolist())
     for found in answers:
         for measure in (found.margin, found.rejected_length, found.rejected_length - found.chosen_length):
-            order = np.argsort(measure, kind="stable")
-            picked.update(order[:EXTREMES].tolist(), order[len(order) - min(EXTREMES, len(order)) :].tolist())
+            for order in (np.argsort(measure, kind="stable"), np.argsort(-measure, kind="stable")):
+                picked.update(order[:EXTREMES].tolist())
     return sorted(picked)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from axolotl_spin.reporting.figures import LOSS_AT_START
 from axolotl_spin.reporting.reading import RunData, number
 
-# points of a curve; of more rows, each point is the mean of several
+# points of a metric's curves over all runs; of more rows, each point is the mean of several
 POINTS = 1200
 
 LINE = {"type": "scatter", "mode": "lines"}
@@ -117,7 +117,7 @@ def _curve(curve: Curve, runs: Sequence[RunData]) -> Chart | None:
     data, note = [], curve.note
     for index, run in enumerate(runs):
         for order, (metric, label, role) in enumerate(curve.lines):
-            x, y, of = _points(run, metric)
+            x, y, of = _points(run, metric, max(100, POINTS // len(runs)))
             if not x:
                 continue
             name, colour, dash = styled(runs, index, len(curve.lines), order, label, role)
@@ -166,7 +166,7 @@ def styled(runs: Sequence[RunData], index: int, lines: int, order: int, label: s
     return (f"{name}: {label}" if lines > 1 else name), f"@run{index}", ("solid", "dot", "dash")[order % 3]
 
 
-def _points(run: RunData, metric: str) -> tuple[list[float], list[float], int]:
+def _points(run: RunData, metric: str, most: int) -> tuple[list[float], list[float], int]:
     """Returns steps and values, each the mean of so many rows; a gap between iterations, whose curves start anew."""
     x: list[float | None] = []
     y: list[float | None] = []
@@ -175,7 +175,7 @@ def _points(run: RunData, metric: str) -> tuple[list[float], list[float], int]:
         parts = [list({row["step"]: row for row in rows}.values())]
     else:
         parts = [[row for row in rows if number(row, metric) is not None] for rows in run.training.values()]
-    of = max(1, math.ceil(sum(map(len, parts)) / POINTS))
+    of = max(1, math.ceil(sum(map(len, parts)) / most))
     for rows in parts:
         if x and rows:
             x.append(None)

@@ -188,8 +188,8 @@ def too_far(figures: Sequence[Figures]) -> Advice | None:
     worst = max(f.per_token("rewards/margins") or 0.0 for f in hits)
     return Advice(
         "The policy moves far within an iteration",
-        f"Human and own answers moved apart by up to {worst:.2f} nats per token. The theory expects small moves: raise "
-        "`spin.beta`, or lower `learning_rate` or `num_epochs`.",
+        f"Human and own answers moved apart by up to {worst:.2f} nats per token. The opponent's log-probs say little so "
+        "far from it. Raise `spin.beta`, which keeps the policy near, or lower `learning_rate` or `num_epochs`.",
         _where(hits),
     )
 
