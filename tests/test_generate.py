@@ -61,7 +61,7 @@ def test_what_leaves_nothing_to_generate_is_refused(warm: Warm, whole: dict, sha
     assert code == 0 and "the 16 pairs of iteration 0" in output
     pairs = tmp_path / "out" / "spin" / "iteration-0" / "pairs.parquet"
     given = pairs.rename(tmp_path / "pairs.parquet")
-    settings["spin"]["iterations"] = 3  # so that the run is not complete
+    settings["spin"] = {**settings["spin"], "iterations": 3}  # so that the run is not complete
     (tmp_path / "run.yml").write_text(yaml.safe_dump(settings))
     code, output = generate(warm, tmp_path)
     assert code == 1 and "has trained already (a start goes on from" in output

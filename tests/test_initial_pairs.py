@@ -13,7 +13,7 @@ import pytest
 import yaml
 from recovery import CHANGES, differences, outcome, settings_in
 from test_data import TOKENIZER, load, words
-from warm import Warm
+from warm import Ranks, Warm
 
 from axolotl_spin.plan import make_plan
 
@@ -243,3 +243,24 @@ def test_training_starts_from_given_pairs_and_resumes_exactly(
     code, output = start(warm, killed, shared)
     assert code == 0, output[-6000:]
     assert not differences(outcome(killed / "out"), expected)
+
+
+@pytest.mark.ranks
+@pytest.mark.host
+def test_two_ranks_take_the_same_pairs(warm: Warm, warm_ranks: Ranks, tmp_path: Path) -> None:
+    """Message lists are tokenised once for both ranks; losses are one rank's."""
+    rows = [{"real": turns(i, "w20"), "generated": turns(i, f"w{i + 9} w7")} for i in range(7)]
+    source = authors(tmp_path / "real.jsonl", rows)
+    runs = []
+    for name, by in (("single", warm), ("ddp", warm_ranks)):
+        changes = host.layout(name, tmp_path)
+        settings = {**host.config(tmp_path, rows=9), **changes}
+        settings["spin"] = {**settings["spin"], "initial_pairs": str(source)}
+        runs.append(host.train(settings, name, by=by))
+    one, two = runs
+    assert two.output.count("took 7 pairs from") == 1
+    assert [one.pairs(0).num_rows, one.pairs(1).num_rows] == [7, 16]
+    for iteration in range(2):
+        for column in ("prompt_ids", "rejected_ids", "finish_reason", "generated_in"):
+            assert one.pairs(iteration)[column].to_pylist() == two.pairs(iteration)[column].to_pylist()
+    assert two.losses() == pytest.approx(one.losses(), abs=1e-3)
