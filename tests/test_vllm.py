@@ -9,6 +9,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import signal
 import time
 from collections import Counter
@@ -44,6 +45,13 @@ ENGINE: dict[str, Any] = {"python": PYTHON, "enforce_eager": True, "kv_cache_mem
 MOST = 16
 
 
+@pytest.fixture
+def tmp_path(tmp_path: Path) -> Iterator[Path]:
+    """The test's folder, gone after it: the models in it take gigabytes."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def smollm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the quickstart's model and data."""
@@ -63,6 +71,9 @@ def settings_in(folder: Path, smollm: Path, **changes: Any) -> dict[str, Any]:
         "sequence_len": 128,
         "learning_rate": 2e-4 if "adapter" in changes else 2e-5,
         "warmup_steps": 0,
+        # a model of 0.5 GB, several times over, is enough on disk
+        "save_only_model": True,
+        "save_total_limit": 1,
     }
     return made
 
