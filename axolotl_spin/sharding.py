@@ -103,9 +103,16 @@ def _zero3_whole(engine: Any) -> Iterator[None]:
     import deepspeed
     from trl.models.utils import add_hooks, remove_hooks
 
+    offload = engine.optimizer.parameter_offload
     with deepspeed.zero.GatheredParameters(list(engine.parameters())):
         remove_hooks(engine)  # they gather before each module's forward, and let go of the weights after it
+        # TRL leaves the one at the start of the whole model's forward. In the first two after every change of hooks it
+        # compares the ranks' traces, so a rank that makes fewer forwards than another keeps that one waiting for ever
+        offload.fwd_pre_hook.remove()
         try:
             yield
         finally:
+            offload.fwd_pre_hook = offload.module.register_forward_pre_hook(
+                lambda *_: offload.get_param_coordinator().reset_step()
+            )
             add_hooks(engine)
