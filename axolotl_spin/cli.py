@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
+
+_RATE = click.FloatRange(min=0, min_open=True)
 
 
 @click.group()
@@ -17,24 +20,63 @@ def spin() -> None:
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=str))
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 @click.option("--ranks", type=click.IntRange(min=1), default=1, show_default=True, help="Ranks (GPUs) of the launch.")
-def plan(config: str, as_json: bool, ranks: int) -> None:
-    """Validate CONFIG, tokenise its data and print the plan. Loads no model weights."""
-    from axolotl.cli.config import load_cfg
-    from axolotl.integrations.base import PluginManager
+@click.option("--generation-tokens-per-second", "generation", type=_RATE, help="Tokens drawn, over all ranks.")
+@click.option(
+    "--scoring-tokens-per-second", "scoring", type=_RATE, help="Tokens of pairs, forward only, over all ranks."
+)
+@click.option("--training-tokens-per-second", "training", type=_RATE, help="Tokens of pairs, over all ranks.")
+def plan(config: str, as_json: bool, **given: Any) -> None:
+    """Validate CONFIG, tokenise its data, and tell what the run will do and need. Loads no model weights.
 
-    from axolotl_spin.plugin import SpinPlugin
-    from axolotl_spin.report import plan_table, print_wide
+    Times follow from given tokens per second, or from what a run in the same output_dir has measured.
+    """
+    from axolotl_spin.plan_view import plan_lines
+    from axolotl_spin.planning import Given, plan_run
+    from axolotl_spin.report import print_wide
 
-    cfg = load_cfg(config)
-    cfg.world_size = ranks
-    plugin = next((p for p in PluginManager.get_instance().plugins.values() if isinstance(p, SpinPlugin)), None)
-    if plugin is None or plugin.load_datasets(cfg, preprocess=True) is None:
-        raise click.ClickException(f"{config} does not say `rl: spin`")
-    assert plugin.run is not None
+    run, figures = plan_run(config, Given(**given))
     if as_json:
-        click.echo(json.dumps(plugin.run.plan.to_json(), indent=2))
+        click.echo(json.dumps(figures, indent=2))
     else:
-        print_wide(plan_table(plugin.run.plan))
+        print_wide(*plan_lines(run.plan, figures))
+
+
+@spin.command()
+@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=str))
+def generate(config: str) -> None:
+    """Only answer the prompts of CONFIG with its model and score the pairs, as iteration 0 would; then stop.
+
+    Start it again after an interruption and it goes on. On several GPUs: accelerate launch -m axolotl_spin generate CONFIG.
+    """
+    from axolotl_spin.generating import generate_pairs
+
+    generate_pairs(config)
+
+
+@spin.command()
+@click.argument("output_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--iteration", type=click.IntRange(min=0), required=True, help="Whose pairs, counted from 0.")
+@click.option(
+    "--format", "kind", type=click.Choice(["uclaml", "dpo", "dpo-text", "parquet"]), required=True,
+    help="The SPIN authors' messages, TRL's conversational or standard DPO columns, or the token ids as they are.",
+)  # fmt: skip
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="The folder to make.")
+@click.option(
+    "--inexact", type=click.Choice(["refuse", "drop", "keep"]), default="refuse", show_default=True,
+    help="What to do with pairs that a format of messages or text cannot keep token for token.",
+)  # fmt: skip
+@click.option("--only-new", is_flag=True, help="Leave out the pairs kept from earlier iterations.")
+@click.option(
+    "--test-rows", type=click.IntRange(min=0), default=0, help="So many pairs at the end become the split `test`."
+)
+@click.option("--tokenizer", default="", help="Name or path of the run's tokenizer. Default: the one in OUTPUT_DIR.")
+def export(**options: Any) -> None:
+    """Write the pairs of one iteration of the run in OUTPUT_DIR, going on, stopped or finished, as a dataset."""
+    from axolotl_spin.export import Export, describe, export_pairs
+
+    asked = Export(**options)
+    for line in describe(asked, export_pairs(asked)):
+        click.echo(line)
 
 
 @spin.command()
@@ -52,3 +94,29 @@ def table(output_dir: Path) -> None:
     except (DamagedFileError, KeyError) as error:
         raise click.ClickException(f"{directory.plan} is damaged: {error}") from error
     print_wide(iteration_table(read_metrics(directory.metrics(iteration) for iteration in range(iterations))))
+
+
+@spin.command()
+@click.argument("output_dirs", nargs=-1, required=True, metavar="OUTPUT_DIR...", type=click.Path(path_type=Path))
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Where to write the page. Default: OUTPUT_DIR/spin/report.html; for a comparison, ./spin-comparison.html.",
+)
+def report(output_dirs: tuple[Path, ...], output: Path | None) -> None:
+    """Write a page that shows the run in OUTPUT_DIR, complete or not; of several runs, one that compares them."""
+    from axolotl_spin.artifacts import RunDirectory
+    from axolotl_spin.reporting import write_report
+    from axolotl_spin.reporting.reading import NoRunError
+
+    if output is None:
+        output = RunDirectory(output_dirs[0]).report if len(output_dirs) == 1 else Path("spin-comparison.html")
+    try:
+        size = write_report(output_dirs, output)
+    except NoRunError as error:
+        raise click.ClickException(str(error)) from error
+    except OSError as error:
+        raise click.ClickException(
+            f"the page could not be written; name another place with --output: {error}"
+        ) from error
+    click.echo(f"{output} ({size / 1e6:.1f} MB): open it in a browser; it needs no network")

@@ -65,7 +65,12 @@ _PLANNED_SPIN = ("iterations", "beta", "learning_rate", "history")
 # parameter groups with a rate of their own refer to the base rate
 _GROUP_RATES = ("embedding_lr", "embedding_lr_scale", "lr_groups", "loraplus_lr_ratio")
 # settings of the spin block that change nothing in the result: another backend draws from the same distribution
-_HARMLESS = ("save_iterations", "eval_prompts", "active", "generation.backend", "generation.gather_weights")
+# (and what is in a set of pairs counts, not where it is)
+_HARMLESS = (
+    *("initial_pairs", "save_iterations", "eval_prompts", "active"),
+    *("generation.backend", "generation.gather_weights"),
+)
+_HARMLESS_BLOCK = "generation.vllm."
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,7 @@ class Identity:
         return lines
 
 
-def identify(cfg: Any, settings: SpinConfig, prompts: Any, plan: Plan) -> Identity:
+def identify(cfg: Any, settings: SpinConfig, prompts: Any, plan: Plan, given: str | None = None) -> Identity:
     """Collects what identifies a run.
 
     Args:
@@ -127,8 +132,9 @@ def identify(cfg: Any, settings: SpinConfig, prompts: Any, plan: Plan) -> Identi
         settings: Its `spin` block.
         prompts: The prompts (`datasets.Dataset` with `prompt_ids` and `chosen_ids`).
         plan: Made from them.
+        given: Digest of the pairs that iteration 0 is given, if it is.
     """
-    spin = {f"spin.{key}": value for key, value in _flat(settings.model_dump()) if key not in _HARMLESS}
+    spin = {f"spin.{key}": value for key, value in _flat(settings.model_dump()) if not _harmless(key)}
     planned_spin = {f"spin.{key}" for key in _PLANNED_SPIN}
     fixed = {
         "data (prompts and human answers as token ids)": _content_hash(prompts),
@@ -136,6 +142,8 @@ def identify(cfg: Any, settings: SpinConfig, prompts: Any, plan: Plan) -> Identi
         **{key: cfg.get(key) for key in _HOST_KEYS},
         **{key: value for key, value in spin.items() if key not in planned_spin},
     }
+    if given is not None:
+        fixed["spin.initial_pairs (pairs as token ids)"] = given
     deepspeed = cfg.get("deepspeed")
     if isinstance(deepspeed, dict) and deepspeed.get("optimizer"):
         fixed["deepspeed.optimizer"] = deepspeed["optimizer"]
@@ -143,6 +151,10 @@ def identify(cfg: Any, settings: SpinConfig, prompts: Any, plan: Plan) -> Identi
         fixed["learning_rate"] = cfg.get("learning_rate")
     planned = {**{key: cfg.get(key) for key in _PLANNED}, **{key: spin[key] for key in sorted(planned_spin)}}
     return Identity(_plain(fixed), _plain(planned), _plain([asdict(entry) for entry in plan.iterations]))
+
+
+def _harmless(key: str) -> bool:
+    return key in _HARMLESS or key.startswith(_HARMLESS_BLOCK)
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

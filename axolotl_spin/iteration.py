@@ -22,6 +22,7 @@ from tqdm import tqdm
 from axolotl_spin.artifacts import DamagedFileError, ForeignFileError
 from axolotl_spin.chunks import ChunkFiles
 from axolotl_spin.generation import Backend, Chunks, chunk_rows, chunk_size, iteration_seed, token_limit
+from axolotl_spin.given_pairs import GivenPairs
 from axolotl_spin.health import check_answers, check_opponent_logps, check_weights, count_answers, report
 from axolotl_spin.pairs import BATCH_ROWS, LOGPS, SCHEMA, PairDataset, read_batches, read_pairs, write_pairs
 from axolotl_spin.peers import Peers
@@ -32,6 +33,7 @@ from axolotl_spin.resume import lost_pairs
 from axolotl_spin.run import SpinRun
 from axolotl_spin.scoring import Scorer
 from axolotl_spin.staging import STAGED, Answers, read_staged, write_staged
+from axolotl_spin.tally import Tally
 
 LOG = get_logger(__name__)
 T = TypeVar("T")
@@ -46,6 +48,7 @@ class SelfPlay:
         backend: Answers prompts.
         scorer: Scores pairs.
         peers: Tells what happened to the other ranks.
+        tally: Shows how far the backend is.
     """
 
     def __init__(
@@ -55,12 +58,14 @@ class SelfPlay:
         backend: Backend,
         scorer: Scorer,
         peers: Peers,
+        tally: Tally,
     ):
         self.run = run
         self.accelerator = accelerator
         self.backend = backend
         self.scorer = scorer
         self.peers = peers
+        self.tally = tally
 
     def begin(self, entry: IterationPlan, model: Any, fresh: bool = True) -> tuple[PairDataset, dict[str, float]]:
         """Freezes the policy as the opponent and makes the iteration's pairs, or reads those already made.
@@ -98,7 +103,8 @@ class SelfPlay:
             bad = nonfinite_weights(self.accelerator.unwrap_model(model), frozen=True)
             report(check_weights(bad, step=entry.first_step), main)
             with frozen(model):
-                pairs = self._generate(entry, model, figures)
+                given = self.run.given if entry.iteration == 0 else None
+                pairs = self._take(given, entry, figures) if given else self._generate(entry, model, figures)
                 pairs = self._score(entry, model, pairs, figures)
             self._on_main(lambda: self._write(entry, pairs))
         kept = f" ({entry.kept_rows} kept from before)" if entry.kept_rows else ""
@@ -136,6 +142,15 @@ class SelfPlay:
         report(findings, self.accelerator.is_main_process)
         return counts.shares()
 
+    def _take(self, given: GivenPairs, entry: IterationPlan, figures: dict[str, float]) -> PairDataset:
+        """Takes the iteration's pairs from `spin.initial_pairs`, still without the opponent's log-probs."""
+        staged = self.run.directory.staged(entry.iteration)
+        self._on_main(lambda: write_staged(staged, given.staged()))
+        pairs = PairDataset(read_staged(staged))
+        figures.update(self._count(pairs, entry))
+        self._say(f"iteration {entry.iteration}: took {entry.new_rows} pairs from {given.source}")
+        return pairs
+
     # -- generation ---------------------------------------------------------------------------------------------------
 
     def chunks(self, iteration: int) -> Chunks:
@@ -164,20 +179,22 @@ class SelfPlay:
         todo = chunks.without(done)
         if len(todo) < len(chunks):
             self._say(f"iteration {iteration}: {len(chunks) - len(todo)} of {len(chunks)} chunks are already answered")
-        mine = len(range(self.accelerator.process_index, len(todo), self.accelerator.num_processes))
-        with self._bar(f"iteration {iteration}: generating", mine, "chunk") as bar:
-            for chunk, completions in self.backend.answer(model, todo):
+        waiting = sum(len(rows) for _, rows in todo.rows())
+        with self.tally.bar(f"generating/{iteration}", f"iteration {iteration}: generating", waiting):
+            for chunk, completions in self.backend.answer(model, todo, iteration):
                 files.write(chunk, completions)
-                self.peers.check()
-                bar.update()
-        self.accelerator.wait_for_everyone()
+                self.tally.pulse()
+            self.peers.meet(f"generated/{iteration}")
         staged = self.run.directory.staged(iteration)
         self._on_main(lambda: write_staged(staged, self._assemble(entry, chunks, files)))
         pairs = PairDataset(read_staged(staged))
         about = self._count(pairs, entry)
         seconds = time.perf_counter() - started
-        rate = about["spin/rejected_length"] * entry.new_rows / seconds
-        figures.update({**about, "spin/generation_seconds": seconds, "spin/generation_tokens_per_second": rate})
+        apart = self._on_main(lambda: self.backend.figures)
+        rate = about["spin/rejected_length"] * entry.new_rows / max(seconds - sum(apart.values()), 1e-9)
+        figures.update(
+            {**about, **apart, "spin/generation_seconds": seconds, "spin/generation_tokens_per_second": rate}
+        )
         self._say(
             f"iteration {iteration}: generated {entry.new_rows} answers in {seconds:.1f} s ({rate:.0f} tokens/s; mean "
             f"{about['spin/rejected_length']:.1f} tokens, human {about['spin/chosen_length']:.1f}; "

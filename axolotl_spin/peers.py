@@ -42,6 +42,7 @@ class Peers:
         self._store: Any = None
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
+        self._alone: dict[str, int] = {}
 
     def __enter__(self) -> Peers:
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
@@ -73,6 +74,36 @@ class Peers:
         """
         if self.failure is not None:
             raise PeerFailedError(self.failure)
+
+    def add(self, name: str, amount: int) -> int:
+        """Adds to a number that all ranks share.
+
+        Args:
+            name: Which one; it starts at 0 with the launch.
+            amount: May be 0, to ask.
+
+        Returns:
+            The sum of what all ranks have added so far.
+        """
+        if self._store is None:
+            self._alone[name] = self._alone.get(name, 0) + amount
+            return self._alone[name]
+        return self._store.add(f"axolotl_spin/{name}", amount)
+
+    def meet(self, name: str) -> None:
+        """Waits until every rank has come here, however long that takes: in a collective it would run into a time-out.
+
+        Args:
+            name: Of the place; met once in a launch.
+
+        Raises:
+            PeerFailedError: Another rank failed.
+        """
+        arrived = self.add(f"meet/{name}", 1)
+        while self._store is not None and arrived < dist.get_world_size():
+            self.check()
+            time.sleep(self.interval / 4)
+            arrived = self.add(f"meet/{name}", 0)
 
     def _tell(self, error: BaseException) -> None:
         rank = dist.get_rank()

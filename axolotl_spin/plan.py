@@ -19,7 +19,7 @@ class IterationPlan:
     Attributes:
         iteration: Counted from 0.
         rows: Pairs trained on, new and kept.
-        new_rows: Pairs generated in this iteration, one per prompt.
+        new_rows: Pairs generated in this iteration, one per prompt; in iteration 0 those of `spin.initial_pairs`, if set.
         kept_rows: Pairs of earlier iterations that are trained on again.
         epochs: Passes over the rows; the last may be cut by the host's `max_steps`.
         steps_per_epoch: Optimizer steps in one whole pass.
@@ -139,6 +139,7 @@ def make_plan(
     learning_rates: Sequence[float],
     max_steps: int | None = None,
     warmup: dict[str, Any] | None = None,
+    given: int | None = None,
 ) -> Plan:
     """Lays out the run.
 
@@ -151,6 +152,7 @@ def make_plan(
         learning_rates: One per iteration.
         max_steps: The host's cap on the whole run's optimizer steps; iterations beyond it are dropped.
         warmup: `warmup_steps` and `warmup_ratio` of the host's config.
+        given: Pairs that iteration 0 is given (`spin.initial_pairs`) instead of answering the prompts.
 
     Raises:
         ValueError: There is nothing to train on.
@@ -160,7 +162,9 @@ def make_plan(
     entries: list[IterationPlan] = []
     first_step = 0
     for iteration, (beta, learning_rate) in enumerate(zip(betas, learning_rates, strict=True)):
-        rows = prompts * (1 + min(history, iteration))
+        new_rows = given if given is not None and iteration == 0 else prompts
+        kept_rows = sum(earlier.new_rows for earlier in entries[max(0, iteration - history) :])
+        rows = new_rows + kept_rows
         steps_per_epoch = math.ceil(rows / global_batch)
         steps = steps_per_epoch * num_epochs
         if max_steps and max_steps > 0:  # -1 is no cap, as for the host
@@ -171,8 +175,8 @@ def make_plan(
             IterationPlan(
                 iteration=iteration,
                 rows=rows,
-                new_rows=prompts,
-                kept_rows=rows - prompts,
+                new_rows=new_rows,
+                kept_rows=kept_rows,
                 epochs=math.ceil(steps / steps_per_epoch),
                 steps_per_epoch=steps_per_epoch,
                 steps=steps,

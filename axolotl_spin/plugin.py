@@ -26,17 +26,21 @@ class SpinPlugin(BasePlugin):
     def __init__(self) -> None:
         super().__init__()
         self.run: SpinRun | None = None
+        self.pairs_only = False  # set by `axolotl spin generate`
         self._trained = False
         self._concerned = True
+        self._written: dict[str, Any] | None = None
 
     def register(self, cfg: dict) -> None:
         """Refuses an untested host and an `output_dir` that cannot be written to, before the config is even parsed."""
         self._concerned = cfg.get("rl") == "spin" or cfg.get("spin") is not None
         if cfg.get("rl") == "spin":
+            from axolotl_spin.about import plain_config
             from axolotl_spin.artifacts import check_output_dir
             from axolotl_spin.compat import check_host_version
 
             check_host_version()
+            self._written = plain_config(cfg)
             if isinstance(cfg.get("output_dir"), str):
                 check_output_dir(cfg["output_dir"])
 
@@ -50,7 +54,8 @@ class SpinPlugin(BasePlugin):
         settings = spin_config(cfg)
         if settings is None:
             return None
-        refuse_loaded(cfg, self._other_trainers(cfg), settings.save_iterations)
+        whole = settings.save_iterations or (settings.generation.backend == "vllm" and not cfg.adapter)
+        refuse_loaded(cfg, self._other_trainers(cfg), saves_whole=whole)
 
         import torch
         from axolotl.common.datasets import TrainDatasetMeta
@@ -68,10 +73,24 @@ class SpinPlugin(BasePlugin):
             train_dataset, eval_dataset, _, _ = prepare_datasets(cfg, tokenizer)
         self.run = prepare_run(cfg, train_dataset, tokenizer, eval_dataset)
         if not preprocess:
-            from axolotl_spin.resume import settle_start
+            self._settle_start(cfg)
+            if self.run.served:
+                from axolotl_spin.generation.serving import check_serving
 
-            settle_start(self.run, cfg)
+                check_serving(self.run.served, settings.generation.vllm)
         return TrainDatasetMeta(train_dataset, eval_dataset, self.run.plan.total_steps)
+
+    def _settle_start(self, cfg: Any) -> None:
+        from axolotl_spin.resume import settle_start
+
+        assert self.run is not None
+        if not self.pairs_only:
+            return settle_start(self.run, cfg)
+        from axolotl_spin.only_pairs import leave_if_made, refuse_if_trained
+
+        leave_if_made(self.run)
+        settle_start(self.run, cfg)
+        refuse_if_trained(self.run, cfg)
 
     def _other_trainers(self, cfg: Any) -> list[str]:
         plugins = PluginManager.get_instance().plugins.items()
@@ -80,6 +99,10 @@ class SpinPlugin(BasePlugin):
     def get_trainer_cls(self, cfg: Any) -> type | None:
         if spin_config(cfg) is None:
             return None
+        if self.pairs_only:
+            from axolotl_spin.only_pairs import PairsOnlyTrainer
+
+            return PairsOnlyTrainer
         from axolotl_spin.trainer import SpinTrainer
 
         return SpinTrainer
@@ -101,6 +124,8 @@ class SpinPlugin(BasePlugin):
         plan = self.run.plan
         arguments["num_train_epochs"] = plan.total_epochs
         arguments["max_steps"] = plan.total_steps
+        if self.pairs_only:
+            arguments["eval_on_start"] = False
         for setting, per_epoch in (("save_steps", cfg.saves_per_epoch), ("eval_steps", cfg.evals_per_epoch)):
             if per_epoch and cfg.get(setting):  # a fraction of the run, which the host took to be one iteration
                 arguments[setting] = 1.0 / (per_epoch * plan.total_epochs)
@@ -109,11 +134,13 @@ class SpinPlugin(BasePlugin):
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list:
         if self.run is None:
             return []
-        from axolotl_spin.callbacks import SaveAtIterationEnd, TakeUp
+        from axolotl_spin.about import plain_config
+        from axolotl_spin.callbacks import KeepRecord, SaveAtIterationEnd, TakeUp
         from axolotl_spin.terminal import show_lines
 
         show_lines(trainer)
-        return [SaveAtIterationEnd(self.run.plan), TakeUp(trainer)]
+        written = plain_config(cfg) if self._written is None else self._written
+        return [SaveAtIterationEnd(self.run.plan), KeepRecord(self.run, written), TakeUp(trainer)]
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         if self.run is not None:
@@ -125,8 +152,14 @@ class SpinPlugin(BasePlugin):
     def post_train_unload(self, cfg: Any) -> None:
         """Notes that the run is complete and prints the table of iterations, behind everything that the host says."""
         if self._trained and self.run is not None and int(os.environ.get("RANK", "0")) == 0:
+            from axolotl_spin.about import note_end
             from axolotl_spin.report import print_table
+            from axolotl_spin.reporting import report_at_end
 
+            note_end(self.run.directory.about)
+            report_at_end(
+                self.run.directory
+            )  # before the run counts as complete, so that a kill leaves none without it
             self.run.write_plan(completed=True)
             print_table(self.run)
         self._trained = False

@@ -144,13 +144,13 @@ def refuse_unsupported(data: dict[str, Any]) -> None:
         raise ValueError("\n".join(found))
 
 
-def refuse_loaded(cfg: Any, other_trainers: list[str], save_iterations: bool) -> None:
+def refuse_loaded(cfg: Any, other_trainers: list[str], saves_whole: bool) -> None:
     """Refuses what is only known once the host has read the model's and DeepSpeed's configs.
 
     Args:
         cfg: The host's normalized config.
         other_trainers: Names of other plugins that bring a trainer for this config.
-        save_iterations: Whether each iteration's model is to be saved.
+        saves_whole: Whether whole models are saved: each iteration's, or the opponent for vLLM.
 
     Raises:
         ValueError: Names the key, the reason and the remedy.
@@ -191,8 +191,9 @@ def refuse_loaded(cfg: Any, other_trainers: list[str], save_iterations: bool) ->
             "section (the host's `lr_scheduler`, `warmup_steps` and `learning_rate` keys apply)"
         )
     zero = deepspeed.get("zero_optimization") or {}
-    if zero.get("stage") == 3 and save_iterations and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+    if zero.get("stage") == 3 and saves_whole and not zero.get("stage3_gather_16bit_weights_on_model_save"):
         raise ValueError(
             "the `deepspeed` config has `stage: 3` without `stage3_gather_16bit_weights_on_model_save: true`, so no "
-            "iteration's model could be saved; add it, or set `spin.save_iterations: false`"
+            "iteration's model or opponent could be saved; add it, or set `spin.save_iterations: false` and "
+            "`spin.generation.backend: transformers`"
         )

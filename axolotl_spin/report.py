@@ -164,6 +164,8 @@ def print_table(run: SpinRun) -> None:
     if run.settings.save_iterations:
         lines.append(f"each iteration's {run.adapter or 'model'}: {run.directory.root}/iteration-*/model")
     lines.append(f"final {run.adapter or 'model'}: {output_dir}")
+    if run.directory.report.exists():
+        lines.append(f"report, for a browser: {run.directory.report}")
     where = f"--lora-model-dir={output_dir}" if run.adapter else f"--base-model={output_dir}"
     lines.append(f"try it: axolotl inference {run.command} {where}")
     print_wide(iteration_table(metrics), *lines)

@@ -7,10 +7,12 @@ from typing import Any
 
 from axolotl_spin.args import SpinConfig, spin_config
 from axolotl_spin.artifacts import RunDirectory, write_json
+from axolotl_spin.generation.serving import ServedModel, served_model
+from axolotl_spin.given_pairs import GivenPairs, pairs_file, read_file
 from axolotl_spin.heldout import heldout_prompts
 from axolotl_spin.identity import Identity, identify
 from axolotl_spin.plan import Plan, make_plan
-from axolotl_spin.prompts import prompt_dataset, stop_token_ids
+from axolotl_spin.prompts import prompt_dataset, stop_token_ids, token_counts
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class SpinRun:
         adapter: The host's `adapter`, or None for full fine-tuning.
         launch: Ranks and sharding.
         sample_packing: The host's key; False asks for padded batches.
+        served: What vLLM serves; None with another backend.
+        given: The pairs of `spin.initial_pairs`, with which iteration 0 starts; None where it answers the prompts.
         heldout: Prompts and human answers of held-out play, like `prompts`; None where there is none.
     """
 
@@ -62,6 +66,8 @@ class SpinRun:
     adapter: str | None
     launch: Launch
     sample_packing: bool | None
+    served: ServedModel | None = None
+    given: GivenPairs | None = None
     heldout: Any = None
 
     def stop_tokens(self, model: Any) -> tuple[int, ...]:
@@ -104,6 +110,7 @@ def prepare_run(cfg: Any, train_dataset: Any, tokenizer: Any, eval_dataset: Any 
     settings = spin_config(cfg)
     assert settings is not None
     prompts = prompt_dataset(train_dataset, turns=settings.turns, max_prompts=settings.max_prompts)
+    given = _given_pairs(cfg, settings, tokenizer)
     ranks = int(cfg.world_size or 1)
     global_batch = cfg.micro_batch_size * cfg.gradient_accumulation_steps * ranks
     plan = make_plan(
@@ -115,13 +122,14 @@ def prepare_run(cfg: Any, train_dataset: Any, tokenizer: Any, eval_dataset: Any 
         learning_rates=settings.learning_rates(float(cfg.learning_rate)),
         max_steps=cfg.max_steps,
         warmup={"warmup_steps": cfg.warmup_steps, "warmup_ratio": cfg.warmup_ratio},
+        given=given.rows if given else None,
     )
     return SpinRun(
         settings=settings,
         prompts=prompts,
         plan=plan,
         directory=RunDirectory(cfg.output_dir),
-        identity=identify(cfg, settings, prompts, plan),
+        identity=identify(cfg, settings, prompts, plan, given.digest if given else None),
         tokenizer=tokenizer,
         sequence_len=int(cfg.sequence_len),
         seed=int(cfg.seed if cfg.seed is not None else 42),
@@ -131,8 +139,41 @@ def prepare_run(cfg: Any, train_dataset: Any, tokenizer: Any, eval_dataset: Any 
         adapter=cfg.adapter or None,
         launch=Launch(ranks, _sharding(cfg)),
         sample_packing=cfg.sample_packing,
+        served=served_model(cfg, settings, token_counts(prompts, "prompt_ids"))
+        if settings.generation.backend == "vllm"
+        else None,
+        given=given,
         heldout=heldout_prompts(eval_dataset, settings),
     )
+
+
+def _given_pairs(cfg: Any, settings: SpinConfig, tokenizer: Any) -> GivenPairs | None:
+    """Reads and checks `spin.initial_pairs`.
+
+    Raises:
+        ValueError: It cannot be read or trained on; names the key.
+    """
+    source = settings.initial_pairs
+    if source is None:
+        return None
+    path = pairs_file(source)
+    if path is not None:
+        given = read_file(path, source)
+    else:
+        from axolotl_spin.conversations import read_conversations
+
+        given = read_conversations(source, cfg, tokenizer)
+    given.check(vocabulary=_vocabulary(cfg, tokenizer), sequence_len=int(cfg.sequence_len))
+    return given
+
+
+def _vocabulary(cfg: Any, tokenizer: Any) -> int:
+    """Returns how many ids the model knows, some of which the tokenizer may not (embeddings are often padded)."""
+    from axolotl.loaders.utils import load_model_config
+
+    config = load_model_config(cfg)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return max(len(tokenizer), int(getattr(text, "vocab_size", 0) or 0))
 
 
 def _sharding(cfg: Any) -> str | None:

@@ -106,13 +106,11 @@ def _zero3_whole(engine: Any) -> Iterator[None]:
     offload = engine.optimizer.parameter_offload
     with deepspeed.zero.GatheredParameters(list(engine.parameters())):
         remove_hooks(engine)  # they gather before each module's forward, and let go of the weights after it
-        # TRL leaves the one at the start of the whole model's forward. In the first two after every change of hooks it
-        # compares the ranks' traces, so a rank that makes fewer forwards than another keeps that one waiting for ever
+        # one more compares the ranks at the start of each forward, of which a rank may now have more than another
+        compare = offload.module._forward_pre_hooks[offload.fwd_pre_hook.id]
         offload.fwd_pre_hook.remove()
         try:
             yield
         finally:
-            offload.fwd_pre_hook = offload.module.register_forward_pre_hook(
-                lambda *_: offload.get_param_coordinator().reset_step()
-            )
+            offload.fwd_pre_hook = offload.module.register_forward_pre_hook(compare)
             add_hooks(engine)

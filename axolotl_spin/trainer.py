@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from axolotl_spin.batches import pair_loader
 from axolotl_spin.checkpoints import read_checkpoint, saving
 from axolotl_spin.compat import WithoutTokenPerplexity
 from axolotl_spin.generation import Sampling
-from axolotl_spin.generation.transformers import TransformersBackend
+from axolotl_spin.generation.choice import chosen_backend
 from axolotl_spin.health import check_loss, check_step_zero, check_weights, report
 from axolotl_spin.iteration import SelfPlay
 from axolotl_spin.layout_choice import settle_layout
@@ -41,6 +42,7 @@ from axolotl_spin.resume import set_aside
 from axolotl_spin.run import SpinRun
 from axolotl_spin.schedule import IterationSchedule, learning_rate_table, restart_optimizer
 from axolotl_spin.scoring import Scorer
+from axolotl_spin.tally import Tally
 from axolotl_spin.terminal import show_table
 
 LOG = get_logger(__name__)
@@ -77,11 +79,13 @@ class SpinTrainer(AxolotlTrainer, WithoutTokenPerplexity):
             f"answers end with {', '.join(repr(tokenizer.decode([t])) for t in sampling.stop_token_ids) or 'nothing'}"
         )
         self._collator, self._layout_settled = PairCollator(pad), False
-        gather, pulse = generation.gather_weights, self._peers.check
-        backend = TransformersBackend(self.accelerator, sampling, pad, generation.batch_size, gather, pulse)
-        scorer = Scorer(self.accelerator, self._collator, self.args.per_device_train_batch_size, gather, pulse)
-        self.self_play = SelfPlay(run, self.accelerator, backend, scorer, self._peers)
-        self.held_out = HeldOutPlay(run, self, sampling, pad, scorer, pulse)
+        micro_batch, gather = self.args.per_device_train_batch_size, generation.gather_weights
+        scorer = Scorer(self.accelerator, self._collator, micro_batch, gather, self._peers.check)
+        tally = Tally(self._peers, self.accelerator.is_main_process)
+        save, optimizer = partial(save_whole, self), lambda: self.optimizer
+        backend = chosen_backend(run, self.accelerator, sampling, pad, tally, save=save, optimizer=optimizer)
+        self.self_play = SelfPlay(run, self.accelerator, backend, scorer, self._peers, tally)
+        self.held_out = HeldOutPlay(run, self, sampling, pad, scorer, self._peers.check)
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 

@@ -56,6 +56,7 @@ def outcome(out: Path, weights: str = "model.safetensors") -> dict[str, Any]:
         "files": sorted(name for name in names if not name.startswith("replaced-")),
         "checkpoints": [path.name for path in checkpoints],
         "logs": [without_clocks(row) for row in state["log_history"]],
+        "log": [without_clocks(json.loads(line)) for line in (spin / "log.jsonl").read_text().splitlines()],
         "plan": json.loads((spin / "plan.json").read_text()),
         "weights": load_file(out / weights),
     }

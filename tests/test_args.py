@@ -138,8 +138,8 @@ def test_fsdp1_by_default_is_refused_where_the_host_still_has_it() -> None:
     """Axolotl 0.19 takes version 1 where none is given, later hosts 2."""
     assert claim(fsdp_config={"x": 1})["spin"]["active"]
     with pytest.raises(ValueError, match="which this host takes where none is given"):
-        refuse_loaded({"fsdp_config": {"x": 1}, "fsdp_version": None}, [], save_iterations=True)
-    refuse_loaded({"fsdp_config": {"x": 1}, "fsdp_version": 2}, [], save_iterations=True)
+        refuse_loaded({"fsdp_config": {"x": 1}, "fsdp_version": None}, [], saves_whole=True)
+    refuse_loaded({"fsdp_config": {"x": 1}, "fsdp_version": 2}, [], saves_whole=True)
 
 
 @pytest.mark.parametrize(
@@ -152,10 +152,10 @@ def test_fsdp1_by_default_is_refused_where_the_host_still_has_it() -> None:
 )
 def test_refusals_that_need_the_loaded_config(cfg: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        refuse_loaded(cfg, [], save_iterations=True)
+        refuse_loaded(cfg, [], saves_whole=True)
 
 
 def test_another_plugins_trainer_is_refused() -> None:
     with pytest.raises(ValueError, match=r"kd\.KDPlugin"):
-        refuse_loaded({}, ["kd.KDPlugin"], save_iterations=True)
-    refuse_loaded({"deepspeed": {"zero_optimization": {"stage": 3}}}, [], save_iterations=False)
+        refuse_loaded({}, ["kd.KDPlugin"], saves_whole=True)
+    refuse_loaded({"deepspeed": {"zero_optimization": {"stage": 3}}}, [], saves_whole=False)

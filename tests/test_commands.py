@@ -112,8 +112,9 @@ def test_each_iterations_adapter_and_the_files_around_it(lora_run: tuple[dict, h
         str(path.relative_to(spin)) for path in spin.rglob("*") if path.is_file() and "model" not in path.parts
     )
     assert names == [
-        "iteration-0/heldout.parquet", "iteration-0/metrics.json", "iteration-0/pairs.parquet",
-        "iteration-1/heldout.parquet", "iteration-1/metrics.json", "iteration-1/pairs.parquet", "plan.json", "run.lock",
+        "about.json", "iteration-0/heldout.parquet", "iteration-0/metrics.json", "iteration-0/pairs.parquet",
+        "iteration-1/heldout.parquet", "iteration-1/metrics.json", "iteration-1/pairs.parquet", "log.jsonl", "plan.json",
+        "report.html", "run.lock",
     ]  # fmt: skip
     for iteration in range(2):
         assert (spin / f"iteration-{iteration}" / "model" / "adapter_model.safetensors").exists()
@@ -155,6 +156,16 @@ def test_table_of_a_run_on_disk(lora_run: tuple[dict, host.Run]) -> None:
     assert "Self-play iterations" in done.output and "0.6931" in done.output
     nothing = host.start(settings, "-m", "axolotl_spin", "table", str(run.out.parent))
     assert nothing.code != 0 and "holds no SPIN run" in nothing.output
+
+
+def test_report_of_a_run_on_disk(lora_run: tuple[dict, host.Run]) -> None:
+    settings, run = lora_run
+    page = run.out / "spin" / "report.html"
+    assert "complete: 48 steps" in page.read_text()  # written by the run itself
+    page.unlink()
+    done = host.start(settings, "-m", "axolotl_spin", "report", str(run.out))
+    assert done.code == 0 and str(page) in done.output
+    assert "complete: 48 steps" in page.read_text() and "lora_r: 4" in page.read_text()
 
 
 def test_preprocess_and_plan_take_the_same_yaml_and_share_sfts_cache(folder: Path, warm: Warm) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -80,13 +81,13 @@ def test_readme_yaml_is_valid(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_readme_table_lists_every_key() -> None:
     """Name and default of each `spin:` key, from the schema."""
-    from axolotl_spin.args import GenerationConfig, SpinConfig
+    from axolotl_spin.args import GenerationConfig, SpinConfig, VllmConfig
 
     table = dict(re.findall(r"^\| `([\w.]+)` \| `([^`]*)` \|", (ROOT / "README.md").read_text(), flags=re.MULTILINE))
     expected = {}
-    for prefix, model in (("", SpinConfig), ("generation.", GenerationConfig)):
+    for prefix, model in (("", SpinConfig), ("generation.", GenerationConfig), ("generation.vllm.", VllmConfig)):
         for name, field in model.model_fields.items():
-            if name not in ("active", "generation"):
+            if name not in ("active", "generation", "vllm"):
                 expected[prefix + name] = yaml.safe_dump(field.default).splitlines()[0]
     assert table == expected
 
@@ -119,3 +120,28 @@ def test_readme_commands_parse(tmp_path: Path) -> None:
             from axolotl_spin.cli import spin
 
             assert sub in spin.commands
+
+
+def test_readme_launches_parse() -> None:
+    """Every `accelerate launch` of the README is one that accelerate takes, of a module that exists."""
+    from importlib.util import find_spec
+
+    from accelerate.commands.launch import launch_command_parser
+
+    lines = re.findall(r"^accelerate launch (.+)$", "\n".join(readme_blocks("bash")), flags=re.MULTILINE)
+    assert any("--num_machines" in line for line in lines)
+    for line in lines:
+        arguments = launch_command_parser().parse_args(shlex.split(line, comments=True))
+        assert arguments.module and find_spec(arguments.training_script), line
+        assert arguments.training_script_args[-1] == "spin.yml"
+
+
+def test_readme_links_lead_somewhere() -> None:
+    text = (ROOT / "README.md").read_text()
+    heads = {
+        re.sub(r"[^a-z0-9 -]", "", head.lower()).replace(" ", "-") for head in re.findall(r"^#+ (.+)$", text, re.M)
+    }
+    targets = re.findall(r"\]\((?!https?:)([^)]+)\)", text)
+    assert targets
+    for target in targets:
+        assert target[1:] in heads if target.startswith("#") else (ROOT / target).exists(), target

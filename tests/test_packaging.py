@@ -43,13 +43,15 @@ def test_the_wheel_holds_everything_and_registers(python: Path) -> None:
     code = (
         "import axolotl_spin, axolotl_spin.uclaml, axolotl_spin.trainer, importlib.metadata as m, pathlib;"
         "print(axolotl_spin.__file__); print(axolotl_spin.__version__);"
-        "print(pathlib.Path(axolotl_spin.__file__).with_name('py.typed').exists());"
+        "folder = pathlib.Path(axolotl_spin.__file__).parent;"
+        "names = ('py.typed', 'reporting/page.html', 'reporting/page.css', 'reporting/page.js');"
+        "print('missing:', *(name for name in names if not (folder / name).exists()));"
         "[print(p.group, p.name, p.value) for g in ('axolotl.plugins', 'axolotl.cli_commands')"
         " for p in m.entry_points(group=g) if p.name == 'spin']"
     )
     lines = run(python, "-c", code).splitlines()
     assert str(python.parents[1]) in lines[0]
-    assert lines[1:3] == ["0.1.0", "True"]
+    assert lines[1:3] == ["0.1.0", "missing:"]
     assert {"axolotl.plugins spin axolotl_spin:SpinPlugin", "axolotl.cli_commands spin axolotl_spin.cli:spin"} == set(
         lines[3:]
     )
@@ -80,18 +82,38 @@ LAYERS = [
         "refusals",
         "generation",
         "compat",
+        "messages",
+        "lengths",
+        "memory",
         "peers",
         "sharding",
+        "generation.vllm_worker",
         "trackers",
     },
-    {"args", "pairs", "schedule", "generation.decoding", "uclaml", "callbacks", "metrics", "policy"}
-    | {"checkpoints", "chunks", "lock", "logprobs"},
-    {"identity", "scoring", "generation.transformers", "health", "batches", "staging", "heldout"},
+    {"generation.engine", "offload", "tally"},
+    {"generation.preflight"},
+    {"args", "pairs", "schedule", "generation.decoding", "uclaml", "metrics", "policy", "formats"}
+    | {"checkpoints", "chunks", "lock", "logprobs", "about", "steplog"},
+    {"advice", "identity", "scoring", "generation.transformers", "generation.serving", "health", "batches", "staging"}
+    | {"heldout"},
+    {"generation.vllm", "given_pairs"},
+    {"conversations", "export"},
     {"run"},
-    {"report", "resume", "layout_choice"},
-    {"iteration", "progress", "play", "terminal"},
+    {"report", "resume", "layout_choice", "callbacks"},
+    {"iteration", "progress", "generation.choice", "timing", "plan_view", "play", "terminal"},
     {"trainer"},
+    {"only_pairs"},
+    # the page of a run knows nothing of training
+    {"reporting.reading"},
+    {"reporting.answers"},
+    {"reporting.figures"},
+    {"reporting.charts", "reporting.guide"},
+    {"reporting.summaries"},
+    {"reporting.page"},
+    {"reporting"},
     {"plugin"},
+    {"configs"},
+    {"generating", "planning"},
     {"cli"},
     {"__main__", "__init__"},
 ]

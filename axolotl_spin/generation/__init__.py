@@ -61,12 +61,16 @@ class Chunk:
 class Backend(Protocol):
     """What answers prompts. Every rank calls it with the same chunks."""
 
-    def answer(self, model: Any, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, list[Completion]]]:
+    figures: dict[str, float]
+    """Seconds of the last call's parts that are not answering, under their public names."""
+
+    def answer(self, model: Any, chunks: Chunks, iteration: int = 0) -> Iterator[tuple[Chunk, list[Completion]]]:
         """Yields this rank's share of the chunks as they are done, in any order; over all ranks each chunk once.
 
         Args:
             model: The policy as the trainer wraps it, frozen for the call.
             chunks: What is to be answered.
+            iteration: Whose opponent the policy is.
         """
 
 
@@ -135,6 +139,10 @@ class Chunks(Sequence[Chunk]):
         prompts = tuple(self._prompts[rows]["prompt_ids"])
         limits = tuple(self._limit(len(prompt)) for prompt in prompts)
         return Chunk(index, tuple(rows), prompts, limits, self._seed)
+
+    def index_at(self, position: int) -> int:
+        """Returns the index of the chunk at a position, without making it."""
+        return self._only[position]
 
     def rows(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yields each chunk's index and its prompts' indices."""

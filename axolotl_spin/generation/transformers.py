@@ -27,6 +27,7 @@ class TransformersBackend:
         batch_size: Answers that one rank writes at once; halved where memory runs out.
         gather: The `spin.generation.gather_weights`.
         pulse: Called between forwards; may raise to stop.
+        count: Called with answers and tokens that this rank has made.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class TransformersBackend:
         batch_size: int = 32,
         gather: Gather = "auto",
         pulse: Callable[[], None] = lambda: None,
+        count: Callable[[int, int], None] = lambda answers, tokens: None,
     ):
         self.accelerator = accelerator
         self.sampling = sampling
@@ -44,9 +46,13 @@ class TransformersBackend:
         self.batch_size = batch_size
         self.gather = gather
         self.pulse = pulse
+        self.count = count
+        self.figures: dict[str, float] = {}
 
     @torch.no_grad()
-    def answer(self, model: Any, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, list[Completion]]]:
+    def answer(
+        self, model: Any, chunks: Sequence[Chunk], iteration: int = 0
+    ) -> Iterator[tuple[Chunk, list[Completion]]]:
         """See `Backend.answer`. The model must be in `eval()`; global random state is not touched."""
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         policy = self.accelerator.unwrap_model(model)
@@ -54,7 +60,9 @@ class TransformersBackend:
             answer = self._decode if can_decode(policy) else self._generate
             for position in range(rank, len(chunks), ranks):
                 chunk = chunks[position]
-                yield chunk, answer(policy, chunk, coupled)
+                completions = answer(policy, chunk, coupled)
+                self.count(len(completions), sum(len(completion.ids) for completion in completions))
+                yield chunk, completions
             while coupled and self._any_rank_goes_on(False):
                 policy(input_ids=torch.full((1, 1), self.pad_token_id, device=self.accelerator.device))
         if self.accelerator.device.type != "cpu":

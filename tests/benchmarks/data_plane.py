@@ -155,6 +155,7 @@ def exercise(folder: Path, count: int) -> dict[str, Any]:
     from axolotl_spin.plan import make_plan
     from axolotl_spin.prompts import prompt_dataset
     from axolotl_spin.run import Launch, SpinRun
+    from axolotl_spin.tally import Tally
 
     work = folder / "data-plane"
     shutil.rmtree(work, ignore_errors=True)
@@ -186,7 +187,7 @@ def exercise(folder: Path, count: int) -> dict[str, Any]:
             tokenizer=tokenizer, sequence_len=2048, seed=7, shuffle=True, eot_tokens=(), command="", adapter=None,
             launch=Launch(1, None), sample_packing=None,
         )  # fmt: skip
-        play: Any = SelfPlay(run, accelerator, air, air, Peers())  # type: ignore[arg-type]
+        play: Any = SelfPlay(run, accelerator, air, air, Peers(), Tally(Peers(), shown=False))  # type: ignore[arg-type]
         with timed("begin"):
             play.begin(plan.iterations[0], model)
         with timed("load"):

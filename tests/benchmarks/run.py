@@ -32,6 +32,7 @@ import iteration
 import sharded
 import startup
 import training
+import vllm_engine
 import workload
 
 Rows = list[dict[str, Any]]
@@ -63,6 +64,12 @@ FIGURES: dict[str, tuple[Callable[[Path, str, int, bool], Rows], bool]] = {
         ),
         True,
     ),
+    "vllm": (
+        lambda folder, model, repeats, quick: vllm_engine.measure(
+            folder, model, prompts=16 if quick else 192, most=8 if quick else 64, repeats=min(repeats, 3)
+        ),
+        False,
+    ),
     "sharded": (
         lambda folder, model, repeats, quick: sharded.measure(
             folder, model, prompts=16 if quick else 64, few=16, most=8 if quick else 32, repeats=min(repeats, 2)
@@ -77,7 +84,7 @@ FIGURES: dict[str, tuple[Callable[[Path, str, int, bool], Rows], bool]] = {
     ),
     "startup": (lambda folder, _, repeats, __: startup.measure(folder, repeats=repeats), False),
 }
-ONCE = "llama"  # the model of figures that are measured once only
+ONCE = {"vllm": "smollm2"}  # the model of figures that are measured once only; else the last
 PACKAGES = ("axolotl", "torch", "transformers", "trl", "accelerate", "deepspeed", "datasets", "axolotl-spin")
 
 
@@ -103,7 +110,7 @@ def main() -> None:
     started = time.monotonic()
     for name in arguments.figures:
         measure, every_model = FIGURES[name]
-        for model in models if every_model else [ONCE]:
+        for model in models if every_model else [ONCE.get(name, "llama")]:
             begun = time.monotonic()
             rows += measure(arguments.folder, model, repeats, arguments.quick)
             print(f"{name}, {model}: {time.monotonic() - begun:.0f} s\n{table(rows)}", file=sys.stderr, flush=True)

@@ -1,0 +1,222 @@
+"""What a run needs of memory on each rank, from the model's config alone: its weights are never loaded.
+
+Weights, gradients and optimizer state follow from the number of parameters and how they are kept. Activations depend on
+kernels and are rough. Whatever cannot be told is left out and said.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from axolotl.utils.dict import DictDefault
+
+# buffers as large as the trained weights that an optimizer keeps
+_STATE = {"adam": 2, "rmsprop": 1, "lion": 1, "sgd": 0}
+# bytes that a layer keeps of a token without recomputation, times the hidden size, in half precision (arXiv 2205.05198)
+_LAYER = 34
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """A model counted without its weights.
+
+    Attributes:
+        parameters: All of them, an adapter's included.
+        trainable: Those that are trained.
+        quantised: Those that `load_in_4bit` or `load_in_8bit` stores in fewer bits.
+        layers, hidden, vocabulary: Of the decoder.
+        kv_per_token: Numbers that a token leaves in the cache of keys and values.
+    """
+
+    parameters: int
+    trainable: int
+    quantised: int
+    layers: int
+    hidden: int
+    vocabulary: int
+    kv_per_token: int
+
+
+def model_size(cfg: Any) -> ModelSize:
+    """Counts the parameters of the config's model on the meta device, with the adapter that the host would add.
+
+    Args:
+        cfg: The host's normalized config.
+
+    Raises:
+        ValueError: The model's config cannot be read or built.
+    """
+    from axolotl.loaders.utils import load_model_config
+    from transformers import AutoModelForCausalLM
+
+    try:
+        config = load_model_config(cfg)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=bool(cfg.trust_remote_code))
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError) as error:
+        raise ValueError(
+            f"the model of `base_model: {cfg.base_model}` cannot be built from its config: {error}"
+        ) from error
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    parameters = sum(weight.numel() for weight in model.parameters())
+    head = model.get_output_embeddings()
+    quantised = 0
+    if cfg.load_in_4bit or cfg.load_in_8bit:
+        linear = [part for part in model.modules() if isinstance(part, torch.nn.Linear) and part is not head]
+        quantised = sum(part.weight.numel() for part in linear)
+    trainable = parameters
+    if cfg.adapter:
+        trainable = _adapter_parameters(model, cfg)
+        parameters += trainable
+    heads = int(getattr(text, "num_attention_heads", 0) or 0)
+    kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
+    hidden = int(getattr(text, "hidden_size", 0) or 0)
+    layers = int(getattr(text, "num_hidden_layers", 0) or 0)
+    head_dim = int(getattr(text, "head_dim", None) or (hidden // heads if heads else 0))
+    return ModelSize(
+        parameters,
+        trainable,
+        quantised,
+        layers,
+        hidden,
+        int(getattr(text, "vocab_size", 0)),
+        2 * layers * kv_heads * head_dim,
+    )
+
+
+def _adapter_parameters(model: Any, cfg: Any) -> int:
+    from axolotl.loaders.adapter import load_lora
+    from peft import PeftConfig, get_peft_model
+
+    if cfg.lora_model_dir:
+        settings = PeftConfig.from_pretrained(cfg.lora_model_dir)
+        settings.inference_mode = False
+    else:
+        _, settings = load_lora(model, DictDefault(cfg), config_only=True)
+    with torch.device("meta"):
+        model = get_peft_model(model, settings, autocast_adapter_dtype=False)
+    return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is computed at once on a rank.
+
+    Attributes:
+        ranks: Of the launch.
+        sharding: See `Launch`.
+        training_tokens: Of the largest micro-batch of pairs.
+        answer_tokens: Among them, those of answers.
+        generation_tokens: Prompts and answers that are written at once, at their longest.
+    """
+
+    ranks: int
+    sharding: str | None
+    training_tokens: int
+    answer_tokens: int
+    generation_tokens: int
+
+
+def estimate_memory(size: ModelSize, cfg: Any, load: Load) -> dict[str, Any]:
+    """Estimates bytes on each rank.
+
+    Args:
+        size: The model's.
+        cfg: The host's normalized config.
+        load: What is computed at once.
+
+    Returns:
+        Bytes under `weights`, `gradients`, `optimizer`, `activations` and `answering`, `None` where unknown; `training` is
+        the sum of the first four; and `notes`.
+    """
+    notes: list[str] = []
+    width = torch.empty(0, dtype=cfg.torch_dtype).element_size() if isinstance(cfg.torch_dtype, torch.dtype) else 4
+    zero = int(load.sharding[-1]) if load.sharding and load.sharding.startswith("ZeRO") else 0
+    fsdp = load.sharding == "FSDP2"
+    half = bool(cfg.bf16 or cfg.fp16)
+    frozen = size.parameters - size.trainable
+    stored = width
+    trained_width = 4 if cfg.adapter else width  # PEFT keeps adapters in fp32
+    if fsdp and half:
+        trained_width = 4
+        notes.append("FSDP2 keeps trained weights in fp32 under mixed precision")
+    bits = 0.516 if cfg.load_in_4bit else 1.0  # with double quantisation's constants
+    weights = (frozen - size.quantised if cfg.adapter else 0) * stored + size.quantised * bits
+    weights += size.trainable * trained_width
+    gradients = float(size.trainable * (2 if zero and half else trained_width))
+    state = _optimizer_bytes(size.trainable, 4 if zero else trained_width, cfg, notes)
+    if zero and state is not None:
+        state += 4 * size.trainable
+        notes.append("ZeRO keeps an fp32 copy of trained weights beside the optimizer's state")
+    whole = weights
+    if fsdp or zero == 3:
+        weights /= load.ranks
+    if fsdp or zero >= 2:
+        gradients /= load.ranks
+    if state is not None and (fsdp or zero >= 1):
+        state /= load.ranks
+    offload = _offloaded(cfg)
+    if "optimizer" in offload and state is not None:
+        notes.append(f"the optimizer's {_gib(state)} are in main memory (offload)")
+        state = 0.0
+    if "param" in offload:
+        notes.append(f"{_gib(weights)} of weights are in main memory (offload)")
+        weights = 0.0
+    activations = _activations(size, load, bool(cfg.gradient_checkpointing), 2 if half else 4)
+    notes.append("activations are rough (34 x hidden size bytes a token and layer; less with gradient checkpointing)")
+    cache = load.generation_tokens * size.kv_per_token * (2 if half else width)
+    answering = cache + (whole if fsdp or zero == 3 else 0)
+    if fsdp or zero == 3:
+        notes.append(
+            "while answering, the whole weights are held as well where they fit (spin.generation.gather_weights)"
+        )
+    known = [part for part in (weights, gradients, state, activations) if part is not None]
+    return {
+        "parameters": size.parameters,
+        "trainable": size.trainable,
+        "ranks": load.ranks,
+        "sharding": load.sharding,
+        "weights": int(weights),
+        "gradients": int(gradients),
+        "optimizer": None if state is None else int(state),
+        "activations": int(activations),
+        "training": int(sum(known)) if len(known) == 4 else None,
+        "answering": int(answering),
+        "notes": notes,
+    }
+
+
+def _optimizer_bytes(trainable: int, width: int, cfg: Any, notes: list[str]) -> float | None:
+    name = str(getattr(cfg.optimizer, "value", cfg.optimizer) or "").lower()
+    if "adafactor" in name or "came" in name:
+        notes.append(f"`optimizer: {name}` keeps factored state, which is small and not counted")
+        return 0.0
+    kind = next((kind for kind in _STATE if kind in name), None)
+    if kind is None or any(word in name for word in ("galore", "apollo", "4bit", "fp8", "optimi")):
+        notes.append(f"how much state `optimizer: {name}` keeps is not known here")
+        return None
+    if "paged" in name:
+        notes.append("a paged optimizer moves its state to main memory where the GPU's runs out")
+    return trainable * _STATE[kind] * (1 if "8bit" in name else width)
+
+
+def _offloaded(cfg: Any) -> set[str]:
+    zero = (cfg.deepspeed.get("zero_optimization") or {}) if isinstance(cfg.deepspeed, dict) else {}
+    found = {
+        part for part in ("optimizer", "param") if (zero.get(f"offload_{part}") or {}).get("device") in ("cpu", "nvme")
+    }
+    if (cfg.fsdp_config or {}).get("offload_params"):
+        found |= {"optimizer", "param"}
+    return found
+
+
+def _activations(size: ModelSize, load: Load, checkpointing: bool, width: int) -> float:
+    layer = _LAYER * size.hidden * width / 2
+    kept = size.layers * size.hidden * width + layer if checkpointing else size.layers * layer
+    return load.training_tokens * kept + load.answer_tokens * size.vocabulary * width
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB"

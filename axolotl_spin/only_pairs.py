@@ -1,0 +1,71 @@
+"""`axolotl spin generate`: a run that stops, in order and on every rank, once iteration 0's pairs are on disk.
+
+It is the host's own training up to there, so every layout and backend works, and a later `train` goes on from its files.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from axolotl_spin.artifacts import DamagedFileError, ForeignFileError
+from axolotl_spin.pairs import check_pairs
+from axolotl_spin.run import SpinRun
+from axolotl_spin.trainer import SpinTrainer
+
+
+class PairsMade(SystemExit):
+    """Ends the command with code 0. No `Exception`: the host and the other ranks would take it for a failure."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+
+class PairsOnlyTrainer(SpinTrainer):
+    """Begins iteration 0 and takes no step."""
+
+    def _run_epoch(self, model: Any, epoch: int, train_dataloader: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        assert self.run is not None
+        entry = self.run.plan.of_epoch(epoch)
+        with self._peers:
+            self._begin_iteration(entry, model)
+            self.self_play.end(entry)
+        raise PairsMade
+
+
+def leave_if_made(run: SpinRun) -> None:
+    """Ends the command before a model loads where iteration 0's pairs are on disk already.
+
+    Args:
+        run: The run, asked for its pairs alone.
+
+    Raises:
+        PairsMade: They are there, whole, and this run's.
+        ValueError: There is nothing to generate.
+    """
+    if run.given is not None:
+        raise ValueError(
+            f"`spin.initial_pairs: {run.given.source}` gives iteration 0 its pairs, so there is nothing to generate: "
+            "remove it, or start `axolotl train`"
+        )
+    try:
+        check_pairs(run.directory.pairs(0), run.identity.before(0), run.plan.iterations[0].rows)
+    except (FileNotFoundError, DamagedFileError, ForeignFileError):
+        return  # made anew, or refused by what checks the folder
+    raise PairsMade
+
+
+def refuse_if_trained(run: SpinRun, cfg: Any) -> None:
+    """Refuses a run that has trained already, whose start model answers no more.
+
+    Args:
+        run: The run, asked for its pairs alone.
+        cfg: The host's config, after `settle_start`.
+
+    Raises:
+        ValueError: It would go on from a checkpoint.
+    """
+    if cfg.get("resume_from_checkpoint"):
+        raise ValueError(
+            f"the run in {run.directory.root.parent} has trained already (a start goes on from "
+            f"{cfg.resume_from_checkpoint}), and its pairs of iteration 0 are gone: choose another `output_dir`"
+        )
