@@ -161,7 +161,7 @@ class HeldOutPlay:
         def limit(prompt: int) -> int:
             return token_limit(prompt, max_new_tokens=generation.max_new_tokens, sequence_len=self.run.sequence_len)
 
-        chunks = Chunks(self.run.heldout, rows, limit, iteration_seed(iteration_seed(seed, _STREAM), number))
+        chunks = Chunks(self.run.heldout, rows, limit, play_seed(seed, number))
         mine = sum(len(part) for part in rows[accelerator.process_index :: accelerator.num_processes])
         found: list[tuple[int, Completion]] = []
         shown, about = accelerator.is_main_process, f"{name}: held-out play"
@@ -184,6 +184,16 @@ class HeldOutPlay:
             "row": rows,
         }
         return pa.table({name: columns[name] for name in SCHEMA.names}, schema=SCHEMA)
+
+
+def play_seed(seed: int, number: int) -> int:
+    """Returns the seed of a play's answers, another than that of any iteration's.
+
+    Args:
+        seed: Of the run's sampling.
+        number: Which play of the run it is: 0 for the start model's, then one more than the iteration.
+    """
+    return iteration_seed(iteration_seed(seed, _STREAM), number)
 
 
 def measure(table: pa.Table, stop_token_ids: Sequence[int]) -> dict[str, float]:

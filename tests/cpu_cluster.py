@@ -36,7 +36,12 @@ if os.environ.get("CPU_CLUSTER"):
     @torch.no_grad()
     def _gather(output_tensor, input_tensor, *args, **kwargs):
         # gloo of torch 2.13 writes into views of ZeRO-2's flat parameters, which autograd forbids (DeepSpeed <0.19)
-        return _all_gather_into_tensor(output_tensor.detach(), input_tensor, *args, **kwargs)
+        work = _all_gather_into_tensor(output_tensor.detach(), input_tensor, *args, **kwargs)
+        # DeepSpeed waits for the last of several only, which with an accelerator's stream means all; gloo's threads end in
+        # any order, and weights that have not come yet would be computed with
+        if work is not None:
+            work.wait()
+        return work
 
     torch.distributed.all_gather_into_tensor = _gather
 

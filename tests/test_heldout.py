@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM
 from warm import Warm
 
 from axolotl_spin.args import SpinConfig
+from axolotl_spin.generation import iteration_seed
 from axolotl_spin.heldout import heldout_prompts, refuse_missing_data
-from axolotl_spin.play import SCHEMA, auc, distinct_2, measure
+from axolotl_spin.play import SCHEMA, auc, distinct_2, measure, play_seed
 
 # -- which prompts ----------------------------------------------------------------------------------------------------
 
@@ -98,6 +99,12 @@ def test_distinct_2_by_hand() -> None:
     assert distinct_2([[1], []]) is None
 
 
+def test_plays_are_drawn_with_numbers_of_their_own() -> None:
+    trained_against = {iteration_seed(seed, iteration) for seed in (7, 8) for iteration in range(100)}
+    plays = {play_seed(seed, number) for seed in (7, 8) for number in range(101)}
+    assert len(plays) == 202 and not plays & trained_against
+
+
 def played(own: list[list[int]], logps: list[tuple[float, float]], human: tuple[int, ...] = (5, 5, 5, 6)) -> pa.Table:
     made = [
         {"prompt": "", "human": "", "own": "", "prompt_ids": [1], "human_ids": human, "own_ids": ids,
@@ -154,6 +161,10 @@ def test_training_does_not_notice(train: Any) -> None:
     assert played.losses() == without.losses()
     weights, others = (load_file(run.out / "model.safetensors") for run in (played, without))
     assert all(torch.equal(weights[name], others[name]) for name in others)
+    # the last checkpoint is behind two plays
+    states = [torch.load(run.out / "checkpoint-24" / "rng_state.pth", weights_only=False) for run in (played, without)]
+    assert torch.equal(states[0]["cpu"], states[1]["cpu"]) and states[0]["python"] == states[1]["python"]
+    assert all(np.array_equal(a, b) for a, b in zip(states[0]["numpy"], states[1]["numpy"], strict=True))
     for iteration in range(2):
         assert not (without.out / "spin" / f"iteration-{iteration}" / "heldout.parquet").exists()
         assert not [name for name in without.metrics(iteration) if "heldout" in name]

@@ -12,6 +12,7 @@ import pty
 import re
 import subprocess
 import sys
+import termios
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -56,7 +57,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> host.Run:
         "WANDB_DIR": str(folder),
         "TRACKIO_DIR": str(folder / "trackio"),
         "MLFLOW_ALLOW_FILE_STORE": "true",
-        "COLUMNS": "120",
     }
     path = host.write(settings)
     code, output = in_terminal(
@@ -69,6 +69,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> host.Run:
 def in_terminal(command: list[str], env: dict[str, str], cwd: Path) -> tuple[int, str]:
     """Runs a command whose output is a terminal; returns its exit code and all that it wrote there."""
     master, slave = pty.openpty()
+    termios.tcsetwinsize(slave, (50, 120))  # bars have no width in a terminal without one
     process = subprocess.Popen(command, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=slave, stderr=slave)
     os.close(slave)
     written = b""
