@@ -45,7 +45,7 @@ test-faults:
 test-vllm:
 	environment=$$(bash .ci/environment $(HOST)) && engine=$$(bash .ci/vllm-environment) && \
 	$$environment/bin/pip install $(TESTED) && \
-	SPIN_VLLM_PYTHON=$$engine OMP_NUM_THREADS=$$(nproc) $$environment/bin/python -m pytest -m vllm -rA -p no:warnings
+	SPIN_VLLM_PYTHON=$$engine OMP_NUM_THREADS=$$(nproc) OMP_WAIT_POLICY=PASSIVE $$environment/bin/python -m pytest -m vllm -rA -p no:warnings
 
 # on the default host, what `make test` leaves out; on the others, everything but what one host shows
 test-hosts:
