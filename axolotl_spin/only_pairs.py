@@ -23,6 +23,10 @@ class PairsMade(SystemExit):
 class PairsOnlyTrainer(SpinTrainer):
     """Begins iteration 0 and takes no step."""
 
+    def attach(self, run: SpinRun) -> None:
+        run.heldout = None  # the training that goes on from here plays on it
+        super().attach(run)
+
     def _run_epoch(self, model: Any, epoch: int, train_dataloader: Any, **kwargs: Any) -> None:  # type: ignore[override]
         assert self.run is not None
         entry = self.run.plan.of_epoch(epoch)

@@ -69,7 +69,7 @@ def settings_in(folder: Path, smollm: Path, **changes: Any) -> dict[str, Any]:
         "datasets": [{"path": str(smollm / "data" / "train.jsonl"), "ds_type": "json", "type": "chat_template"}],
         "spin": {"iterations": 2, "max_prompts": 16, "history": 0, "beta": 0.5, "generation": generation},
         "sequence_len": 128,
-        "learning_rate": 2e-4 if "adapter" in changes else 2e-5,
+        "learning_rate": 2e-3 if "adapter" in changes else 2e-5,
         "warmup_steps": 0,
         # a model of 0.5 GB, several times over, is enough on disk
         "save_only_model": True,
