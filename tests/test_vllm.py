@@ -100,7 +100,9 @@ def test_the_opponent_answers(kind: str, smollm: Path, tmp_path: Path, warm: War
     one = kind.startswith("single")
     threads = {"OMP_NUM_THREADS": str(os.cpu_count()) if one else "1", "OMP_WAIT_POLICY": "PASSIVE"}
     run = host.train(settings, kind.partition("-")[0], threads, by=warm if one else warm_ranks, timeout=900)
-    assert len(re.findall(r"vLLM [\d.]+ was ready after", run.output)) == (2 if one else 4), run.output[-3000:]
+    assert len(re.findall(r"vLLM [\d.]+ was ready after", run.output)) == 2, run.output[
+        -3000:
+    ]  # rank 0's, once an iteration
     assert not list((run.out / "spin").rglob(".engine*")) and not list((run.out / "spin").rglob(".opponent"))
     assert [round(loss, 3) for loss in (run.losses()[0], run.metrics(1)["loss_first"])] == [0.693, 0.693]
     fresh = run.pairs(1).to_pylist()
@@ -273,24 +275,24 @@ def both(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Both:
 
 
 def test_both_sample_the_same_distribution(both: Both) -> None:
-    """Eight prompts, 128 answers each: frequencies of the first token, and the mean log-prob of whole answers under the
+    """Eight prompts, 64 answers each: frequencies of the first token, and the mean log-prob of whole answers under the
     model, within what chance allows."""
-    prompts = [prompt for prompt in both.prompts[:8] for _ in range(128)]
+    prompts = [prompt for prompt in both.prompts[:8] for _ in range(64)]
     sampling = Sampling(1.0, 1.0, None, (2,))
     drawn = {name: both.answer(name, prompts, sampling, 8) for name in ("vllm", "transformers")}
     logps = {name: sum_of_logps(both.model, prompts[::4], [answer.ids for answer in answers][::4])
              for name, answers in drawn.items()}  # fmt: skip
     first, second = logps["vllm"], logps["transformers"]
     # the prompts are the same on both sides, so the spread that counts is within them
-    within = [side.reshape(8, 32).std(axis=1, ddof=1) for side in (first, second)]
-    error = np.sqrt(sum((spread**2 / 32).sum() for spread in within)) / 8
+    within = [side.reshape(8, 16).std(axis=1, ddof=1) for side in (first, second)]
+    error = np.sqrt(sum((spread**2 / 16).sum() for spread in within)) / 8
     assert abs(first.mean() - second.mean()) < 4 * error, (first.mean(), second.mean(), error)
     statistic, freedom = 0.0, 0
-    for start in range(0, len(prompts), 128):
-        counts = [Counter(answer.ids[0] for answer in drawn[name][start : start + 128]) for name in drawn]
+    for start in range(0, len(prompts), 64):
+        counts = [Counter(answer.ids[0] for answer in drawn[name][start : start + 64]) for name in drawn]
         often = [token for token, count in (counts[0] + counts[1]).items() if count >= 10]
         table = np.array([[count[token] for token in often] for count in counts])
-        table = np.column_stack([table, 128 - table.sum(axis=1)])  # and all rare tokens together
+        table = np.column_stack([table, 64 - table.sum(axis=1)])  # and all rare tokens together
         table = table[:, table.sum(axis=0) > 0]
         statistic += ((table[0] - table[1]) ** 2 / table.sum(axis=0)).sum()
         freedom += table.shape[1] - 1
