@@ -90,7 +90,14 @@ def log_line(logs: dict[str, Any], step: int, steps: int) -> str | None:
 def _terminal_handlers() -> Iterable[logging.StreamHandler]:
     """Returns what writes the log to a terminal: the host sets handlers for itself and for all others."""
     handlers = [handler for name in (None, "axolotl") for handler in logging.getLogger(name).handlers]
-    return [handler for handler in handlers if isinstance(handler, logging.StreamHandler) and handler.stream.isatty()]
+    return [
+        handler for handler in handlers if isinstance(handler, logging.StreamHandler) and _is_terminal(handler.stream)
+    ]
+
+
+def _is_terminal(stream: Any) -> bool:
+    """Whether lines go to a terminal; a handler may hold no stream, or one that was closed."""
+    return stream is not None and not getattr(stream, "closed", False) and stream.isatty()
 
 
 class _ClearBar(logging.Filter):

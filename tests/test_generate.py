@@ -39,7 +39,8 @@ def test_generates_goes_on_after_a_kill_and_training_goes_on_from_it(
     assert "axolotl train run.yml" in output and "axolotl spin export" in output
     out = tmp_path / "out"
     assert pq.read_table(out / "spin" / "iteration-0" / "pairs.parquet").to_pydict() == whole["pairs 0"]
-    assert files(out / "spin") == ["iteration-0/metrics.json", "iteration-0/pairs.parquet", "plan.json", "run.lock"]
+    kept = ["about.json", "iteration-0/metrics.json", "iteration-0/pairs.parquet", "log.jsonl", "plan.json", "run.lock"]
+    assert files(out / "spin") == kept
     assert not list(out.glob("checkpoint-*")) and not list(out.glob("*.safetensors"))
     assert "failed" not in output and "'loss'" not in output and "eval_loss" not in output
 

@@ -70,7 +70,7 @@ def test_two_iterations_on_the_real_model(quickstart: Path, warm: Warm) -> None:
     settings["base_model"] = str(quickstart / "model")
     settings["output_dir"] = str(quickstart.parent / "out")
     settings["dataset_prepared_path"] = str(quickstart.parent / "prepared")
-    del settings["test_datasets"], settings["eval_strategy"]
+    del settings["test_datasets"], settings["eval_strategy"], settings["spin"]["eval_prompts"]
     run = host.train(settings, by=warm)
     assert [run.metrics(i)["loss_first"] for i in range(2)] == pytest.approx([0.693147] * 2, abs=1e-4)
     assert run.metrics(0)["loss_last"] < 0.69

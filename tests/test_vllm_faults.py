@@ -120,8 +120,8 @@ def test_a_fault_is_said_and_the_next_start_goes_on(
 def test_the_engine_ends_when_the_trainer_is_killed(
     shared: Path, tmp_path: Path, warm: Warm, undisturbed: dict[str, Any]
 ) -> None:
-    settings_in(tmp_path, shared)
-    fork = warm.start("axolotl.cli.train", "run.yml", env=environment(FAKE_VLLM_STEP="0.2"), cwd=tmp_path)
+    settings_in(tmp_path, shared, {"max_num_seqs": 4})  # sixteen answers of up to eight steps: half a minute
+    fork = warm.start("axolotl.cli.train", "run.yml", env=environment(FAKE_VLLM_STEP="1"), cwd=tmp_path)
     deadline = time.monotonic() + 120
     while not answered(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.05)
