@@ -32,6 +32,7 @@ from axolotl_spin.tally import Tally
 
 LOG = get_logger(__name__)
 
+# bytes of keys and values of an engine on a CPU, where vLLM would take nine tenths of the machine's memory
 _LARGEST_CPU_CACHE = 4 << 30
 
 
@@ -162,8 +163,7 @@ class VllmBackend:
             if not sized and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
                 free = psutil.virtual_memory().available // (4 * here)
                 arguments["kv_cache_memory_bytes"] = min(_LARGEST_CPU_CACHE, free)
-            threads = max(1, (os.cpu_count() or 1) // engines)
-            return {"OMP_NUM_THREADS": os.environ.get("VLLM_OMP_NUM_THREADS", str(threads))}
+            return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // engines))}  # launchers set 1
         free, total = torch.cuda.mem_get_info(device)
         arguments["gpu_memory_utilization"] = share_of_memory(self.settings.gpu_memory_utilization, free, total)
         names = visible_devices(
