@@ -30,7 +30,7 @@ def _plant(defect: str) -> None:
         start.setdefault("model", copy.deepcopy(model))
         return score(self, entry, start["model"], pairs, figures)
 
-    def stale_generations(self, model, chunks):
+    def stale_generations(self, model, chunks, iteration=0):
         start.setdefault("model", copy.deepcopy(model))
         return answer(self, start["model"], chunks)
 
@@ -40,7 +40,7 @@ def _plant(defect: str) -> None:
         swaps |= {there: here for here, there in swaps.items()}
         return {name: pair[swaps.get(name, name)] for name in pair}
 
-    def dies_after_two_chunks(self, model, chunks):
+    def dies_after_two_chunks(self, model, chunks, iteration=0):
         for number, done in enumerate(answer(self, model, chunks)):
             if number == 2:
                 raise RuntimeError("planted: out of memory")
