@@ -122,7 +122,9 @@ def sft_rows(path: Path, count: int) -> Any:
 class OutOfTheAir:
     """A backend and a scorer without a model."""
 
-    def answer(self, model: Any, chunks: Any) -> Iterator[tuple[Any, list[Any]]]:
+    figures: dict[str, float] = {}
+
+    def answer(self, model: Any, chunks: Any, iteration: int = 0) -> Iterator[tuple[Any, list[Any]]]:
         import numpy as np
 
         from axolotl_spin.generation import Completion
