@@ -109,7 +109,7 @@ def compete(folder: Path, name: str, count: int, most: int, repeats: int) -> dic
 
     for _ in range(repeats):
         for mode in ("bare", "bare in one process"):
-            job = {"engine": served.arguments(settings), "prompts": asked, "most": most, "repeats": 2,
+            job = {"engine": served.arguments(settings), "prompts": asked, "most": most, "repeats": 1,
                    "sampling": sampling_arguments(sampling), "report": str(scratch / "bare.json")}  # fmt: skip
             scratch.mkdir(exist_ok=True)
             (scratch / "job.json").write_text(json.dumps(job))
@@ -123,7 +123,7 @@ def compete(folder: Path, name: str, count: int, most: int, repeats: int) -> dic
                     [chosen["python"], script, scratch / "job.json"], env=env, check=True, stdout=log, stderr=log
                 )
             bare = json.loads((scratch / "bare.json").read_text())
-            rates[mode].append(max(made / spent for made, spent in zip(bare["tokens"], bare["seconds"], strict=True)))
+            rates[mode].append(sum(bare["tokens"]) / sum(bare["seconds"]))
             starts[mode].append(bare["start"])
         clock = Clock(Peers(), shown=False)
         started = time.perf_counter()
