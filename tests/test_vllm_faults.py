@@ -247,7 +247,7 @@ def test_a_fault_of_one_engine_stops_all_ranks(shared: Path, tmp_path: Path, war
     folder = tmp_path / "run"
     folder.mkdir()
     changes = {**host.layout("ddp", folder), "plugins": ["faults.FaultPlugin", *host.OURS]}
-    settings_in(folder, shared, **changes)
+    settings_in(folder, shared, {"max_num_seqs": 2}, **changes)  # eight answers of an engine, two at a time
     logs = [tmp_path / f"rank{rank}.log" for rank in range(2)]
     env = environment(FAKE_VLLM="die:4", FAKE_VLLM_STEP="0.3")
     forks = warm_ranks.start("axolotl.cli.train", "run.yml", env=env, cwd=folder, logs=logs)
