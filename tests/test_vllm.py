@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import os
 import re
-import runpy
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -55,9 +56,10 @@ def tmp_path(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def smollm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the quickstart's model and data."""
-    if not (ROOT / "quickstart" / "model" / "model.safetensors").exists():
-        runpy.run_path(str(ROOT / "example_configs/quickstart/prepare.py"), run_name="__main__")
-    return ROOT / "quickstart"
+    folder = tmp_path_factory.mktemp("smollm")
+    command = [sys.executable, str(ROOT / "example_configs/quickstart/prepare.py"), "--output", str(folder)]
+    subprocess.run(command, env=host.environment(), check=True)
+    return folder
 
 
 def settings_in(folder: Path, smollm: Path, **changes: Any) -> dict[str, Any]:
