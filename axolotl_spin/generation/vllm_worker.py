@@ -5,8 +5,8 @@ vllm alone, and talks through files.
     python vllm_worker.py answer JOB   answers the job's `requests`, writing what happens to its `events`
 
 JOB is a JSON file, written by `engine.py`, where its keys are described. `requests` has one JSON object a line, a chunk:
-`index`, `prompts` (lists of token ids), `limits` (tokens), `seeds`, one a prompt. `events` gets one object a line, each on
-disk before the next:
+`index`, `prompts` (lists of token ids), `limits` (tokens), `seeds`, one a prompt. `events` gets one object a line, answers
+on disk before the next:
 
     {"event": "ready", "seconds": 41.2, "version": "0.32.0"}       the engine takes requests
     {"event": "progress", "answers": 12, "tokens": 3400}           so far; every second in which it is true
@@ -114,7 +114,8 @@ def answer(job: dict[str, Any]) -> None:
         def tell(event: str, **fields: Any) -> None:
             events.write(json.dumps({"event": event, **fields}) + "\n")
             events.flush()
-            os.fsync(events.fileno())
+            if event != "progress":  # which says nothing that could be lost, and comes while the engine could answer
+                os.fsync(events.fileno())
 
         import vllm
 
