@@ -65,6 +65,8 @@ class LLMEngine:
                 "Free memory on device (3.1/79.2 GiB) on startup is less than desired GPU memory utilization"
             )
         assert arguments.skip_tokenizer_init and arguments.generation_config == "vllm"
+        # whole weights are the opponent's, which the run has written below `spin`; an adapter is served over the base model
+        assert arguments.enable_lora != ("/spin/iteration-" in arguments.model), arguments.model
         return cls(arguments)
 
     def __init__(self, arguments: EngineArgs):
