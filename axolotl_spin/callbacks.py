@@ -8,10 +8,10 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
-from axolotl_spin.about import note_start
-from axolotl_spin.plan import Plan
-from axolotl_spin.run import SpinRun
-from axolotl_spin.steplog import append_row, restart_log
+from axolotl_spin.monitor.about import note_start
+from axolotl_spin.monitor.log import append_row, restart_log
+from axolotl_spin.run.plan import Plan
+from axolotl_spin.run.prepare import SpinRun
 
 
 class SaveAtIterationEnd(TrainerCallback):

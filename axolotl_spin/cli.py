@@ -30,9 +30,9 @@ def plan(config: str, as_json: bool, **given: Any) -> None:
 
     Times follow from given tokens per second, or from what a run in the same output_dir has measured.
     """
-    from axolotl_spin.plan_view import plan_lines
-    from axolotl_spin.planning import Given, plan_run
-    from axolotl_spin.report import print_wide
+    from axolotl_spin.commands.plan.estimate import Given, plan_run
+    from axolotl_spin.commands.plan.show import plan_lines
+    from axolotl_spin.monitor.tables import print_wide
 
     run, figures = plan_run(config, Given(**given))
     if as_json:
@@ -48,7 +48,7 @@ def generate(config: str) -> None:
 
     Start it again after an interruption and it goes on. On several GPUs: accelerate launch -m axolotl_spin generate CONFIG.
     """
-    from axolotl_spin.generating import generate_pairs
+    from axolotl_spin.commands.generate import generate_pairs
 
     generate_pairs(config)
 
@@ -72,7 +72,7 @@ def generate(config: str) -> None:
 @click.option("--tokenizer", default="", help="Name or path of the run's tokenizer. Default: the one in OUTPUT_DIR.")
 def export(**options: Any) -> None:
     """Write the pairs of one iteration of the run in OUTPUT_DIR, going on, stopped or finished, as a dataset."""
-    from axolotl_spin.export import Export, describe, export_pairs
+    from axolotl_spin.commands.export.export import Export, describe, export_pairs
 
     asked = Export(**options)
     for line in describe(asked, export_pairs(asked)):
@@ -83,8 +83,9 @@ def export(**options: Any) -> None:
 @click.argument("output_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def table(output_dir: Path) -> None:
     """Print the table of iterations of the run in OUTPUT_DIR, finished or not."""
-    from axolotl_spin.artifacts import DamagedFileError, RunDirectory, read_json
-    from axolotl_spin.report import iteration_table, print_wide, read_metrics
+    from axolotl_spin.disk.atomic import DamagedFileError, read_json
+    from axolotl_spin.disk.directory import RunDirectory
+    from axolotl_spin.monitor.tables import iteration_table, print_wide, read_metrics
 
     directory = RunDirectory(output_dir)
     if not directory.plan.exists():
@@ -105,9 +106,9 @@ def table(output_dir: Path) -> None:
 )
 def report(output_dirs: tuple[Path, ...], output: Path | None) -> None:
     """Write a page that shows the run in OUTPUT_DIR, complete or not; of several runs, one that compares them."""
-    from axolotl_spin.artifacts import RunDirectory
-    from axolotl_spin.reporting import write_report
-    from axolotl_spin.reporting.reading import NoRunError
+    from axolotl_spin.disk.directory import RunDirectory
+    from axolotl_spin.report import write_report
+    from axolotl_spin.report.reading import NoRunError
 
     if output is None:
         output = RunDirectory(output_dirs[0]).report if len(output_dirs) == 1 else Path("spin-comparison.html")

@@ -7,7 +7,7 @@ module level or when a config does not say `rl: spin`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from axolotl_spin.args import spin_config
 from axolotl_spin.refusals import refuse_loaded
 
 if TYPE_CHECKING:
-    from axolotl_spin.run import SpinRun
+    from axolotl_spin.run.prepare import SpinRun
 
 
 class SpinPlugin(BasePlugin):
@@ -26,7 +26,9 @@ class SpinPlugin(BasePlugin):
     def __init__(self) -> None:
         super().__init__()
         self.run: SpinRun | None = None
-        self.pairs_only = False  # set by `axolotl spin generate`
+        # `axolotl spin generate` sets both: it starts elsewhere, and stops earlier
+        self.trainer_class: type | None = None
+        self.settle: Callable[[SpinRun, Any], None] | None = None
         self._trained = False
         self._concerned = True
         self._written: dict[str, Any] | None = None
@@ -35,9 +37,9 @@ class SpinPlugin(BasePlugin):
         """Refuses an untested host and an `output_dir` that cannot be written to, before the config is even parsed."""
         self._concerned = cfg.get("rl") == "spin" or cfg.get("spin") is not None
         if cfg.get("rl") == "spin":
-            from axolotl_spin.about import plain_config
-            from axolotl_spin.artifacts import check_output_dir
             from axolotl_spin.compat import check_host_version
+            from axolotl_spin.disk.directory import check_output_dir
+            from axolotl_spin.monitor.about import plain_config
 
             check_host_version()
             self._written = plain_config(cfg)
@@ -62,8 +64,8 @@ class SpinPlugin(BasePlugin):
         from axolotl.loaders import load_tokenizer
         from axolotl.utils.data import prepare_datasets
 
-        from axolotl_spin.heldout import refuse_missing_data
-        from axolotl_spin.run import prepare_run
+        from axolotl_spin.data.heldout import refuse_missing_data
+        from axolotl_spin.run.prepare import prepare_run
 
         refuse_missing_data(settings, cfg)
         if not torch.cuda.is_available():
@@ -73,24 +75,14 @@ class SpinPlugin(BasePlugin):
             train_dataset, eval_dataset, _, _ = prepare_datasets(cfg, tokenizer)
         self.run = prepare_run(cfg, train_dataset, tokenizer, eval_dataset)
         if not preprocess:
-            self._settle_start(cfg)
+            from axolotl_spin.run.resume import settle_start
+
+            (self.settle or settle_start)(self.run, cfg)
             if self.run.served:
-                from axolotl_spin.generation.serving import check_serving
+                from axolotl_spin.generation.vllm.served import check_serving
 
                 check_serving(self.run.served, settings.generation.vllm)
         return TrainDatasetMeta(train_dataset, eval_dataset, self.run.plan.total_steps)
-
-    def _settle_start(self, cfg: Any) -> None:
-        from axolotl_spin.resume import settle_start
-
-        assert self.run is not None
-        if not self.pairs_only:
-            return settle_start(self.run, cfg)
-        from axolotl_spin.only_pairs import leave_if_made, refuse_if_trained
-
-        leave_if_made(self.run)
-        settle_start(self.run, cfg)
-        refuse_if_trained(self.run, cfg)
 
     def _other_trainers(self, cfg: Any) -> list[str]:
         plugins = PluginManager.get_instance().plugins.items()
@@ -99,10 +91,8 @@ class SpinPlugin(BasePlugin):
     def get_trainer_cls(self, cfg: Any) -> type | None:
         if spin_config(cfg) is None:
             return None
-        if self.pairs_only:
-            from axolotl_spin.only_pairs import PairsOnlyTrainer
-
-            return PairsOnlyTrainer
+        if self.trainer_class is not None:
+            return self.trainer_class
         from axolotl_spin.trainer import SpinTrainer
 
         return SpinTrainer
@@ -124,8 +114,6 @@ class SpinPlugin(BasePlugin):
         plan = self.run.plan
         arguments["num_train_epochs"] = plan.total_epochs
         arguments["max_steps"] = plan.total_steps
-        if self.pairs_only:
-            arguments["eval_on_start"] = False
         for setting, per_epoch in (("save_steps", cfg.saves_per_epoch), ("eval_steps", cfg.evals_per_epoch)):
             if per_epoch and cfg.get(setting):  # a fraction of the run, which the host took to be one iteration
                 arguments[setting] = 1.0 / (per_epoch * plan.total_epochs)
@@ -134,9 +122,9 @@ class SpinPlugin(BasePlugin):
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list:
         if self.run is None:
             return []
-        from axolotl_spin.about import plain_config
         from axolotl_spin.callbacks import KeepRecord, SaveAtIterationEnd, TakeUp
-        from axolotl_spin.terminal import show_lines
+        from axolotl_spin.monitor.about import plain_config
+        from axolotl_spin.monitor.terminal import show_lines
 
         show_lines(trainer)
         written = plain_config(cfg) if self._written is None else self._written
@@ -152,9 +140,9 @@ class SpinPlugin(BasePlugin):
     def post_train_unload(self, cfg: Any) -> None:
         """Notes that the run is complete and prints the table of iterations, behind everything that the host says."""
         if self._trained and self.run is not None and int(os.environ.get("RANK", "0")) == 0:
-            from axolotl_spin.about import note_end
-            from axolotl_spin.report import print_table
-            from axolotl_spin.reporting import report_at_end
+            from axolotl_spin.monitor.about import note_end
+            from axolotl_spin.monitor.tables import print_table
+            from axolotl_spin.report import report_at_end
 
             note_end(self.run.directory.about)
             report_at_end(

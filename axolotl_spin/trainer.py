@@ -21,29 +21,30 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from axolotl_spin.batches import pair_loader
-from axolotl_spin.checkpoints import read_checkpoint, saving
 from axolotl_spin.compat import WithoutTokenPerplexity
-from axolotl_spin.generation import Sampling
+from axolotl_spin.data.pairs import PairDataset
+from axolotl_spin.game.health import check_loss, check_step_zero, check_weights, report
+from axolotl_spin.game.heldout_play import HeldOutPlay
+from axolotl_spin.game.schedule import IterationSchedule, learning_rate_table, restart_optimizer
+from axolotl_spin.game.self_play import SelfPlay
+from axolotl_spin.generation.backend import Sampling
 from axolotl_spin.generation.choice import chosen_backend
-from axolotl_spin.health import check_loss, check_step_zero, check_weights, report
-from axolotl_spin.iteration import SelfPlay
-from axolotl_spin.layout_choice import settle_layout
-from axolotl_spin.layouts import PairCollator
-from axolotl_spin.logprobs import completion_logps
-from axolotl_spin.loss import LOSS_AT_START, spin_loss
-from axolotl_spin.pairs import PairDataset
-from axolotl_spin.peers import Peers
-from axolotl_spin.plan import IterationPlan
-from axolotl_spin.play import HeldOutPlay
-from axolotl_spin.policy import disable_dropout, nonfinite_weights, save_whole
-from axolotl_spin.progress import Progress
-from axolotl_spin.resume import set_aside
-from axolotl_spin.run import SpinRun
-from axolotl_spin.schedule import IterationSchedule, learning_rate_table, restart_optimizer
-from axolotl_spin.scoring import Scorer
-from axolotl_spin.tally import Tally
-from axolotl_spin.terminal import show_table
+from axolotl_spin.monitor.iteration import Progress
+from axolotl_spin.monitor.terminal import show_table
+from axolotl_spin.ranks.bar import Tally
+from axolotl_spin.ranks.peers import Peers
+from axolotl_spin.run.checkpoints import read_checkpoint
+from axolotl_spin.run.plan import IterationPlan
+from axolotl_spin.run.prepare import SpinRun
+from axolotl_spin.run.resume import set_aside
+from axolotl_spin.run.saving import save_whole, saving
+from axolotl_spin.training.batches import pair_loader
+from axolotl_spin.training.layout_check import settle_layout
+from axolotl_spin.training.layouts import PairCollator
+from axolotl_spin.training.logprobs import completion_logps
+from axolotl_spin.training.loss import LOSS_AT_START, spin_loss
+from axolotl_spin.training.policy import disable_dropout, nonfinite_weights
+from axolotl_spin.training.scoring import Scorer
 
 LOG = get_logger(__name__)
 
@@ -83,7 +84,17 @@ class SpinTrainer(AxolotlTrainer, WithoutTokenPerplexity):
         scorer = Scorer(self.accelerator, self._collator, micro_batch, gather, self._peers.check)
         tally = Tally(self._peers, self.accelerator.is_main_process)
         save, optimizer = partial(save_whole, self), lambda: self.optimizer
-        backend = chosen_backend(run, self.accelerator, sampling, pad, tally, save=save, optimizer=optimizer)
+        backend = chosen_backend(
+            generation,
+            run.served,
+            run.directory,
+            self.accelerator,
+            sampling,
+            pad,
+            tally,
+            save=save,
+            optimizer=optimizer,
+        )
         self.self_play = SelfPlay(run, self.accelerator, backend, scorer, self._peers, tally)
         self.held_out = HeldOutPlay(run, self, sampling, pad, scorer, self._peers.check)
 
@@ -123,7 +134,16 @@ class SpinTrainer(AxolotlTrainer, WithoutTokenPerplexity):
         if self.run is not None and not self._layout_settled:
             self._layout_settled = True
             half = self.args.bf16 or self.args.fp16
-            LOG.info(settle_layout(self._collator, model, self.run, self.accelerator, half))
+            line = settle_layout(
+                self._collator,
+                model,
+                self.run.prompts,
+                self.accelerator,
+                sample_packing=self.run.sample_packing,
+                longest=self.run.sequence_len,
+                half=half,
+            )
+            LOG.info(line)
 
     def _end_iteration(self, entry: IterationPlan) -> None:
         assert self.run is not None

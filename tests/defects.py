@@ -19,9 +19,9 @@ class DefectPlugin(BasePlugin):
 
 def _plant(defect: str) -> None:
     from axolotl_spin import trainer
-    from axolotl_spin.batches import WeightedRows
+    from axolotl_spin.game.self_play import SelfPlay
     from axolotl_spin.generation.transformers import TransformersBackend
-    from axolotl_spin.iteration import SelfPlay
+    from axolotl_spin.training.batches import WeightedRows
 
     start = {}
     score, answer, row = SelfPlay._score, TransformersBackend.answer, WeightedRows.__getitem__

@@ -44,21 +44,21 @@ def _chunk(path: Path, **_: Any) -> bool:
 REPLACE = "os:replace"
 STEP = "transformers:Trainer.training_step"
 WEIGHTS = "accelerate.optimizer:AcceleratedOptimizer.step"
-CHUNK = "axolotl_spin.chunks:ChunkFiles.write"
+CHUNK = "axolotl_spin.generation.chunk_files:ChunkFiles.write"
 OURS = "axolotl_spin.trainer:SpinTrainer."
 
 # in the order in which a run comes by; 16 prompts: 8 steps of two micro-batches in iteration 0, 16 in iteration 1
 POINTS: dict[str, Point] = {
-    "start/config read": Point("axolotl_spin.run:prepare_run"),
-    "start/folder locked": Point("axolotl_spin.resume:hold_directory", after=True),
+    "start/config read": Point("axolotl_spin.run.prepare:prepare_run"),
+    "start/folder locked": Point("axolotl_spin.run.resume:hold_directory", after=True),
     "start/plan written aside": Point(REPLACE, where=_to("plan.json")),
     "start/plan whole": Point(REPLACE, after=True, where=_to("plan.json")),
     "generate/first answers drawn": Point(CHUNK),
     "generate/chunk written aside": Point(REPLACE, where=_to("000001.parquet")),
     "generate/chunk whole": Point(REPLACE, after=True, where=_to("000002.parquet")),
-    "generate/all chunks whole": Point("axolotl_spin.iteration:SelfPlay._assemble"),
-    "score/first batch": Point("axolotl_spin.scoring:completion_logps", after=True),
-    "score/all scored": Point("axolotl_spin.iteration:write_pairs"),
+    "generate/all chunks whole": Point("axolotl_spin.game.self_play:SelfPlay._assemble"),
+    "score/first batch": Point("axolotl_spin.training.scoring:completion_logps", after=True),
+    "score/all scored": Point("axolotl_spin.game.self_play:write_pairs"),
     "pairs/written aside": Point(REPLACE, where=_to("pairs.parquet")),
     "pairs/whole": Point(REPLACE, after=True, where=_to("pairs.parquet")),
     "pairs/chunks half removed": Point("pathlib:Path.unlink", after=True, call=2, where=_chunk),
@@ -70,23 +70,23 @@ POINTS: dict[str, Point] = {
     "checkpoint/model saved": Point("transformers:Trainer._save_optimizer_and_scheduler"),
     "checkpoint/optimizer saved": Point("transformers:Trainer._save_rng_state"),
     "checkpoint/random state saved": Point("transformers:TrainerState.save_to_json"),
-    "checkpoint/all files saved": Point("axolotl_spin.checkpoints:_complete"),
-    "checkpoint/marked as complete": Point("axolotl_spin.checkpoints:_complete", after=True),
+    "checkpoint/all files saved": Point("axolotl_spin.run.saving:_complete"),
+    "checkpoint/marked as complete": Point("axolotl_spin.run.saving:_complete", after=True),
     "train/after a checkpoint": Point(STEP, after=True, call=9),
     "checkpoint/second, optimizer saved": Point("transformers:Trainer._save_rng_state", call=2),
     "checkpoint/half rotated away": Point(
-        "axolotl_spin.artifacts:shutil.rmtree", where=lambda path, *_, **__: "checkpoint" in Path(path).name
+        "axolotl_spin.disk.atomic:shutil.rmtree", where=lambda path, *_, **__: "checkpoint" in Path(path).name
     ),
     "train/last step of the iteration": Point(WEIGHTS, after=True, call=8),
     "iteration end/checkpoint complete": Point(OURS + "_end_iteration"),
     "iteration end/evaluated": Point("transformers:Trainer.evaluate", after=True),
-    "iteration end/model written aside": Point("axolotl_spin.policy:publish_folder"),
-    "iteration end/model whole": Point("axolotl_spin.policy:publish_folder", after=True),
+    "iteration end/model written aside": Point("axolotl_spin.run.saving:publish_folder"),
+    "iteration end/model whole": Point("axolotl_spin.run.saving:publish_folder", after=True),
     "iteration end/held-out play written aside": Point(REPLACE, where=_to("heldout.parquet")),
     "iteration end/held-out play whole": Point(REPLACE, after=True, where=_to("heldout.parquet")),
     "iteration end/closed": Point(OURS + "_end_iteration", after=True),
     "iteration 1/generating": Point(CHUNK, call=6),
-    "iteration 1/keeping pairs": Point("axolotl_spin.iteration:SelfPlay._kept", after=True),
+    "iteration 1/keeping pairs": Point("axolotl_spin.game.self_play:SelfPlay._kept", after=True),
     "iteration 1/pairs written aside": Point(REPLACE, call=2, where=_to("pairs.parquet")),
     "iteration 1/optimizer restarting": Point("axolotl_spin.trainer:restart_optimizer"),
     "iteration 1/optimizer restarted": Point("axolotl_spin.trainer:restart_optimizer", after=True),
@@ -94,14 +94,14 @@ POINTS: dict[str, Point] = {
     "iteration 1/second epoch": Point(STEP, call=40),
     "iteration 1/last checkpoint": Point("transformers:TrainerState.save_to_json", call=9),
     "iteration 1/before closing": Point(OURS + "_end_iteration", call=2),
-    "iteration 1/model written aside": Point("axolotl_spin.policy:publish_folder", call=2),
+    "iteration 1/model written aside": Point("axolotl_spin.run.saving:publish_folder", call=2),
     "final/before the save": Point("axolotl.train:save_trained_model"),
     "final/model half written": Point(
         "transformers.modeling_utils:safe_save_file",
         where=lambda _, path, **__: not {"checkpoint", "spin"} & {part.split("-")[0] for part in Path(path).parts},
     ),
     "final/saved": Point("axolotl.train:save_trained_model", after=True),
-    "final/marked as complete": Point("axolotl_spin.run:SpinRun.write_plan", after=True, call=2),
+    "final/marked as complete": Point("axolotl_spin.run.prepare:SpinRun.write_plan", after=True, call=2),
 }
 
 

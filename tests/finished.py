@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from axolotl_spin.artifacts import RunDirectory, write_json
-from axolotl_spin.identity import Identity
-from axolotl_spin.pairs import BATCH_ROWS, SCHEMA, write_pairs
-from axolotl_spin.plan import Plan, make_plan
-from axolotl_spin.steplog import restart_log
+from axolotl_spin.data.pairs import BATCH_ROWS, SCHEMA, write_pairs
+from axolotl_spin.disk.atomic import write_json
+from axolotl_spin.disk.directory import RunDirectory
+from axolotl_spin.monitor.log import restart_log
+from axolotl_spin.run.identity import Identity
+from axolotl_spin.run.plan import Plan, make_plan
 
 WORDS = np.array([f"word{index}" for index in range(500)])
 

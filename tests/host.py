@@ -18,6 +18,9 @@ from packaging.version import Version
 from warm import Ranks, Warm
 
 TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+# real data, beside a checkout
+SHARED = ROOT.parent / "shared"
 
 # from 0.21 on the host finds the installed plugin by itself
 OURS = ["axolotl_spin.SpinPlugin"] if Version(version("axolotl")) < Version("0.21") else []

@@ -6,11 +6,11 @@ import re
 import shlex
 from pathlib import Path
 
+import host
 import pytest
 import yaml
 
-ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "example_configs").rglob("*.yml"))
+CONFIGS = sorted((host.ROOT / "example_configs").rglob("*.yml"))
 EIGHT_H100 = {"bf16": True, "fp8": True, "tf32": True, "n_gpu": 8, "compute_capability": "sm_90"}
 
 
@@ -20,7 +20,7 @@ def validate(text: str, monkeypatch: pytest.MonkeyPatch):
     from axolotl.utils.config import prepare_plugins, validate_config
     from axolotl.utils.dict import DictDefault
 
-    monkeypatch.chdir(ROOT)  # paths in the examples are relative to the repository
+    monkeypatch.chdir(host.ROOT)  # paths in the examples are relative to the repository
     monkeypatch.setenv("WORLD_SIZE", "8")
     cfg = DictDefault(yaml.safe_load(text))
     prepare_plugins(cfg)
@@ -29,7 +29,7 @@ def validate(text: str, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_examples_are_there() -> None:
-    names = {path.relative_to(ROOT / "example_configs").as_posix() for path in CONFIGS}
+    names = {path.relative_to(host.ROOT / "example_configs").as_posix() for path in CONFIGS}
     assert {"quickstart.yml", "paper-zephyr-7b.yml", "lora.yml", "qlora.yml", "zero3.yml", "fsdp2.yml"} <= names
 
 
@@ -41,15 +41,15 @@ def test_example_passes_the_hosts_validation(path: Path, monkeypatch: pytest.Mon
     settings = spin_config(cfg)
     assert cfg.rl is None and settings.active
     deepspeed = yaml.safe_load(path.read_text()).get("deepspeed")
-    assert deepspeed is None or (ROOT / deepspeed).is_file()
-    assert f"{path.relative_to(ROOT)}" in path.read_text(), "the launch command in the comment names another file"
+    assert deepspeed is None or (host.ROOT / deepspeed).is_file()
+    assert f"{path.relative_to(host.ROOT)}" in path.read_text(), "the launch command in the comment names another file"
 
 
 def test_paper_config_is_the_papers_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     from axolotl_spin.args import spin_config
-    from axolotl_spin.plan import make_plan
+    from axolotl_spin.run.plan import make_plan
 
-    cfg = validate((ROOT / "example_configs" / "paper-zephyr-7b.yml").read_text(), monkeypatch)
+    cfg = validate((host.ROOT / "example_configs" / "paper-zephyr-7b.yml").read_text(), monkeypatch)
     settings = spin_config(cfg)
     plan = make_plan(
         settings.max_prompts, global_batch=cfg.micro_batch_size * cfg.gradient_accumulation_steps * 8,
@@ -65,7 +65,7 @@ def test_paper_config_is_the_papers_recipe(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def readme_blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", (host.ROOT / "README.md").read_text(), flags=re.DOTALL)
 
 
 def test_readme_yaml_is_valid(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +83,9 @@ def test_readme_table_lists_every_key() -> None:
     """Name and default of each `spin:` key, from the schema."""
     from axolotl_spin.args import GenerationConfig, SpinConfig, VllmConfig
 
-    table = dict(re.findall(r"^\| `([\w.]+)` \| `([^`]*)` \|", (ROOT / "README.md").read_text(), flags=re.MULTILINE))
+    table = dict(
+        re.findall(r"^\| `([\w.]+)` \| `([^`]*)` \|", (host.ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    )
     expected = {}
     for prefix, model in (("", SpinConfig), ("generation.", GenerationConfig), ("generation.vllm.", VllmConfig)):
         for name, field in model.model_fields.items():
@@ -93,14 +95,14 @@ def test_readme_table_lists_every_key() -> None:
 
 
 def test_readme_make_targets_and_files_exist() -> None:
-    text = (ROOT / "README.md").read_text()
-    makefile = (ROOT / "Makefile").read_text()
+    text = (host.ROOT / "README.md").read_text()
+    makefile = (host.ROOT / "Makefile").read_text()
     targets = set(re.findall(r"make ([a-z-]+)", text))
     assert {"quickstart", "test"} <= targets
     for target in targets:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
     for name in re.findall(r"example_configs/[\w./-]+", text):
-        assert (ROOT / name).exists(), name
+        assert (host.ROOT / name).exists(), name
 
 
 def test_readme_commands_parse(tmp_path: Path) -> None:
@@ -137,11 +139,11 @@ def test_readme_launches_parse() -> None:
 
 
 def test_readme_links_lead_somewhere() -> None:
-    text = (ROOT / "README.md").read_text()
+    text = (host.ROOT / "README.md").read_text()
     heads = {
         re.sub(r"[^a-z0-9 -]", "", head.lower()).replace(" ", "-") for head in re.findall(r"^#+ (.+)$", text, re.M)
     }
     targets = re.findall(r"\]\((?!https?:)([^)]+)\)", text)
     assert targets
     for target in targets:
-        assert target[1:] in heads if target.startswith("#") else (ROOT / target).exists(), target
+        assert target[1:] in heads if target.startswith("#") else (host.ROOT / target).exists(), target

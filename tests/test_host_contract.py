@@ -62,19 +62,19 @@ from transformers.training_args import OptimizerNames
 
 from axolotl_spin.args import SpinArgs, spin_config
 from axolotl_spin.callbacks import SaveAtIterationEnd
-from axolotl_spin.checkpoints import read_checkpoint
 from axolotl_spin.compat import FIRST_UNSUPPORTED, OLDEST, WithoutTokenPerplexity, check_host_version
+from axolotl_spin.data.pairs import PairDataset, read_pairs
+from axolotl_spin.data.prompts import prompts_of_row
+from axolotl_spin.game.schedule import IterationSchedule, learning_rate_table, restart_optimizer
 from axolotl_spin.generation.transformers import _generation_config
-from axolotl_spin.identity import _HOST_KEYS, _PLANNED
-from axolotl_spin.pairs import PairDataset, read_pairs
-from axolotl_spin.plan import make_plan
-from axolotl_spin.plan import warmup_steps as plan_warmup_steps
 from axolotl_spin.plugin import SpinPlugin
-from axolotl_spin.policy import disable_dropout
-from axolotl_spin.prompts import prompts_of_row
 from axolotl_spin.refusals import REFUSED
-from axolotl_spin.schedule import IterationSchedule, learning_rate_table, restart_optimizer
+from axolotl_spin.run.checkpoints import read_checkpoint
+from axolotl_spin.run.identity import _HOST_KEYS, _PLANNED
+from axolotl_spin.run.plan import make_plan
+from axolotl_spin.run.plan import warmup_steps as plan_warmup_steps
 from axolotl_spin.trainer import SpinTrainer
+from axolotl_spin.training.policy import disable_dropout
 
 SPIN = "axolotl_spin.SpinPlugin"
 HOST = Version(version("axolotl"))
@@ -167,8 +167,8 @@ def test_leaves_import_nothing_heavy(tmp_path: Path) -> None:
     """The host imports `args` for every config of an environment and `cli` for `axolotl --help`."""
     code = (
         "import json, sys\n"
-        "import axolotl_spin, axolotl_spin.args, axolotl_spin.refusals, axolotl_spin.plan, axolotl_spin.artifacts\n"
-        "import axolotl_spin.prompts, axolotl_spin.generation, axolotl_spin.cli\n"
+        "import axolotl_spin, axolotl_spin.args, axolotl_spin.refusals, axolotl_spin.run.plan\n"
+        "import axolotl_spin.disk.directory, axolotl_spin.data.prompts, axolotl_spin.generation.chunks, axolotl_spin.cli\n"
         "print(json.dumps([m for m in ('torch', 'transformers', 'axolotl', 'datasets', 'pyarrow') if m in sys.modules]))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)

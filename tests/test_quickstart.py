@@ -16,8 +16,7 @@ from warm import Warm
 
 pytestmark = pytest.mark.host
 
-ROOT = Path(__file__).parents[1]
-PREPARE = ROOT / "example_configs" / "quickstart" / "prepare.py"
+PREPARE = host.ROOT / "example_configs" / "quickstart" / "prepare.py"
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +61,7 @@ def test_two_iterations_on_the_real_model(quickstart: Path, warm: Warm) -> None:
     On the default host alone, which `make quickstart` takes; how a model is made from a GGUF file differs between hosts,
     so the tests above run on all.
     """
-    settings = yaml.safe_load((ROOT / "example_configs" / "quickstart.yml").read_text())
+    settings = yaml.safe_load((host.ROOT / "example_configs" / "quickstart.yml").read_text())
     settings["spin"]["max_prompts"] = 8
     settings["spin"]["generation"]["max_new_tokens"] = 8
     settings["gradient_accumulation_steps"] = 1  # two steps

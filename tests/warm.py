@@ -30,7 +30,7 @@ _IMPORTS = (
     "axolotl_spin.plugin",
     "axolotl_spin.callbacks",
     "axolotl_spin.trainer",
-    "axolotl_spin.resume",
+    "axolotl_spin.run.resume",
     "axolotl_spin.args",
     "transformers.models.llama.modeling_llama",
     "transformers.models.auto.modeling_auto",

@@ -6,15 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from axolotl_spin.generation import Backend, Sampling
+from axolotl_spin.args import GenerationConfig
+from axolotl_spin.disk.directory import RunDirectory
+from axolotl_spin.generation.backend import Backend, Sampling
 from axolotl_spin.generation.transformers import TransformersBackend
-from axolotl_spin.generation.vllm import VllmBackend
-from axolotl_spin.run import SpinRun
-from axolotl_spin.tally import Tally
+from axolotl_spin.generation.vllm.backend import VllmBackend
+from axolotl_spin.generation.vllm.served import ServedModel
+from axolotl_spin.ranks.bar import Tally
 
 
 def chosen_backend(
-    run: SpinRun,
+    generation: GenerationConfig,
+    served: ServedModel | None,
+    directory: RunDirectory,
     accelerator: Any,
     sampling: Sampling,
     pad_token_id: int,
@@ -26,7 +30,9 @@ def chosen_backend(
     """Returns the backend that `spin.generation.backend` names.
 
     Args:
-        run: Settings, and what an engine would serve.
+        generation: The `spin.generation` block.
+        served: What an engine would serve; None where the model itself answers.
+        directory: The run's.
         accelerator: The trainer's.
         sampling: How answers are drawn.
         pad_token_id: Fills the padding of prompts.
@@ -34,11 +40,9 @@ def chosen_backend(
         save: Writes the policy to a folder; every rank calls it.
         optimizer: Returns the trainer's optimizer, which exists when training has begun.
     """
-    generation = run.settings.generation
-    if run.served is None:
+    if served is None:
         size, gather = generation.batch_size, generation.gather_weights
         return TransformersBackend(accelerator, sampling, pad_token_id, size, gather, tally.pulse, tally.count)
-    engine, directory = generation.vllm, run.directory
     return VllmBackend(
-        accelerator, sampling, engine, run.served, directory, save=save, optimizer=optimizer, tally=tally
+        accelerator, sampling, generation.vllm, served, directory, save=save, optimizer=optimizer, tally=tally
     )

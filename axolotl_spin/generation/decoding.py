@@ -22,7 +22,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from axolotl_spin.generation import Chunk, Completion, Sampling
+from axolotl_spin.generation.backend import Completion, Sampling
+from axolotl_spin.generation.chunks import Chunk
 
 Forward = Callable[..., Any]
 

@@ -10,9 +10,10 @@ import torch
 from axolotl.utils.logging import get_logger
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from axolotl_spin.generation import Chunk, Completion, Sampling, cut
+from axolotl_spin.generation.backend import Completion, Sampling, cut
+from axolotl_spin.generation.chunks import Chunk
 from axolotl_spin.generation.decoding import Draw, can_decode, decode, left_padded
-from axolotl_spin.sharding import Gather, whole_weights
+from axolotl_spin.ranks.gather import Gather, whole_weights
 
 LOG = get_logger(__name__)
 

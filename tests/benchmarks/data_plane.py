@@ -127,7 +127,7 @@ class OutOfTheAir:
     def answer(self, model: Any, chunks: Any, iteration: int = 0) -> Iterator[tuple[Any, list[Any]]]:
         import numpy as np
 
-        from axolotl_spin.generation import Completion
+        from axolotl_spin.generation.backend import Completion
 
         for chunk in chunks:
             draw = np.random.default_rng(chunk.index)
@@ -149,15 +149,15 @@ def exercise(folder: Path, count: int) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     from axolotl_spin.args import SpinConfig
-    from axolotl_spin.artifacts import RunDirectory
-    from axolotl_spin.batches import StepBatches
-    from axolotl_spin.identity import Identity, _content_hash
-    from axolotl_spin.iteration import SelfPlay
-    from axolotl_spin.peers import Peers
-    from axolotl_spin.plan import make_plan
-    from axolotl_spin.prompts import prompt_dataset
-    from axolotl_spin.run import Launch, SpinRun
-    from axolotl_spin.tally import Tally
+    from axolotl_spin.data.prompts import prompt_dataset
+    from axolotl_spin.disk.directory import RunDirectory
+    from axolotl_spin.game.self_play import SelfPlay
+    from axolotl_spin.ranks.bar import Tally
+    from axolotl_spin.ranks.peers import Peers
+    from axolotl_spin.run.identity import Identity, _content_hash
+    from axolotl_spin.run.plan import make_plan
+    from axolotl_spin.run.prepare import Launch, SpinRun
+    from axolotl_spin.training.batches import StepBatches
 
     work = folder / "data-plane"
     shutil.rmtree(work, ignore_errors=True)

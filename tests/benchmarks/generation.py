@@ -54,7 +54,8 @@ def compete(folder: Path, name: str, count: int, batch: int, most: int, repeats:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    from axolotl_spin.generation import Chunks, Sampling, chunk_rows, chunk_size, cut
+    from axolotl_spin.generation.backend import Sampling, cut
+    from axolotl_spin.generation.chunks import Chunks, chunk_rows, chunk_size
     from axolotl_spin.generation.decoding import left_padded
     from axolotl_spin.generation.transformers import TransformersBackend
 

@@ -81,15 +81,16 @@ def measure_parts(file: Path, folder: Path, most: int) -> dict[str, float]:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from axolotl_spin.batches import StepBatches, WeightedRows
-    from axolotl_spin.generation import Chunks, Sampling, chunk_rows, chunk_size, iteration_seed
+    from axolotl_spin.data.pairs import PairDataset
+    from axolotl_spin.generation.backend import Sampling
+    from axolotl_spin.generation.chunks import Chunks, chunk_rows, chunk_size, iteration_seed
     from axolotl_spin.generation.transformers import TransformersBackend
-    from axolotl_spin.layouts import PairCollator
-    from axolotl_spin.logprobs import completion_logps
-    from axolotl_spin.loss import spin_loss
-    from axolotl_spin.pairs import PairDataset
-    from axolotl_spin.policy import frozen
-    from axolotl_spin.scoring import Scorer
+    from axolotl_spin.training.batches import StepBatches, WeightedRows
+    from axolotl_spin.training.layouts import PairCollator
+    from axolotl_spin.training.logprobs import completion_logps
+    from axolotl_spin.training.loss import spin_loss
+    from axolotl_spin.training.policy import frozen
+    from axolotl_spin.training.scoring import Scorer
 
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     kind = torch.bfloat16 if torch.cuda.is_available() else torch.float32

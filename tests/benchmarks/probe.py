@@ -140,9 +140,9 @@ class BenchPlugin(BasePlugin):
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list:
         layout = os.environ.get("BENCH_LAYOUT")
         if layout:
-            from axolotl_spin import layout_choice
+            from axolotl_spin.training import layout_check
 
-            layout_choice.preferred_layout = lambda *_, **__: (layout, "the benchmark asks for it")
+            layout_check.preferred_layout = lambda *_, **__: (layout, "the benchmark asks for it")
         path = os.environ.get("BENCH_RESULT")
         if not path or int(os.environ.get("RANK", "0")):
             return [_Stop()] if os.environ.get("BENCH_STOP") == "pairs" else []

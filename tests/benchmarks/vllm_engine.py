@@ -63,14 +63,15 @@ def compete(folder: Path, name: str, count: int, most: int, repeats: int) -> dic
     from transformers import AutoModelForCausalLM
 
     from axolotl_spin.args import VllmConfig
-    from axolotl_spin.artifacts import RunDirectory
-    from axolotl_spin.generation import Chunks, Sampling, chunk_rows
-    from axolotl_spin.generation.engine import environment
-    from axolotl_spin.generation.serving import ServedModel
+    from axolotl_spin.disk.directory import RunDirectory
+    from axolotl_spin.generation.backend import Sampling
+    from axolotl_spin.generation.chunks import Chunks, chunk_rows
     from axolotl_spin.generation.transformers import TransformersBackend
-    from axolotl_spin.generation.vllm import VllmBackend, sampling_arguments
-    from axolotl_spin.peers import Peers
-    from axolotl_spin.tally import Tally
+    from axolotl_spin.generation.vllm.backend import VllmBackend, sampling_arguments
+    from axolotl_spin.generation.vllm.engine import environment
+    from axolotl_spin.generation.vllm.served import ServedModel
+    from axolotl_spin.ranks.bar import Tally
+    from axolotl_spin.ranks.peers import Peers
 
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     on_gpu = torch.cuda.is_available()

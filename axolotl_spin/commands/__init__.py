@@ -1,0 +1,1 @@
+"""What `axolotl spin ...` does."""

@@ -1,0 +1,1 @@
+"""`axolotl spin export`: an iteration's pairs as a dataset for others."""

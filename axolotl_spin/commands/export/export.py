@@ -1,0 +1,206 @@
+"""The command `axolotl spin export`: an iteration's pairs as a dataset for other programs, or for `spin.initial_pairs`."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from axolotl_spin.commands.export.formats import SCHEMAS, UNREAD, rows_of
+from axolotl_spin.data.initial_pairs import PAIRS_FILE
+from axolotl_spin.data.pairs import SCHEMA
+from axolotl_spin.disk.atomic import publish_folder
+from axolotl_spin.disk.directory import RunDirectory
+
+Inexact = Literal["refuse", "drop", "keep"]
+
+# rows that are tokenised, and held as Python objects, at once
+_ROWS = 1000
+
+
+@dataclass
+class Tally:
+    """What became of the rows.
+
+    Attributes:
+        written: In the exported set.
+        faults: What the format does not keep of rows, and of how many; the same rows that `inexact` decides on.
+        unwritable: Rows that cannot be written at all.
+        first: The first row with a fault.
+    """
+
+    written: int = 0
+    faults: Counter[str] = field(default_factory=Counter)
+    unwritable: int = 0
+    first: int = -1
+
+    def describe(self) -> str:
+        """Returns a line for each fault."""
+        return "\n".join(f"  {count}: {fault}" for fault, count in self.faults.most_common())
+
+
+@dataclass(frozen=True)
+class Export:
+    """What is asked for.
+
+    Attributes:
+        output_dir: The run's.
+        iteration: Whose pairs.
+        kind: `parquet`, or one of `formats.SCHEMAS`.
+        output: The folder to make.
+        inexact: What happens to rows that the format cannot keep token for token.
+        only_new: Leave out pairs kept from earlier iterations.
+        test_rows: So many rows at the end go to `test.parquet`.
+        tokenizer: Path or name of one with the run's chat template; empty for that in `output_dir`.
+    """
+
+    output_dir: Path
+    iteration: int
+    kind: str
+    output: Path
+    inexact: Inexact = "refuse"
+    only_new: bool = False
+    test_rows: int = 0
+    tokenizer: str = ""
+
+
+def export_pairs(asked: Export) -> Tally:
+    """Writes an iteration's pairs as a folder that appears whole, and says how to use it.
+
+    Raises:
+        click.ClickException: There are no such pairs, or they cannot be written as asked.
+    """
+    directory, output = RunDirectory(asked.output_dir), asked.output.absolute()
+    path = directory.pairs(asked.iteration)
+    if not path.exists():
+        found = sorted(
+            int(pairs.parent.name.split("-")[1]) for pairs in directory.root.glob("iteration-*/pairs.parquet")
+        )
+        there = f": --iteration can be {', '.join(map(str, found))}" if found else " (nor pairs of another iteration)"
+        raise click.ClickException(f"there is no {path}{there}")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise click.ClickException(f"--output {asked.output} is there already: name a new folder, or an empty one")
+    if asked.kind == "parquet" and asked.test_rows:
+        raise click.ClickException(
+            "--test-rows splits datasets of messages and text; --format parquet is a single file"
+        )
+    aside = output.with_name(f".{output.name}.{secrets.token_hex(4)}")
+    tally = Tally()
+    try:
+        aside.mkdir(parents=True)
+        _write(aside, asked, _read(path, asked), tally)
+        if output.exists():
+            output.rmdir()  # empty
+        publish_folder(aside, output)
+    except (ValueError, OSError, pa.ArrowException) as error:
+        raise click.ClickException(str(error)) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return tally
+
+
+def _read(path: Path, asked: Export) -> Iterator[pa.RecordBatch]:
+    with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
+        if not file.schema_arrow.equals(SCHEMA):
+            raise ValueError(f"{path} does not hold the columns of a pairs file")
+        for batch in file.iter_batches(_ROWS):
+            batch = batch.replace_schema_metadata(None)
+            yield batch.filter(pc.equal(batch["generated_in"], asked.iteration)) if asked.only_new else batch
+
+
+def _write(folder: Path, asked: Export, pairs: Iterator[pa.RecordBatch], tally: Tally) -> None:
+    """Writes the folder's files; the last rows are held back for `test.parquet`."""
+    raw = asked.kind == "parquet"
+    schema = SCHEMA if raw else SCHEMAS[asked.kind]
+    made = _counted(pairs, tally) if raw else _converted(pairs, asked, tally, schema)
+    held = schema.empty_table()
+    with pq.ParquetWriter(folder / (PAIRS_FILE if raw else "train.parquet"), schema, write_page_checksum=True) as file:
+        for batch in made:
+            held = pa.concat_tables([held, pa.Table.from_batches([batch])])
+            if (surplus := held.num_rows - asked.test_rows) > 0:
+                file.write_table(held.slice(0, surplus))
+                held = held.slice(surplus)
+    inexact = sum(tally.faults.values())
+    if inexact and asked.inexact == "refuse":
+        raise ValueError(
+            f"{inexact} of {tally.written + tally.unwritable} pairs cannot be kept token for token by --format "
+            f"{asked.kind} (the first is row {tally.first}):\n{tally.describe()}\n"
+            "use --format parquet, which keeps tokens; or leave such pairs out with --inexact drop, or write them as they "
+            "read with --inexact keep"
+        )
+    if asked.inexact == "keep" and tally.unwritable:
+        raise ValueError(
+            f"{tally.unwritable} pairs cannot be written at all, since {UNREAD}: leave such pairs out with --inexact "
+            "drop, or name the tokenizer that the run used with --tokenizer"
+        )
+    if tally.written <= asked.test_rows:
+        raise ValueError(
+            f"{tally.written} pairs are left to write, so --test-rows {asked.test_rows} leaves none to train on"
+        )
+    if asked.test_rows:
+        pq.write_table(held, folder / "test.parquet", write_page_checksum=True)
+
+
+def _counted(pairs: Iterator[pa.RecordBatch], tally: Tally) -> Iterator[pa.RecordBatch]:
+    for batch in pairs:
+        tally.written += len(batch)
+        yield batch
+
+
+def _converted(
+    pairs: Iterator[pa.RecordBatch], asked: Export, tally: Tally, schema: pa.Schema
+) -> Iterator[pa.RecordBatch]:
+    tokenizer, index = _tokenizer(asked), 0
+    for batch in pairs:
+        rows = []
+        for row in rows_of(batch, asked.kind, tokenizer):
+            if row.fault:
+                tally.faults[row.fault] += 1
+                tally.first = index if tally.first < 0 else tally.first
+            tally.unwritable += row.values is None
+            if row.values is not None and not (row.fault and asked.inexact == "drop"):
+                rows.append(row.values)
+            index += 1
+        tally.written += len(rows)
+        yield pa.RecordBatch.from_pylist(rows, schema=schema)
+
+
+def _tokenizer(asked: Export) -> Any:
+    from transformers import AutoTokenizer
+
+    name = asked.tokenizer or str(asked.output_dir)
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no tokenizer is in {name} ({error}): name the model's with --tokenizer") from error
+
+
+def describe(asked: Export, tally: Tally) -> list[str]:
+    """Returns lines that say what was written and how to read it.
+
+    Args:
+        asked: What was asked for.
+        tally: What became of the rows.
+    """
+    lines = [f"{asked.output}: {tally.written} pairs of iteration {asked.iteration}, --format {asked.kind}"]
+    if tally.faults:
+        done = "left out" if asked.inexact == "drop" else "written as they read, though inexact"
+        lines.append(f"{sum(tally.faults.values())} pairs are {done}:\n{tally.describe()}")
+    start = f"spin:\n  initial_pairs: {asked.output}"
+    entry = f"datasets:\n  - path: {asked.output}\n    split: train"
+    how = {
+        "parquet": start,
+        "uclaml": f"{start}\nor, to have the prompts answered anew,\n{entry}\n    type: axolotl_spin.uclaml",
+        "dpo": f"rl: dpo\n{entry}\n    type: chat_template.default\n    field_messages: prompt",
+        "dpo-text": f"rl: dpo\n{entry}",
+    }
+    return [*lines, "in a config:", how[asked.kind]]

@@ -1,0 +1,1 @@
+"""`axolotl spin plan`: what a run will do and need, before it starts."""

@@ -1,0 +1,177 @@
+"""The command `axolotl spin plan`: validates a config, tokenises its data, tells what the run will do. Loads no weights."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from axolotl_spin.commands.config import load_config
+from axolotl_spin.commands.plan.advice import Facts, advise
+from axolotl_spin.commands.plan.lengths import describe_lengths, limits, repeated
+from axolotl_spin.commands.plan.memory import Load, ModelSize, estimate_memory, model_size
+from axolotl_spin.commands.plan.timing import Measured, Rate, Tokens, estimate_time, measure
+from axolotl_spin.data.prompts import token_counts
+from axolotl_spin.disk.atomic import DamagedFileError, read_json
+from axolotl_spin.run.prepare import SpinRun
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the user knows of the machine.
+
+    Attributes:
+        ranks: Of the launch.
+        generation: Drawn tokens per second over all ranks.
+        training: Tokens of pairs (prompt and both answers) per second, forward and backward.
+        scoring: The same, forward only.
+    """
+
+    ranks: int = 1
+    generation: float | None = None
+    training: float | None = None
+    scoring: float | None = None
+
+
+def plan_run(config: str, given: Given) -> tuple[SpinRun, dict[str, Any]]:
+    """Lays out a run as its start would, without starting it.
+
+    Args:
+        config: The YAML.
+        given: What the user knows of the machine.
+
+    Returns:
+        The run, and everything that is known of it as plain JSON: `plan.json`'s content and `tokens`, `lengths`, `cut`,
+        `memory`, `time`, `folder` and `advice`.
+
+    Raises:
+        click.ClickException: The config or its data is not valid.
+    """
+    cfg, plugin = load_config(config)
+    cfg.world_size = given.ranks
+    try:
+        plugin.load_datasets(cfg, preprocess=True)
+    except ValueError as error:
+        raise click.ClickException(f"{config}: {error}") from error
+    assert plugin.run is not None
+    run = plugin.run
+    prompts, answers = (token_counts(run.prompts, name) for name in ("prompt_ids", "chosen_ids"))
+    longest = limits(prompts, max_new_tokens=run.settings.generation.max_new_tokens, sequence_len=run.sequence_len)
+    measured = _with_given(measure(run.directory, run.plan), given)
+    tokens = _tokens(run, prompts, answers, longest, measured.answer_tokens)
+    size, memory = _memory(cfg, run, prompts, answers, longest)
+    figures = {
+        **run.plan.to_json(),
+        "tokens": [{"iteration": i, "drawn": part.drawn, "pairs": part.pairs} for i, part in enumerate(tokens)],
+        "lengths": {"prompt": describe_lengths(prompts), "human_answer": describe_lengths(answers)},
+        "cut": {
+            "sequence_len": run.sequence_len,
+            "max_new_tokens": run.settings.generation.max_new_tokens or 512,
+            "human_answers_beyond_limit": int((answers > longest).sum()),
+            "prompts_with_less_room": int((longest < (run.settings.generation.max_new_tokens or 512)).sum()),
+        },
+        "memory": memory,
+        "time": estimate_time(run.plan, tokens, measured),
+        "folder": _folder(run),
+    }
+    facts = Facts(
+        settings=run.settings,
+        plan=run.plan,
+        prompts=prompts,
+        answers=answers,
+        limits=longest,
+        repeated=repeated(run.prompts),
+        adapter=run.adapter,
+        pure_half=bool((cfg.bf16 or cfg.fp16) and not run.adapter and run.launch.sharding is None),
+        trained_for=_trained_for(cfg),
+        sequence_len=run.sequence_len,
+        disk=_disk(run, size),
+    )
+    return run, {**figures, "advice": advise(facts)}
+
+
+def _with_given(measured: Measured, given: Given) -> Measured:
+    def rate(kind: str) -> Rate:
+        value = getattr(given, kind)
+        return Rate(value, "given") if value else getattr(measured, kind)
+
+    return replace(measured, generation=rate("generation"), scoring=rate("scoring"), training=rate("training"))
+
+
+def _tokens(
+    run: SpinRun, prompts: np.ndarray, answers: np.ndarray, longest: np.ndarray, answer_tokens: float | None
+) -> list[Tokens]:
+    """Returns each iteration's tokens: answers as long as the human's at the least, all cut at the most; or as measured."""
+    if answer_tokens is not None:
+        drawn = (answer_tokens * len(prompts),) * 2
+    else:
+        drawn = (float(np.minimum(answers, longest).sum()), float(longest.sum()))
+    asked = float(prompts.sum() + answers.sum())
+    new: list[tuple[tuple[float, float], tuple[float, float]]] = []  # drawn, and of the new pairs
+    found = []
+    for entry in run.plan.iterations:
+        if run.given is not None and entry.iteration == 0:
+            new.append(((0.0, 0.0), (float(run.given.tokens),) * 2))
+        else:
+            new.append((drawn, (asked + drawn[0], asked + drawn[1])))
+        trained = new[max(0, entry.iteration - run.settings.history) :]
+        found.append(Tokens(new[-1][0], (sum(pairs[0] for _, pairs in trained), sum(pairs[1] for _, pairs in trained))))
+    return found
+
+
+def _memory(
+    cfg: Any, run: SpinRun, prompts: np.ndarray, answers: np.ndarray, longest: np.ndarray
+) -> tuple[ModelSize | None, dict[str, Any]]:
+    try:
+        size = model_size(cfg)
+    except ValueError as error:
+        return None, {"missing": str(error)}
+    micro, at_once = int(cfg.micro_batch_size), min(run.settings.generation.batch_size, len(prompts))
+    heaviest = np.sort(prompts + answers + longest)[::-1][:micro]
+    load = Load(
+        ranks=run.launch.ranks,
+        sharding=run.launch.sharding,
+        training_tokens=int(heaviest.sum()),
+        answer_tokens=int(np.sort(answers + longest)[::-1][:micro].sum()),
+        generation_tokens=int(np.sort(prompts + longest)[::-1][:at_once].sum()),
+    )
+    return size, estimate_memory(size, cfg, load)
+
+
+def _trained_for(cfg: Any) -> int | None:
+    from axolotl.loaders.utils import load_model_config
+
+    try:
+        config = load_model_config(cfg)
+    except (OSError, ValueError):
+        return None
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "max_position_embeddings", None)
+
+
+def _disk(run: SpinRun, size: ModelSize | None) -> tuple[int, int] | None:
+    if size is None or not run.settings.save_iterations:
+        return None
+    there = next(path for path in [run.directory.root, *run.directory.root.absolute().parents] if Path(path).exists())
+    saved = (4 * size.trainable if run.adapter else 2 * size.parameters) * len(run.plan.iterations)
+    return saved, shutil.disk_usage(there).free
+
+
+def _folder(run: SpinRun) -> dict[str, Any]:
+    """Returns what is in `output_dir`: nothing, this run, or another one with what differs."""
+    where: dict[str, Any] = {"output_dir": str(run.directory.root.parent)}
+    try:
+        kept = read_json(run.directory.plan)
+        changes = run.identity.changes(kept)
+    except FileNotFoundError:
+        return {**where, "holds": "no run"}
+    except (DamagedFileError, AttributeError, TypeError):
+        return {**where, "holds": "a damaged plan.json"}
+    if changes:
+        return {**where, "holds": "another run", "changes": [line.strip() for line in changes]}
+    done = kept.get("completed_steps") == run.plan.total_steps
+    return {**where, "holds": "this run, complete" if done else "this run, started"}

@@ -1,0 +1,100 @@
+"""What `axolotl spin plan` prints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from axolotl_spin.monitor.tables import plan_table
+from axolotl_spin.run.plan import Plan
+
+_BAR = 40
+
+
+def plan_lines(plan: Plan, figures: dict[str, Any]) -> list[Any]:
+    """Returns what is printed: the table of iterations, and lines.
+
+    Args:
+        plan: The run's.
+        figures: See `planning.plan_run`.
+    """
+    parts: list[Any] = [plan_table(plan), ""]
+    for name, lengths in figures["lengths"].items():
+        parts += _histogram(name.replace("_", " "), lengths)
+    parts += ["", *_cut(figures["cut"]), ""]
+    parts += [*_memory(figures["memory"]), "", *_time(figures), ""]
+    folder = figures["folder"]
+    parts.append(f"output_dir {folder['output_dir']} holds {folder['holds']}" + (":" if "changes" in folder else ""))
+    parts += [f"  {line}" for line in folder.get("changes", [])]
+    if figures["advice"]:
+        parts += ["", "Unusual:", *(f"  {item['key']}: {item['text']}" for item in figures["advice"])]
+    return parts
+
+
+def _histogram(name: str, lengths: dict[str, Any]) -> list[str]:
+    most = max(entry["count"] for entry in lengths["histogram"])
+    lines = [
+        f"tokens of a {name}: {lengths['total']} in all, mean {lengths['mean']:.1f}, median {lengths['median']}, "
+        f"95% up to {lengths['p95']}, {lengths['min']} to {lengths['max']}"
+    ]
+    for entry in lengths["histogram"]:
+        bar = "#" * max(round(_BAR * entry["count"] / most), int(entry["count"] > 0))
+        lines.append(f"  {entry['from']:>6} - {entry['to']:<6} {entry['count']:>8}  {bar}")
+    return lines
+
+
+def _cut(cut: dict[str, Any]) -> list[str]:
+    return [
+        f"an answer has at most {cut['max_new_tokens']} tokens and ends at sequence_len {cut['sequence_len']}: "
+        f"{cut['human_answers_beyond_limit']} human answers are longer, {cut['prompts_with_less_room']} prompts leave "
+        "less room",
+    ]
+
+
+def _memory(memory: dict[str, Any]) -> list[str]:
+    if "missing" in memory:
+        return [f"memory: unknown, {memory['missing']}"]
+    names = ("weights", "gradients", "optimizer", "activations")
+    parts = ", ".join(f"{name} {_gib(memory[name])}" for name in names)
+    layout = f"{memory['ranks']} rank(s), {memory['sharding'] or 'no sharding'}"
+    return [
+        f"memory on each rank, estimated ({layout}; {memory['parameters']:,} parameters, {memory['trainable']:,} trained):",
+        f"  training {_gib(memory['training'])}: {parts}",
+        f"  answering, beside the weights: {_gib(memory['answering'])} at the most",
+        *(f"  {note}" for note in memory["notes"]),
+    ]
+
+
+def _time(figures: dict[str, Any]) -> list[str]:
+    time = figures["time"]
+    lines = [f"time: {_span(time['total_seconds'])}"]
+    for phase, rate in time["rates"].items():
+        speed = "unknown" if rate["tokens_per_second"] is None else f"{rate['tokens_per_second']:.0f} tokens/s"
+        lines.append(f"  {phase}: {speed} ({rate['source']})")
+    for row, tokens in zip(time["iterations"], figures["tokens"], strict=True):
+        spans = ", ".join(f"{phase} {_span(row[f'{phase}_seconds'])}" for phase in time["rates"])
+        lines.append(f"  iteration {row['iteration']}: {_range(tokens['pairs'])} tokens of pairs; {spans}")
+    if time["total_seconds"] is None:
+        lines.append("  give --generation-tokens-per-second, --scoring-tokens-per-second, --training-tokens-per-second")
+    return lines
+
+
+def _gib(count: int | None) -> str:
+    return "unknown" if count is None else f"{count / 2**30:.2f} GiB"
+
+
+def _span(seconds: list[float] | None) -> str:
+    if seconds is None:
+        return "unknown"
+    low, high = (_clock(value) for value in seconds)
+    return low if low == high else f"{low} to {high}"
+
+
+def _clock(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _range(bounds: Any) -> str:
+    low, high = bounds
+    return f"{low:,.0f}" if low == high else f"{low:,.0f} to {high:,.0f}"

@@ -1,0 +1,1 @@
+"""From rows to prompts to pairs, all of it token ids."""

@@ -1,0 +1,80 @@
+"""Which held-out prompts the policy plays on after each iteration: the first of a fixed order, the same in every run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from axolotl.utils.logging import get_logger
+
+from axolotl_spin.args import SpinConfig
+from axolotl_spin.data.prompts import prompt_features, prompts_of_row
+
+LOG = get_logger(__name__)
+
+# prompts where `spin.eval_prompts` is not set and there is held-out data
+DEFAULT_PROMPTS = 64
+# the order of the rows does not depend on the run's seed, so that runs with other seeds play on the same prompts
+_ORDER = 0x5350494E
+
+
+def refuse_missing_data(settings: SpinConfig, cfg: Any) -> None:
+    """Refuses `spin.eval_prompts` where nothing is held out, before any data is prepared.
+
+    Args:
+        settings: The `spin` block.
+        cfg: The host's config.
+
+    Raises:
+        ValueError: Names both keys.
+    """
+    if settings.eval_prompts and not cfg.get("val_set_size") and not cfg.get("test_datasets"):
+        raise ValueError(
+            f"`spin.eval_prompts: {settings.eval_prompts}` needs held-out data, but `val_set_size` is "
+            f"{cfg.get('val_set_size') or 0} and there are no `test_datasets`: set one of them, or remove "
+            "`spin.eval_prompts`"
+        )
+
+
+def heldout_prompts(dataset: Any, settings: SpinConfig) -> Any:
+    """Takes prompts and human answers from the host's prepared evaluation dataset.
+
+    Rows without a prompt or without a labelled token are left out: the host's `eval_loss` may use them, but there is
+    nothing to answer. Only so many rows are read as it takes.
+
+    Args:
+        dataset: A `datasets.Dataset` with `input_ids` and `labels`, or None.
+        settings: The `spin` block.
+
+    Returns:
+        A `datasets.Dataset` with `prompt_ids`, `chosen_ids` (list<int32>) and `row` (index of the source row), of at most
+        `spin.eval_prompts` rows; None where there is nothing to play on.
+
+    Raises:
+        ValueError: Prompts are asked for and no row has one.
+    """
+    from datasets import Dataset
+
+    wanted = DEFAULT_PROMPTS if settings.eval_prompts is None else settings.eval_prompts
+    if not wanted or dataset is None or not len(dataset):
+        return None
+    found: list[dict[str, Any]] = []
+    unfit = 0
+    for row in np.random.Generator(np.random.Philox(key=_ORDER)).permutation(len(dataset)).tolist():
+        source = dataset[row]
+        try:
+            prompts = prompts_of_row(source["input_ids"], source["labels"], settings.turns)
+        except ValueError:
+            prompts = []
+        unfit += not prompts
+        found += [{**prompt._asdict(), "row": row} for prompt in prompts]
+        if len(found) >= wanted:
+            break
+    if unfit:
+        LOG.info(f"held-out play leaves out {unfit} rows without a prompt or without a human answer to it")
+    if not found and settings.eval_prompts:
+        raise ValueError(
+            f"`spin.eval_prompts: {settings.eval_prompts}`, but none of the {len(dataset)} held-out rows has a prompt with "
+            "a labelled answer: check `test_datasets`, or set `spin.eval_prompts: 0`"
+        )
+    return Dataset.from_list(found[:wanted], features=prompt_features()) if found else None

@@ -1,0 +1,167 @@
+"""Pairs of a human answer and the opponent's: their file, and the dataset over them.
+
+Files are written and read a batch of rows at a time, so that memory does not grow with the number of pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from torch.utils.data import Dataset
+
+from axolotl_spin.disk.atomic import DamagedFileError, ForeignFileError, write_whole
+
+_IDS = pa.list_(pa.int32())
+
+SCHEMA = pa.schema(
+    [
+        ("prompt_ids", _IDS),
+        ("chosen_ids", _IDS),
+        ("rejected_ids", _IDS),
+        ("prompt", pa.string()),
+        ("chosen", pa.string()),
+        ("rejected", pa.string()),
+        ("finish_reason", pa.string()),  # "stop": ended by itself; "length": cut at the limit
+        ("generated_in", pa.int32()),  # iteration whose opponent gave the rejected answer
+        ("opponent_chosen_logp", pa.float64()),  # sums over the answer's tokens, in nats
+        ("opponent_rejected_logp", pa.float64()),
+        ("row", pa.int64()),  # index of the source row
+    ]
+)
+LOGPS = ("opponent_chosen_logp", "opponent_rejected_logp")
+
+# rows that are held in memory at once while pairs are made, written or read; a row group of the file
+BATCH_ROWS = 8192
+
+_MARK = b"axolotl_spin"
+
+
+def write_pairs(path: Path, batches: Iterable[pa.RecordBatch], mark: str) -> None:
+    """Writes `pairs.parquet` as a whole file, each page with a checksum.
+
+    Args:
+        path: Destination.
+        batches: Of `SCHEMA`, one row per pair trained on, in order; a row group each.
+        mark: What the pairs depend on (`Identity.before`), kept in the file's metadata.
+    """
+
+    def write(aside: Path) -> None:
+        schema = SCHEMA.with_metadata({_MARK: mark.encode()})
+        with pq.ParquetWriter(aside, schema, write_page_checksum=True) as file:
+            for batch in batches:
+                file.write_batch(batch.replace_schema_metadata(schema.metadata))
+
+    write_whole(path, write)
+
+
+def check_pairs(path: Path, mark: str, rows: int) -> None:
+    """Checks by its footer alone that a file holds an iteration's pairs.
+
+    Args:
+        path: The file.
+        mark: What the pairs must depend on.
+        rows: How many there must be.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        DamagedFileError: It is cut, corrupt, or has other columns or another number of rows.
+        ForeignFileError: It belongs to another run.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise DamagedFileError(f"{path} is damaged ({error})") from error
+    with file:
+        schema, found_rows = file.schema_arrow, file.metadata.num_rows
+    if not schema.equals(SCHEMA):
+        raise DamagedFileError(f"{path} does not hold the columns of a pairs file")
+    found = (schema.metadata or {}).get(_MARK, b"").decode()
+    if found != mark:
+        raise ForeignFileError(
+            f"{path} belongs to another run or iteration (it is marked {found[:12] or 'not at all'})"
+        )
+    if found_rows != rows:
+        raise DamagedFileError(f"{path} has {found_rows} pairs instead of {rows}")
+
+
+def read_batches(
+    path: Path, mark: str, rows: int, columns: Sequence[str] = tuple(SCHEMA.names)
+) -> Iterator[pa.RecordBatch]:
+    """Reads `pairs.parquet` a batch of rows at a time, verifying the checksums of what it reads.
+
+    Args:
+        path: The file.
+        mark: What the pairs must depend on.
+        rows: How many there must be.
+        columns: Which of them; the others are not looked at.
+
+    Raises:
+        FileNotFoundError, DamagedFileError, ForeignFileError: See `check_pairs`.
+    """
+    check_pairs(path, mark, rows)
+    try:
+        # with `pre_buffer`, the default, what has been read stays in memory until the end
+        with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
+            for batch in file.iter_batches(BATCH_ROWS, columns=list(columns)):
+                if not all(np.isfinite(batch[name].to_numpy()).all() for name in LOGPS if name in columns):
+                    raise DamagedFileError(f"{path} is damaged (it has log-probs that are no numbers)")
+                yield batch.replace_schema_metadata(None)
+    except (pa.ArrowException, OSError) as error:
+        raise DamagedFileError(f"{path} is damaged ({error})") from error
+
+
+def read_pairs(path: Path, mark: str, rows: int, columns: Sequence[str] = tuple(SCHEMA.names)) -> pa.Table:
+    """Reads columns of `pairs.parquet` into memory; see `read_batches`."""
+    schema = pa.schema([SCHEMA.field(name) for name in columns])
+    return pa.Table.from_batches(read_batches(path, mark, rows, columns), schema)
+
+
+class PairDataset(Dataset):
+    """Pairs as a map-style dataset over Arrow memory; nothing is held as Python objects.
+
+    Args:
+        pairs: A table with `prompt_ids`, `chosen_ids` and `rejected_ids`, in one piece or several; mapped or in memory.
+        logps: (pairs, 2) the opponent's log-probs of the human's and of its own answers, in nats. None while they are
+            still to be computed; where the table has them, they are taken from it.
+    """
+
+    def __init__(self, pairs: pa.Table, logps: np.ndarray | None = None):
+        self.table = pairs
+        batches = [batch for batch in pairs.to_batches() if batch.num_rows]
+        self._starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
+        self._ids = {
+            name: [(batch[name].offsets.to_numpy(), batch[name].values.to_numpy()) for batch in batches]
+            for name in ("prompt_ids", "chosen_ids", "rejected_ids")
+        }
+        if logps is None and LOGPS[0] in pairs.column_names:
+            logps = np.stack([pairs[name].to_numpy() for name in LOGPS], axis=1)
+        self.logps = logps
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        batch = int(np.searchsorted(self._starts, index, side="right")) - 1
+        at = index - self._starts[batch]
+        row: dict[str, Any] = {}
+        for name, parts in self._ids.items():
+            offsets, values = parts[batch]
+            row[name] = values[offsets[at] : offsets[at + 1]]
+        if self.logps is not None:
+            row.update(zip(LOGPS, self.logps[index], strict=True))
+        return row
+
+    def lengths(self, name: str) -> np.ndarray:
+        """Returns the number of tokens of each row's `prompt_ids`, `chosen_ids` or `rejected_ids`."""
+        return np.concatenate([np.zeros(0, dtype=np.int32), *(np.diff(offsets) for offsets, _ in self._ids[name])])
+
+    def padded_lengths(self) -> np.ndarray:
+        """Returns the tokens of each row's prompt with its longer answer."""
+        return self.lengths("prompt_ids") + np.maximum(self.lengths("chosen_ids"), self.lengths("rejected_ids"))

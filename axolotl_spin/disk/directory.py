@@ -1,0 +1,94 @@
+"""The paths of what a run leaves in `OUTPUT_DIR/spin/`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from axolotl_spin.disk.atomic import path_aside
+
+
+class RunDirectory:
+    """The paths of a run's artifacts below the host's `output_dir`.
+
+    They stay out of `checkpoint-*`, which the host's rotation deletes.
+    """
+
+    def __init__(self, output_dir: str | Path):
+        self.root = Path(output_dir) / "spin"
+
+    @property
+    def plan(self) -> Path:
+        return self.root / "plan.json"
+
+    @property
+    def log(self) -> Path:
+        """What the Trainer logged, a row a line."""
+        return self.root / "log.jsonl"
+
+    @property
+    def about(self) -> Path:
+        """What ran and on what."""
+        return self.root / "about.json"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the process that writes here."""
+        return self.root / "run.lock"
+
+    def iteration(self, iteration: int) -> Path:
+        return self.root / f"iteration-{iteration}"
+
+    def pairs(self, iteration: int) -> Path:
+        return self.iteration(iteration) / "pairs.parquet"
+
+    def staged(self, iteration: int) -> Path:
+        """What the ranks map into memory of the pairs while the iteration lasts."""
+        return self.iteration(iteration) / ".pairs.arrow"
+
+    def metrics(self, iteration: int) -> Path:
+        return self.iteration(iteration) / "metrics.json"
+
+    def heldout(self, iteration: int) -> Path:
+        """The held-out play of the model that the iteration's training resulted in."""
+        return self.iteration(iteration) / "heldout.parquet"
+
+    def model(self, iteration: int) -> Path:
+        return self.iteration(iteration) / "model"
+
+    def opponent(self, iteration: int) -> Path:
+        """The policy as it answers, for an engine; gone once it has."""
+        return self.iteration(iteration) / ".opponent"
+
+    def engine(self, iteration: int, engine: int) -> Path:
+        """What an engine is asked and tells, and its log; gone once it has answered, and at the next start."""
+        return self.iteration(iteration) / f".engine-{engine}"
+
+    def chunk(self, iteration: int, chunk: int) -> Path:
+        """A finished piece of an iteration's generation; gone once `pairs.parquet` holds it."""
+        return self.iteration(iteration) / "chunks" / f"{chunk:06d}.parquet"
+
+
+def check_output_dir(output_dir: str) -> None:
+    """Checks that a run can write to its folder, before anything else is done.
+
+    Args:
+        output_dir: The host's key.
+
+    Raises:
+        OSError: It cannot be made or written to; names the key.
+    """
+    probe = path_aside(Path(output_dir) / "probe")
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        message = (
+            f"`output_dir: {output_dir}` cannot be written to ({os.strerror(error.errno or 0)}): choose another folder"
+        )
+        raise OSError(error.errno, message) from error

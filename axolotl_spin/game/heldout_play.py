@@ -1,0 +1,253 @@
+"""Held-out play: the policy answers prompts that it is not trained on, and is asked to tell its answers from the human's.
+
+At the game's end the model's distribution is the data's, so its own answers and the human's have the same distribution,
+and so has their log-prob per token: the AUC between the two is 0.5 and the mean margin 0. Nothing here touches training:
+the policy is frozen, the answers have seeds of their own, global random state stays as it is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from accelerate.utils import gather_object
+from axolotl.utils.logging import get_logger
+from tqdm import tqdm
+
+from axolotl_spin.data.answers import distinct_2
+from axolotl_spin.data.pairs import PairDataset
+from axolotl_spin.data.prompts import token_counts
+from axolotl_spin.disk.atomic import write_whole
+from axolotl_spin.generation.backend import Completion, Sampling
+from axolotl_spin.generation.chunks import Chunks, chunk_rows, chunk_size, iteration_seed, token_limit
+from axolotl_spin.generation.transformers import TransformersBackend
+from axolotl_spin.monitor.trackers import send_samples
+from axolotl_spin.run.plan import IterationPlan
+from axolotl_spin.run.prepare import SpinRun
+from axolotl_spin.training.policy import frozen
+from axolotl_spin.training.scoring import Scorer
+
+LOG = get_logger(__name__)
+
+_IDS = pa.list_(pa.int32())
+
+SCHEMA = pa.schema(
+    [
+        ("prompt", pa.string()),
+        ("human", pa.string()),
+        ("own", pa.string()),
+        ("prompt_ids", _IDS),
+        ("human_ids", _IDS),
+        ("own_ids", _IDS),
+        ("human_logp", pa.float64()),  # sums over the answer's tokens under the model that gave `own`, in nats
+        ("own_logp", pa.float64()),
+        ("finish_reason", pa.string()),  # "stop": ended by itself; "length": cut at the limit
+        ("row", pa.int64()),  # index of the source row among the held-out ones
+    ]
+)
+_MARK = b"axolotl_spin"
+
+# mixed into the seed, so that these answers are drawn with other numbers than those that are trained against
+_STREAM = 0x4845_4C44
+
+
+class HeldOutPlay:
+    """Plays on the run's held-out prompts, over all ranks; does nothing where there are none.
+
+    Args:
+        run: Settings and held-out prompts.
+        trainer: The host's trainer: wrapped model, ranks, logging, trackers.
+        sampling: How answers are drawn, as in training.
+        pad_token_id: Fills padding.
+        scorer: Training's.
+        pulse: Called between forwards; may raise to stop.
+    """
+
+    def __init__(
+        self,
+        run: SpinRun,
+        trainer: Any,
+        sampling: Sampling,
+        pad_token_id: int,
+        scorer: Scorer,
+        pulse: Callable[[], None],
+    ):
+        self.run = run
+        self.trainer = trainer
+        self.sampling = sampling
+        self.scorer = scorer
+        generation = run.settings.generation
+        # whatever `generation.backend` is: an engine's start would cost more than so few answers
+        self.backend = TransformersBackend(
+            trainer.accelerator, sampling, pad_token_id, generation.batch_size, generation.gather_weights, pulse
+        )
+
+    def before(self) -> dict[str, float]:
+        """Plays with the model that the run starts from, and logs the figures under their usual names.
+
+        Returns:
+            The same figures as `spin/heldout_start_*`; none without held-out prompts.
+        """
+        if self.run.heldout is None:
+            return {}
+        _, figures = self._play("start", 0)
+        return {name.replace("heldout_", "heldout_start_"): value for name, value in figures.items()}
+
+    def after(self, entry: IterationPlan) -> dict[str, float]:
+        """Plays with the model that an iteration resulted in, writes `heldout.parquet` and logs the figures.
+
+        The same model gives the same answers and figures, so an iteration's end may be run again.
+
+        Args:
+            entry: The iteration.
+
+        Returns:
+            The figures under their public names; none without held-out prompts.
+        """
+        if self.run.heldout is None:
+            return {}
+        table, figures = self._play(f"iteration {entry.iteration}", entry.iteration + 1)
+        if self.trainer.accelerator.is_main_process:
+            mark = self.run.identity.through(entry.iteration)
+            marked = table.replace_schema_metadata({_MARK: mark.encode()})
+            write_whole(
+                self.run.directory.heldout(entry.iteration),
+                lambda aside: pq.write_table(marked, aside, write_page_checksum=True),
+            )
+        return figures
+
+    def _play(self, name: str, number: int) -> tuple[pa.Table, dict[str, float]]:
+        """Plays once.
+
+        Args:
+            name: Whose answers they are, for people.
+            number: Which play of the run it is; the answers' seeds depend on it.
+
+        Returns:
+            A table of `SCHEMA` and the figures, the same on every rank.
+        """
+        started = time.perf_counter()
+        model = self.trainer.model_wrapped
+        with frozen(model):
+            answers = self._answer(model, name, number)
+            columns = self.run.heldout.with_format("arrow")[:].combine_chunks()
+            pairs = pa.table(
+                {
+                    "prompt_ids": columns["prompt_ids"].combine_chunks(),
+                    "chosen_ids": columns["chosen_ids"].combine_chunks(),
+                    "rejected_ids": pa.array([answer.ids for answer in answers], type=_IDS),
+                }
+            )
+            logps = self.scorer.logps(model, PairDataset(pairs)).numpy()
+        table = self._table(pairs, columns["row"], answers, logps)
+        figures = measure(table, self.sampling.stop_token_ids)
+        figures["spin/heldout_seconds"] = time.perf_counter() - started
+        if self.trainer.accelerator.is_main_process:
+            LOG.info(f"{name}: {_line(figures, len(table))}")
+        self.trainer.log(dict(figures))  # which adds keys of the host's
+        send_samples(self.trainer, table, name)
+        return table, figures
+
+    def _answer(self, model: Any, name: str, number: int) -> list[Completion]:
+        """Returns an answer to each held-out prompt, on every rank."""
+        accelerator, generation = self.trainer.accelerator, self.run.settings.generation
+        lengths = token_counts(self.run.heldout, "prompt_ids")
+        rows = chunk_rows(lengths, chunk_size(len(lengths), generation.batch_size))
+        seed = self.run.seed if generation.seed is None else generation.seed
+
+        def limit(prompt: int) -> int:
+            return token_limit(prompt, max_new_tokens=generation.max_new_tokens, sequence_len=self.run.sequence_len)
+
+        chunks = Chunks(self.run.heldout, rows, limit, play_seed(seed, number))
+        mine = sum(len(part) for part in rows[accelerator.process_index :: accelerator.num_processes])
+        found: list[tuple[int, Completion]] = []
+        shown, about = accelerator.is_main_process, f"{name}: held-out play"
+        with tqdm(desc=about, total=mine, unit="answer", leave=False, dynamic_ncols=True, disable=not shown) as bar:
+            for chunk, completions in self.backend.answer(model, chunks):
+                found += zip(chunk.rows, completions, strict=True)
+                bar.update(len(completions))
+        answers = dict(gather_object(found))
+        assert len(answers) == len(lengths), f"{len(answers)} of {len(lengths)} held-out prompts were answered"
+        return [answers[row] for row in range(len(lengths))]
+
+    def _table(self, pairs: pa.Table, rows: Any, answers: Sequence[Completion], logps: np.ndarray) -> pa.Table:
+        ids = {"prompt": pairs["prompt_ids"], "human": pairs["chosen_ids"], "own": pairs["rejected_ids"]}
+        columns = {
+            **{name: self.run.tokenizer.batch_decode(values.to_pylist()) for name, values in ids.items()},
+            **{f"{name}_ids": values for name, values in ids.items()},
+            "human_logp": logps[:, 0],
+            "own_logp": logps[:, 1],
+            "finish_reason": [answer.finish_reason for answer in answers],
+            "row": rows,
+        }
+        return pa.table({name: columns[name] for name in SCHEMA.names}, schema=SCHEMA)
+
+
+def play_seed(seed: int, number: int) -> int:
+    """Returns the seed of a play's answers, another than that of any iteration's.
+
+    Args:
+        seed: Of the run's sampling.
+        number: Which play of the run it is: 0 for the start model's, then one more than the iteration.
+    """
+    return iteration_seed(iteration_seed(seed, _STREAM), number)
+
+
+def measure(table: pa.Table, stop_token_ids: Sequence[int]) -> dict[str, float]:
+    """Measures a play.
+
+    Args:
+        table: Of `SCHEMA`.
+        stop_token_ids: Tokens that end an answer; they are counted in its length, but not in its bigrams.
+
+    Returns:
+        Under public names: the mean margin between human and own answers in nats per token, their AUC, mean tokens of both,
+        and the share of different bigrams in the own answers. What cannot be told is left out: bigrams where no answer has
+        two tokens; margin and AUC where a log-prob is no number.
+    """
+    own_ids = table["own_ids"].to_pylist()
+    human_lengths = np.array([len(ids) for ids in table["human_ids"].to_pylist()])
+    own_lengths = np.array([len(ids) for ids in own_ids])
+    human = table["human_logp"].to_numpy() / human_lengths
+    own = table["own_logp"].to_numpy() / own_lengths
+    figures = {
+        "spin/heldout_length": float(own_lengths.mean()),
+        "spin/heldout_human_length": float(human_lengths.mean()),
+    }
+    if np.isfinite(human).all() and np.isfinite(own).all():
+        figures["spin/heldout_margin"] = float((human - own).mean())
+        figures["spin/heldout_auc"] = auc(human, own)
+    else:
+        LOG.warning("held-out play: log-probs are NaN or infinite, so there is no margin and no AUC")
+    distinct = distinct_2([ids[:-1] if ids[-1] in stop_token_ids else ids for ids in own_ids])
+    return figures if distinct is None else {**figures, "spin/heldout_distinct_2": distinct}
+
+
+def auc(human: np.ndarray, own: np.ndarray) -> float:
+    """Returns how often a human answer's value exceeds an own answer's, over all pairs of the two; a tie counts half.
+
+    Args:
+        human: (answers,) log-probs in nats per token.
+        own: (answers,) likewise.
+    """
+    ordered = np.sort(own)
+    below = np.searchsorted(ordered, human, side="left")  # own answers below each human one
+    not_above = np.searchsorted(ordered, human, side="right")
+    return float((below + not_above).sum() / (2 * len(human) * len(own)))
+
+
+def _line(figures: dict[str, float], prompts: int) -> str:
+    parts = [f"held-out play on {prompts} prompts in {figures['spin/heldout_seconds']:.1f} s"]
+    if "spin/heldout_auc" in figures:
+        parts.append(f"AUC {figures['spin/heldout_auc']:.3f} (0.5: own and human answers look alike)")
+        parts.append(f"margin {figures['spin/heldout_margin']:+.3f} nats per token")
+    parts.append(
+        f"own answers {figures['spin/heldout_length']:.1f} tokens, human {figures['spin/heldout_human_length']:.1f}"
+    )
+    if "spin/heldout_distinct_2" in figures:
+        parts.append(f"distinct-2 {figures['spin/heldout_distinct_2']:.2f}")
+    return ", ".join(parts)

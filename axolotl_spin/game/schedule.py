@@ -1,0 +1,99 @@
+"""What starts afresh at each iteration: the learning-rate schedule and the optimizer's state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+
+from axolotl_spin.run.plan import IterationPlan, Plan
+
+# builds the host's scheduler over an optimizer for one iteration
+HostScheduler = Callable[[IterationPlan, torch.optim.Optimizer], LRScheduler]
+
+
+def learning_rate_table(plan: Plan, host_scheduler: HostScheduler) -> list[float]:
+    """Returns the learning rate of every step of the run, by the host's own scheduler restarted at each iteration.
+
+    Args:
+        plan: Steps and peak learning rate of each iteration.
+        host_scheduler: Called once per iteration with an optimizer of one parameter at that iteration's peak rate.
+
+    Returns:
+        `plan.total_steps` learning rates.
+    """
+    rates: list[float] = []
+    for entry in plan.iterations:
+        # the momentum is there for schedulers that insist on cycling one
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=entry.learning_rate, momentum=0.9)
+        scheduler = host_scheduler(entry, optimizer)
+        for _ in range(entry.steps):
+            rates.append(float(optimizer.param_groups[0]["lr"]))
+            optimizer.step()
+            scheduler.step()
+    return rates
+
+
+class IterationSchedule(LRScheduler):
+    """Plays a table of learning rates; its whole state is the step it is at.
+
+    A parameter group that the host gives a rate of its own (`embedding_lr`, `lr_groups`, `loraplus_lr_ratio`) keeps
+    its ratio to the base rate.
+
+    Args:
+        optimizer: The run's optimizer.
+        rates: One learning rate per step; the last one stays after the end.
+        base_rate: The host's `learning_rate`, to which the groups' initial rates refer.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, rates: list[float], base_rate: float):
+        self._rates = rates
+        self._base_rate = base_rate
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float | torch.Tensor]:
+        rate = self._rates[min(self.last_epoch, len(self._rates) - 1)]
+        return [initial * rate / self._base_rate for initial in self.base_lrs]
+
+    def reapply(self) -> None:
+        """Gives the optimizer this step's rates, where its state was loaded from a run whose plan ended here."""
+        self._last_lr = self.get_lr()
+        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = rate
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state without the table, which the plan gives again."""
+        state = super().state_dict()
+        return {key: value for key, value in state.items() if key not in ("_rates", "_base_rate")}
+
+
+def restart_optimizer(optimizer: Any) -> None:
+    """Puts an optimizer into the state it had before its first step; the weights stay.
+
+    Optimizers of torch and bitsandbytes make their state when a parameter has none, so theirs is dropped: that is right
+    for quantised and preconditioner states too, whose start is not zero. DeepSpeed makes the state of its partitions
+    when the engine starts and keeps references to it, so that is zeroed in place.
+
+    Args:
+        optimizer: As the trainer holds it: the optimizer, or accelerate's or DeepSpeed's wrapper around it.
+    """
+    sharded_by_deepspeed = False
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+        sharded_by_deepspeed |= type(optimizer).__module__.startswith("deepspeed.runtime")
+    if sharded_by_deepspeed:
+        for state in optimizer.state.values():
+            for key, value in state.items():
+                if isinstance(value, torch.Tensor):
+                    value.zero_()
+                elif isinstance(value, (int, float)) and not isinstance(value, bool):
+                    state[key] = type(value)(0)
+    else:
+        optimizer.state.clear()
+    for group in optimizer.param_groups:
+        if isinstance(group.get("step"), torch.Tensor):
+            group["step"].zero_()
+        elif group.get("step") is not None:
+            group["step"] = 0

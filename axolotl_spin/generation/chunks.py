@@ -1,0 +1,119 @@
+"""The work of an iteration, cut into fixed chunks whose answers depend on their seed alone."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The unit that is resumed and given to a rank: one batch of prompts or several.
+
+    Attributes:
+        index: Position among the iteration's chunks.
+        rows: Indices of the prompts.
+        prompts: Their token ids.
+        limits: Most tokens that each answer may have.
+        seed: With the row it seeds the answer; depends on the run's seed and the iteration alone.
+    """
+
+    index: int
+    rows: tuple[int, ...]
+    prompts: tuple[Sequence[int], ...]
+    limits: tuple[int, ...]
+    seed: int
+
+    def part(self, start: int, stop: int) -> Chunk:
+        """Returns the prompts from one position up to another."""
+        some = slice(start, stop)
+        return replace(self, rows=self.rows[some], prompts=self.prompts[some], limits=self.limits[some])
+
+
+def iteration_seed(seed: int, iteration: int) -> int:
+    """Returns a 63-bit seed that depends on its arguments alone."""
+    digest = hashlib.sha256(f"{seed}/{iteration}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def chunk_size(prompts: int, batch_size: int) -> int:
+    """Returns how many prompts a chunk has: up to 8 batches, so that ended answers make room for others.
+
+    It does not depend on the number of ranks, and leaves at least 16 chunks to share among them.
+
+    Args:
+        prompts: In the iteration.
+        batch_size: Answers written at once.
+    """
+    batches = -(-prompts // batch_size)
+    return batch_size * max(1, min(8, batches // 16))
+
+
+def chunk_rows(lengths: np.ndarray, chunk_size: int) -> list[np.ndarray]:
+    """Cuts prompts into chunks of similar length, longest first, so that a chunk that cannot fit fails early.
+
+    Args:
+        lengths: (prompts,) tokens in each prompt.
+        chunk_size: Prompts in a chunk.
+
+    Returns:
+        The prompts' indices, an array for each chunk.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    return [order[start : start + chunk_size] for start in range(0, len(order), chunk_size)]
+
+
+class Chunks(Sequence[Chunk]):
+    """An iteration's chunks, each made when it is asked for: prompts stay in the dataset's file until then.
+
+    Args:
+        prompts: `datasets.Dataset` with `prompt_ids`.
+        rows: The prompts of each chunk; see `chunk_rows`.
+        limit: Returns from a prompt's tokens how many its answer may have.
+        seed: See `Chunk`.
+        only: Indices of the chunks that are meant; all by default.
+    """
+
+    def __init__(
+        self,
+        prompts: Any,
+        rows: list[np.ndarray],
+        limit: Callable[[int], int],
+        seed: int,
+        only: Sequence[int] | None = None,
+    ):
+        self._prompts = prompts.with_format("numpy").select_columns(["prompt_ids"])
+        self._rows, self._limit, self._seed = rows, limit, seed
+        self._only = range(len(rows)) if only is None else only
+
+    def __len__(self) -> int:
+        return len(self._only)
+
+    def __getitem__(self, position: int) -> Chunk:  # type: ignore[override]
+        index = self._only[position]
+        rows = self._rows[index].tolist()
+        prompts = tuple(self._prompts[rows]["prompt_ids"])
+        limits = tuple(self._limit(len(prompt)) for prompt in prompts)
+        return Chunk(index, tuple(rows), prompts, limits, self._seed)
+
+    def index_at(self, position: int) -> int:
+        """Returns the index of the chunk at a position, without making it."""
+        return self._only[position]
+
+    def rows(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields each chunk's index and its prompts' indices."""
+        return ((index, self._rows[index]) for index in self._only)
+
+    def without(self, done: Collection[int]) -> Chunks:
+        """Returns the chunks whose index is not among some."""
+        left = [index for index in self._only if index not in done]
+        return Chunks(self._prompts, self._rows, self._limit, self._seed, left)
+
+
+def token_limit(prompt_length: int, *, max_new_tokens: int | None, sequence_len: int) -> int:
+    """Returns how many tokens an answer may have: what `sequence_len` leaves, at most `max_new_tokens` (512)."""
+    return max(1, min(sequence_len - prompt_length, max_new_tokens or 512))

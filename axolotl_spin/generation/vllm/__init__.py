@@ -1,0 +1,1 @@
+"""The opponent's answers by vLLM engines in processes of their own."""

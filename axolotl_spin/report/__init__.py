@@ -1,0 +1,54 @@
+"""`report.html`: one page that shows a run, or compares several, and needs nothing but a browser.
+
+`reading` and `answers` read what a run left on disk, `guide` judges it, `charts` draws it, `page` puts it together. Nothing
+here imports torch or the host, so that the command starts at once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from axolotl_spin.disk.atomic import write_whole
+from axolotl_spin.disk.directory import RunDirectory
+from axolotl_spin.report.page import render
+from axolotl_spin.report.reading import read_run
+
+# a child of the host's logger, without importing it
+LOG = logging.getLogger(__name__)
+
+
+def write_report(output_dirs: Sequence[Path], path: Path, complete: bool | None = None) -> int:
+    """Writes the page of a run, or of several for comparison.
+
+    Args:
+        output_dirs: The host's `output_dir` of each run; running, stopped or complete.
+        path: Where the page is to appear.
+        complete: Whether the run counts as complete; read from disk where it is None.
+
+    Returns:
+        The size of the page in bytes.
+
+    Raises:
+        NoRunError: A folder holds no run.
+        OSError: The page could not be written.
+    """
+    text = render([read_run(folder, complete) for folder in output_dirs])
+    write_whole(path, lambda aside: aside.write_bytes(text))
+    return len(text)
+
+
+def report_at_end(directory: RunDirectory) -> None:
+    """Writes `spin/report.html` of a run that has just ended; a failure is logged and leaves the run as it is.
+
+    Args:
+        directory: The run's.
+    """
+    try:
+        write_report([directory.root.parent], directory.report, complete=True)
+    except Exception as error:  # whatever it is, the trained model is worth more than its report
+        LOG.warning(
+            f"{directory.report} could not be made ({type(error).__name__}: {error}); the run itself is complete. Try "
+            f"`axolotl spin report {directory.root.parent}`"
+        )

@@ -1,0 +1,61 @@
+"""The figures of each iteration that a report judges."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from axolotl_spin.report.answers import Answers
+from axolotl_spin.report.reading import RunData, number
+
+# the loss of the first step, where policy and opponent are one model
+LOSS_AT_START = {"sigmoid": math.log(2.0), "hinge": 1.0}
+
+
+@dataclass
+class Figures:
+    """What the rules look at, for one iteration.
+
+    Attributes:
+        iteration: The iteration.
+        first_loss: What the loss is where policy and opponent are one.
+        metrics: `metrics.json`.
+        rows: Logged rows of its training, in order.
+        done: Whether its training is over.
+        distinct_2: Of own and of human answers; see `Answers`.
+    """
+
+    iteration: int
+    first_loss: float
+    metrics: dict[str, Any]
+    rows: list[dict[str, Any]]
+    done: bool
+    distinct_2: tuple[float | None, float | None] = (None, None)
+
+    def get(self, name: str) -> float | None:
+        return number(self.metrics, name)
+
+    def per_token(self, name: str) -> float | None:
+        """Returns a reward of the last log as nats per token of the human answer: how far a log-prob has moved."""
+        reward, beta, length = self.get(name), self.get("spin/beta"), self.get("spin/chosen_length")
+        return None if reward is None or not beta or not length else reward / beta / length
+
+
+def collect(run: RunData, answers: Sequence[Answers]) -> list[Figures]:
+    """Collects the figures of a run's iterations that have begun, in order."""
+    distinct = {found.iteration: found.distinct_2 for found in answers}
+    first = LOSS_AT_START.get(run.loss_type, math.log(2.0))
+    return [
+        Figures(
+            iteration=entry.iteration,
+            first_loss=first,
+            metrics=run.metrics[entry.iteration],
+            rows=run.training[entry.iteration],
+            done="spin/training_seconds" in run.metrics[entry.iteration],
+            distinct_2=distinct.get(entry.iteration, (None, None)),
+        )
+        for entry in run.iterations
+        if entry.iteration in run.metrics
+    ]

@@ -1,0 +1,185 @@
+"""A run before any model is loaded: settings, prompts, plan, and what identifies it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from axolotl_spin.args import SpinConfig, spin_config
+from axolotl_spin.data.heldout import heldout_prompts
+from axolotl_spin.data.initial_pairs import GivenPairs, pairs_file, read_file
+from axolotl_spin.data.prompts import prompt_dataset, stop_token_ids, token_counts
+from axolotl_spin.disk.atomic import write_json
+from axolotl_spin.disk.directory import RunDirectory
+from axolotl_spin.generation.vllm.served import ServedModel, served_model
+from axolotl_spin.run.identity import Identity, identify
+from axolotl_spin.run.plan import Plan, make_plan
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How ranks share the work, as far as the host's checkpoints depend on it.
+
+    Attributes:
+        ranks: Processes.
+        sharding: `ZeRO-1`, `ZeRO-2`, `ZeRO-3` or `FSDP2`; None where every rank holds everything.
+    """
+
+    ranks: int
+    sharding: str | None
+
+
+@dataclass
+class SpinRun:
+    """Everything that is known about a run before the model loads.
+
+    Attributes:
+        settings: The `spin` block.
+        prompts: Prompts and human answers (`datasets.Dataset` with `prompt_ids`, `chosen_ids`, `row`).
+        plan: Rows, steps, learning rates, betas.
+        directory: Paths of the artifacts.
+        identity: What the result depends on.
+        tokenizer: The host's.
+        sequence_len: The host's, in tokens.
+        seed: Of shuffling and, unless `spin.generation.seed` is set, of sampling.
+        shuffle: False with the host's `curriculum_sampling`.
+        eot_tokens: The host's `eot_tokens`, which end an answer as well.
+        command: How the user names this config on the command line.
+        adapter: The host's `adapter`, or None for full fine-tuning.
+        launch: Ranks and sharding.
+        sample_packing: The host's key; False asks for padded batches.
+        served: What vLLM serves; None with another backend.
+        given: The pairs of `spin.initial_pairs`, with which iteration 0 starts; None where it answers the prompts.
+        heldout: Prompts and human answers of held-out play, like `prompts`; None where there is none.
+    """
+
+    settings: SpinConfig
+    prompts: Any
+    plan: Plan
+    directory: RunDirectory
+    identity: Identity
+    tokenizer: Any
+    sequence_len: int
+    seed: int
+    shuffle: bool
+    eot_tokens: tuple[str, ...]
+    command: str
+    adapter: str | None
+    launch: Launch
+    sample_packing: bool | None
+    served: ServedModel | None = None
+    given: GivenPairs | None = None
+    heldout: Any = None
+
+    def stop_tokens(self, model: Any) -> tuple[int, ...]:
+        """Returns the tokens that end an answer (see `stop_token_ids`).
+
+        Args:
+            model: The policy, whose generation config may name more of them than the tokenizer.
+        """
+        eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        eos = list(eos) if isinstance(eos, (list, tuple)) else [eos]
+        eos += [self.tokenizer.eos_token_id, *self.tokenizer.convert_tokens_to_ids(list(self.eot_tokens))]
+        sample = self.prompts.select(range(min(1000, len(self.prompts))))["chosen_ids"]
+        special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
+        return stop_token_ids(sample, eos=[token for token in eos if token is not None], special=special)
+
+    def write_plan(self, completed: bool = False) -> None:
+        """Writes `plan.json`. Call it on one rank.
+
+        Args:
+            completed: The run has ended and its final model is saved.
+        """
+        value = {**self.identity.to_json(), **self.plan.to_json(), "completed_steps": None}
+        if completed:
+            value["completed_steps"] = self.plan.total_steps
+        write_json(self.directory.plan, value)
+
+
+def prepare_run(cfg: Any, train_dataset: Any, tokenizer: Any, eval_dataset: Any = None) -> SpinRun:
+    """Makes a run from the host's normalized config and prepared SFT dataset.
+
+    Args:
+        cfg: The host's config, with an active `spin` block.
+        train_dataset: `datasets.Dataset` with `input_ids` and `labels`.
+        tokenizer: The host's.
+        eval_dataset: The host's held-out rows, with the same columns, or None.
+
+    Raises:
+        ValueError: The data leaves nothing to train on (see `prompt_dataset`), or the held-out rows nothing to play on.
+    """
+    settings = spin_config(cfg)
+    assert settings is not None
+    prompts = prompt_dataset(train_dataset, turns=settings.turns, max_prompts=settings.max_prompts)
+    given = _given_pairs(cfg, settings, tokenizer)
+    ranks = int(cfg.world_size or 1)
+    global_batch = cfg.micro_batch_size * cfg.gradient_accumulation_steps * ranks
+    plan = make_plan(
+        len(prompts),
+        global_batch=global_batch,
+        num_epochs=int(cfg.num_epochs),
+        history=settings.history,
+        betas=settings.betas(),
+        learning_rates=settings.learning_rates(float(cfg.learning_rate)),
+        max_steps=cfg.max_steps,
+        warmup={"warmup_steps": cfg.warmup_steps, "warmup_ratio": cfg.warmup_ratio},
+        given=given.rows if given else None,
+    )
+    return SpinRun(
+        settings=settings,
+        prompts=prompts,
+        plan=plan,
+        directory=RunDirectory(cfg.output_dir),
+        identity=identify(cfg, settings, prompts, plan, given.digest if given else None),
+        tokenizer=tokenizer,
+        sequence_len=int(cfg.sequence_len),
+        seed=int(cfg.seed if cfg.seed is not None else 42),
+        shuffle=not cfg.curriculum_sampling,
+        eot_tokens=tuple(cfg.eot_tokens or ()),
+        command=str(cfg.axolotl_config_path or "spin.yml"),
+        adapter=cfg.adapter or None,
+        launch=Launch(ranks, _sharding(cfg)),
+        sample_packing=cfg.sample_packing,
+        served=served_model(cfg, settings, token_counts(prompts, "prompt_ids"))
+        if settings.generation.backend == "vllm"
+        else None,
+        given=given,
+        heldout=heldout_prompts(eval_dataset, settings),
+    )
+
+
+def _given_pairs(cfg: Any, settings: SpinConfig, tokenizer: Any) -> GivenPairs | None:
+    """Reads and checks `spin.initial_pairs`.
+
+    Raises:
+        ValueError: It cannot be read or trained on; names the key.
+    """
+    source = settings.initial_pairs
+    if source is None:
+        return None
+    path = pairs_file(source)
+    if path is not None:
+        given = read_file(path, source)
+    else:
+        from axolotl_spin.data.initial_messages import read_conversations
+
+        given = read_conversations(source, cfg, tokenizer)
+    given.check(vocabulary=_vocabulary(cfg, tokenizer), sequence_len=int(cfg.sequence_len))
+    return given
+
+
+def _vocabulary(cfg: Any, tokenizer: Any) -> int:
+    """Returns how many ids the model knows, some of which the tokenizer may not (embeddings are often padded)."""
+    from axolotl.loaders.utils import load_model_config
+
+    config = load_model_config(cfg)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return max(len(tokenizer), int(getattr(text, "vocab_size", 0) or 0))
+
+
+def _sharding(cfg: Any) -> str | None:
+    deepspeed = cfg.get("deepspeed")
+    if isinstance(deepspeed, dict):
+        stage = (deepspeed.get("zero_optimization") or {}).get("stage") or 0
+        return f"ZeRO-{stage}"
+    return "FSDP2" if cfg.get("fsdp") or cfg.get("fsdp_config") else None

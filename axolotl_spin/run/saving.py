@@ -1,0 +1,99 @@
+"""Checkpoints and models reach the disk whole, or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+
+from axolotl_spin.disk.atomic import explained, flush, publish_folder, read_json, remove_folder, write_json
+from axolotl_spin.run.checkpoints import _MARK, read_checkpoints
+
+
+def save_whole(trainer: Any, folder: Path) -> None:
+    """Saves the model or adapter so that it loads with `from_pretrained`, also where checkpoints are sharded.
+
+    The folder appears complete or not at all; one that is there already is this very model and stays.
+
+    Args:
+        trainer: The host's trainer; every rank must call.
+        folder: Destination.
+    """
+    main = trainer.accelerator.is_main_process
+    present = [folder.exists()]
+    broadcast_object_list(present)
+    if present[0]:
+        return
+    aside = folder.with_name(f".{folder.name}")
+    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    kept = plugin.state_dict_type if plugin else None
+    if plugin:
+        plugin.set_state_dict_type("FULL_STATE_DICT")
+    try:
+        with explained(folder):
+            trainer.save_model(str(aside), _internal_call=True)
+    finally:
+        if plugin:
+            plugin.set_state_dict_type(kept)
+    trainer.accelerator.wait_for_everyone()
+    if main:
+        config_path = aside / "config.json"
+        if plugin and config_path.exists():
+            # FSDP2 gives the classes another name, which the host takes back in its final save only
+            config = read_json(config_path)
+            if config.get("architectures"):
+                config["architectures"] = [name.removeprefix("FSDP") for name in config["architectures"]]
+                write_json(config_path, config)
+        publish_folder(aside, folder)
+    trainer.accelerator.wait_for_everyone()
+
+
+@contextmanager
+def saving(trainer: Any, folder: Path, *, root: Path, mark: dict[str, Any]) -> Iterator[None]:
+    """Surrounds the host's saving of a checkpoint: marks it first as unfinished, and as complete when it is on disk.
+
+    The host's rotation runs inside its save, so that a kill could leave nothing to resume from. It is put off until the new
+    checkpoint is marked complete.
+
+    Args:
+        trainer: The host's; every rank must call.
+        folder: The checkpoint's.
+        root: The run's `spin` folder.
+        mark: What `spin.json` is to hold; `files` and `complete` are added.
+    """
+    accelerator, arguments = trainer.accelerator, trainer.args
+    limit, arguments.save_total_limit = arguments.save_total_limit, None
+    try:
+        if accelerator.is_main_process:
+            write_json(folder / _MARK, {**mark, "complete": False, "files": {}})
+        accelerator.wait_for_everyone()
+        with explained(folder):
+            yield
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            _complete(folder, mark)
+            _rotate(folder.parent, root, limit, trainer.state.best_model_checkpoint)
+    finally:
+        arguments.save_total_limit = limit
+
+
+def _complete(folder: Path, mark: dict[str, Any]) -> None:
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != _MARK]
+    for path in [*files, *(path for path in folder.rglob("*") if path.is_dir())]:
+        flush(path)
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(files)}
+    write_json(folder / _MARK, {**mark, "complete": True, "files": sizes})
+    flush(folder.parent)
+
+
+def _rotate(output_dir: Path, root: Path, limit: int | None, best: str | None) -> None:
+    """Removes the oldest checkpoints beyond `save_total_limit`, each from one moment to the next; never the best one."""
+    if not limit or limit <= 0:
+        return
+    complete = [found for found in read_checkpoints(output_dir) if not found.fault]
+    spare = [found for found in complete[:-1] if best is None or found.folder.resolve() != Path(best).resolve()]
+    for found in spare[: max(0, len(complete) - limit)]:
+        remove_folder(found.folder, root)

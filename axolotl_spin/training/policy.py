@@ -1,0 +1,66 @@
+"""What is done to the policy as a module: no randomness in its forward, and saving it so that it loads anywhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+def disable_dropout(model: torch.nn.Module) -> list[str]:
+    """Sets every dropout of a model to 0, LoRA's and attention's included, as the host's preference trainers do.
+
+    Args:
+        model: Changed in place. Attention modules of transformers keep their rate as a plain number.
+
+    Returns:
+        What was switched off, for the log, as `name=rate` without repetition.
+    """
+    found: dict[str, float] = {}
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0:
+            found["dropout"] = module.p
+            module.p = 0.0
+        for name, value in vars(module).items():
+            noisy = "dropout" in name or "jitter" in name
+            if noisy and isinstance(value, float) and value > 0 and math.isfinite(value):
+                found[name] = value
+                setattr(module, name, 0.0)
+    return [f"{name}={rate:g}" for name, rate in sorted(found.items())]
+
+
+@contextmanager
+def frozen(model: Any) -> Iterator[None]:
+    """Puts the policy into `eval()` as the opponent, and each part of it back afterwards; gradient checkpointing is not
+    touched."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        if hasattr(model, "reshard"):  # FSDP2: a forward without backward leaves the root's parameters gathered
+            model.reshard()
+
+
+def nonfinite_weights(model: torch.nn.Module, frozen: bool = False) -> list[str]:
+    """Returns the names of parameters with a NaN or infinite value in what this rank holds of them.
+
+    Args:
+        model: The policy, wrapped or not. Of a sharded parameter only this rank's shard is read.
+        frozen: Read those too that are not trained (quantised ones hold integers, which are never wrong).
+    """
+    found = []
+    for name, parameter in model.named_parameters():
+        if not (parameter.requires_grad or (frozen and parameter.is_floating_point())):
+            continue
+        held = getattr(parameter, "ds_tensor", parameter)  # ZeRO-3 leaves the parameter itself empty
+        held = held.to_local() if hasattr(held, "to_local") else held  # FSDP2's DTensor
+        plain = type(held.data) is torch.Tensor and held.dtype.itemsize > 1  # quantised ones cannot be asked
+        if plain and not torch.isfinite(held.data).all():
+            found.append(name)
+    return found

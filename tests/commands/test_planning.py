@@ -1,0 +1,336 @@
+"""`axolotl spin plan`: the figures it tells are those of the run that follows, or say where they come from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import host
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import tiny
+import torch
+from datasets import Dataset
+from rows import PAIR, ids_file
+from warm import Warm
+
+from axolotl_spin.args import SpinConfig
+from axolotl_spin.commands.plan.advice import Facts, advise
+from axolotl_spin.commands.plan.lengths import describe_lengths, limits, repeated
+from axolotl_spin.commands.plan.memory import Load, ModelSize, estimate_memory, model_size
+from axolotl_spin.commands.plan.timing import Rate, Tokens, estimate_time, measure
+from axolotl_spin.disk.atomic import write_json
+from axolotl_spin.disk.directory import RunDirectory
+from axolotl_spin.run.plan import make_plan
+
+ENV = host.environment(ACCELERATE_USE_CPU="true")
+DATA = host.SHARED / "data"
+
+
+def planned(warm: Warm, settings: dict[str, Any], *options: str) -> dict[str, Any]:
+    path = host.write(settings)
+    code, output = warm.run("axolotl_spin", "plan", str(path), "--json", *options, env=ENV, cwd=path.parent)
+    assert code == 0, output[-5000:]
+    return json.loads(output[output.index('{\n  "global_batch"') :])
+
+
+def agrees(plan: dict[str, Any], run: host.Run) -> None:
+    """Checks rows, steps, epochs, betas and learning rates against `plan.json`, the pairs and what the trainer logged."""
+    kept = json.loads((run.out / "spin" / "plan.json").read_text())
+    assert plan["iterations"] == kept["iterations"] and plan["total_steps"] == kept["completed_steps"]
+    rows = [row for row in run.logs() if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, plan["total_steps"] + 1))
+    for entry in plan["iterations"]:
+        steps = rows[entry["first_step"] : entry["first_step"] + entry["steps"]]
+        assert max(row["learning_rate"] for row in steps) == entry["learning_rate"]
+        assert {row["spin/iteration"] for row in steps} == {entry["iteration"]}
+        pairs = run.pairs(entry["iteration"])
+        assert len(pairs) == entry["rows"]
+        new = pairs["generated_in"].to_numpy() == entry["iteration"]
+        assert (new.sum(), (~new).sum()) == (entry["new_rows"], entry["kept_rows"])
+        begun = [
+            row["spin/beta"]
+            for row in run.logs()
+            if row.get("spin/beta") and row["spin/iteration"] == entry["iteration"]
+        ]
+        assert begun[0] == entry["beta"]
+
+
+@pytest.mark.host
+def test_what_is_planned_is_what_is_run(warm: Warm, tmp_path: Path) -> None:
+    """Rows and steps before; afterwards also speed, tokens as drawn, and that the run is complete."""
+    settings = {
+        **host.config(tmp_path), "num_epochs": 2, "spin": {"iterations": 3, "beta": [0.1, 0.2, 5.0],
+        "learning_rate": [1e-3, 5e-4, 1e-4], "history": 2, "generation": {"max_new_tokens": 6, "batch_size": 8}},
+    }  # fmt: skip
+    settings["spin"]["initial_pairs"] = str(ids_file(tmp_path / "given.parquet", [PAIR] * 9))
+    plan = planned(warm, settings)
+    assert [entry["rows"] for entry in plan["iterations"]] == [9, 46, 83]
+    assert plan["folder"]["holds"] == "no run" and not host.loaded_a_model(tmp_path / "out")
+    assert plan["time"]["total_seconds"] is None
+    run = host.train(settings, by=warm)
+    agrees(plan, run)
+    after = planned(warm, settings, "--generation-tokens-per-second", "100")
+    assert after["folder"]["holds"] == "this run, complete"
+    rates = after["time"]["rates"]
+    assert rates["generation"] == {"tokens_per_second": 100, "source": "given"}
+    assert rates["training"]["source"].startswith("measured in iteration 2 of ")
+    pairs, seconds = run.pairs(2), run.metrics(2)["spin/training_seconds"]
+    tokens = sum(len(row) for name in ("prompt_ids", "chosen_ids", "rejected_ids") for row in pairs[name].to_pylist())
+    assert rates["training"]["tokens_per_second"] == pytest.approx(2 * tokens / seconds)
+    # as drawn in iteration 2; the given pairs are 10 tokens each and draw nothing
+    drawn = run.metrics(2)["spin/rejected_length"] * 37
+    assert after["tokens"][0] == {"iteration": 0, "drawn": [0.0, 0.0], "pairs": [90.0, 90.0]}
+    assert after["tokens"][1]["drawn"] == pytest.approx([drawn, drawn])
+    assert after["time"]["iterations"][1]["generation_seconds"] == pytest.approx([drawn / 100] * 2)
+    changed = planned(warm, {**settings, "seed": 8}, "--ranks", "2")
+    assert changed["global_batch"] == 8 and changed["folder"]["holds"] == "another run"
+    assert "seed: 7 -> 8" in changed["folder"]["changes"]
+
+
+@pytest.mark.host
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"the real data is not in {DATA}")
+def test_real_data(warm: Warm, tmp_path: Path) -> None:
+    """300 questions and answers that people wrote, in words of a tiny vocabulary."""
+    data = [{"path": str(DATA / "dolly_openqa_short_heldout.jsonl"), "ds_type": "json", "type": "chat_template"}]
+    settings = {
+        **host.config(tmp_path), "datasets": data, "sequence_len": 160, "micro_batch_size": 16, "warmup_steps": 3,
+        "spin": {"iterations": 2, "history": 1, "generation": {"max_new_tokens": 3, "batch_size": 64}},
+    }  # fmt: skip
+    plan = planned(warm, settings)
+    agrees(plan, host.train(settings, by=warm))
+    assert plan["lengths"]["prompt"]["total"] + plan["lengths"]["human_answer"]["total"] > 5000
+    # nearly every human answer has more than three tokens
+    assert any(item["key"] == "spin.generation.max_new_tokens" for item in plan["advice"])
+
+
+@pytest.mark.host
+def test_for_people(warm: Warm, tmp_path: Path) -> None:
+    settings = {**host.config(tmp_path), **host.LORA}
+    path = host.write(settings)
+    speeds = [
+        "--generation-tokens-per-second",
+        "50",
+        "--scoring-tokens-per-second",
+        "1e3",
+        "--training-tokens-per-second",
+    ]
+    code, output = warm.run("axolotl_spin", "plan", str(path), *speeds, "100", env=ENV, cwd=tmp_path)
+    assert code == 0, output[-3000:]
+    for phrase in (
+        "Plan: 29 steps of 4 pairs",
+        "tokens of a human answer: ",
+        "an answer has at most 10 tokens and ends at sequence_len 64: 0 human answers are longer, 0 prompts",
+        "25,696 parameters, 4,096 trained",
+        "generation: 50 tokens/s (given)",
+        "holds no run",
+        "gradient_accumulation_steps: iteration 0 has 10 steps of 4 pairs",
+    ):
+        assert phrase in output, phrase
+    assert not host.loaded_a_model(tmp_path / "out")
+
+
+@pytest.mark.host
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"spin": {"iterations": 0}}, "spin.iterations"),
+        ({"rl": None, "spin": None}, "does not say `rl: spin`"),
+        ({"spin": {"initial_pairs": "nowhere"}}, "`spin.initial_pairs: nowhere` cannot be read"),
+        ({"sequence_len": 2}, "sequence_len"),
+    ],
+)
+def test_bad_configs_are_told_without_a_traceback(change: dict, message: str, warm: Warm, tmp_path: Path) -> None:
+    settings = {key: value for key, value in {**host.config(tmp_path), **change}.items() if value is not None}
+    path = host.write(settings)
+    code, output = warm.run("axolotl_spin", "plan", str(path), env=ENV, cwd=tmp_path)
+    assert code == 1 and "Error: " in output and message in output[output.rindex("Error: ") :], output[-2000:]
+
+
+def test_lengths_by_hand() -> None:
+    """1, 2, 3, 3, 8, 20: bins 1, 2-3, 4-7, 8-15, 16-31."""
+    found = describe_lengths(np.array([3, 1, 20, 2, 8, 3]))
+    assert [(entry["from"], entry["to"], entry["count"]) for entry in found["histogram"]] == [
+        (1, 1, 1), (2, 3, 3), (4, 7, 0), (8, 15, 1), (16, 31, 1),
+    ]  # fmt: skip
+    assert (found["total"], found["min"], found["median"], found["p95"], found["max"]) == (37, 1, 3, 20, 20)
+    assert limits(np.array([5, 60, 64, 70]), max_new_tokens=10, sequence_len=64).tolist() == [10, 4, 1, 1]
+    assert limits(np.array([5]), max_new_tokens=None, sequence_len=2048).tolist() == [512]
+
+
+def test_what_repeats() -> None:
+    """Lists of the same tokens cut elsewhere are others."""
+    rows = [([5, 6], [7]), ([5], [6, 7]), ([5, 6], [7]), ([5, 6], [8]), ([5, 6, 7], [])]
+    columns = dict(zip(("prompt_ids", "chosen_ids"), map(list, zip(*rows, strict=True)), strict=True))
+    assert repeated(Dataset.from_dict(columns)) == (2, 1)
+
+
+class Cfg(dict):
+    """A config as the host gives it: missing keys are None."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self.get(name)
+
+
+def test_models_are_counted_from_their_config_alone(tmp_path: Path) -> None:
+    """Embeddings and head 47 x 32 each; a layer 2 x 32 x 32 + 2 x 32 x 16 + 3 x 32 x 64 + 2 x 32; the last norm 32.
+
+    LoRA of rank 4 adds to a layer 4 x (in + out): 64 + 48 + 48 + 64 for attention, 3 x 96 for the rest.
+    """
+    folder = tiny.save(tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    layer = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32
+    base = Cfg(base_model=str(folder), base_model_config=str(folder), torch_dtype=torch.float32)
+    size = model_size(base)
+    assert size == ModelSize(2 * 47 * 32 + 2 * layer + 32, 2 * 47 * 32 + 2 * layer + 32, 0, 2, 32, 47, 2 * 2 * 2 * 8)
+    lora = model_size(Cfg(base, **host.LORA))
+    assert lora.trainable == 2 * 4 * (64 + 48 + 48 + 64 + 3 * 96) == 4096
+    assert lora.parameters == size.parameters + 4096
+    quantised = model_size(Cfg(base, **{**host.LORA, "adapter": "qlora", "load_in_4bit": True}))
+    assert quantised.quantised == 2 * (layer - 2 * 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [("adamw_torch", torch.optim.AdamW), ("rmsprop", torch.optim.RMSprop), ("sgd", torch.optim.SGD)],
+)
+def test_optimizer_state_is_what_torch_keeps(name: str, make: Any) -> None:
+    model = tiny.model(47)
+    optimizer = make(model.parameters(), lr=1e-3)
+    model(torch.tensor([[1, 2]]), labels=torch.tensor([[1, 2]])).loss.backward()
+    optimizer.step()
+    kept = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    expected = sum(value.numel() * value.element_size() for value in kept if value.dim())
+    weights = sum(value.numel() * value.element_size() for value in model.parameters())
+    count = sum(weight.numel() for weight in model.parameters())
+    size = ModelSize(count, count, 0, 2, 32, 47, 64)
+    found = estimate_memory(size, Cfg(optimizer=name, torch_dtype=torch.float32), Load(1, None, 100, 40, 80))
+    assert (found["optimizer"], found["weights"], found["gradients"]) == (expected, weights, weights)
+
+
+SIZE = ModelSize(1000, 1000, 0, 2, 10, 50, 40)
+ADAPTED = ModelSize(1000, 100, 800, 2, 10, 50, 40)
+
+
+@pytest.mark.parametrize(
+    ("size", "sharding", "cfg", "expected"),
+    [
+        # bf16 weights, gradients and state, on every rank
+        (SIZE, None, {}, (2000, 2000, 4000)),
+        # 2 bytes of weights and gradients, 12 of copy and moments; ZeRO-1 shares the last, 2 the gradients, 3 all
+        (SIZE, "ZeRO-1", {}, (2000, 2000, 3000)),
+        (SIZE, "ZeRO-2", {}, (2000, 500, 3000)),
+        (SIZE, "ZeRO-3", {}, (500, 500, 3000)),
+        (SIZE, "FSDP2", {}, (1000, 1000, 2000)),
+        (SIZE, None, {"optimizer": "adamw_bnb_8bit"}, (2000, 2000, 2000)),
+        (SIZE, None, {"optimizer": "muon"}, (2000, 2000, None)),
+        (SIZE, "ZeRO-2", {"deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}}, (2000, 500, 0)),
+        # 100 frozen in bf16, 800 in 4 bits, 100 trained in fp32
+        (ADAPTED, None, {"adapter": "qlora", "load_in_4bit": True}, (200 + 412 + 400, 400, 800)),
+    ],
+)  # fmt: skip
+def test_memory_of_each_layout_by_hand(size: ModelSize, sharding: str | None, cfg: dict, expected: tuple) -> None:
+    settings = Cfg({"optimizer": "adamw_torch", "torch_dtype": torch.bfloat16, "bf16": True, **cfg})
+    found = estimate_memory(size, settings, Load(4, sharding, 10, 4, 6))
+    assert (found["weights"], found["gradients"], found["optimizer"]) == tuple(expected)
+    # 34 bytes x 10 a token and layer; logits of answers
+    assert found["activations"] == 10 * 2 * 340 + 4 * 50 * 2
+    assert (found["training"] is None) == (expected[2] is None)
+    whole = {"ZeRO-3": 2000, "FSDP2": 4000}.get(sharding or "", 0)
+    assert found["answering"] == 6 * 40 * 2 + whole
+
+
+def test_checkpointing_keeps_what_enters_a_layer() -> None:
+    settings = Cfg(optimizer="adamw_torch", torch_dtype=torch.bfloat16, bf16=True, gradient_checkpointing=True)
+    found = estimate_memory(SIZE, settings, Load(1, None, 10, 4, 6))
+    assert found["activations"] == 10 * (2 * 10 * 2 + 340) + 4 * 50 * 2
+
+
+def test_time_by_hand(tmp_path: Path) -> None:
+    """10 and 20 pairs, two epochs of 3 and 5 steps, the second cut to 9 steps by `max_steps`."""
+    plan = make_plan(
+        10, global_batch=4, num_epochs=2, history=1, betas=[0.1] * 2, learning_rates=[1e-3] * 2, max_steps=15
+    )
+    tokens = [Tokens((20, 100), (60, 140)), Tokens((20, 100), (120, 280))]
+    rates = {"generation": Rate(10, "given"), "scoring": Rate(20, "given"), "training": Rate(5, "given")}
+    nothing = measure(RunDirectory(tmp_path), plan)
+    assert nothing.training.value is None and nothing.answer_tokens is None
+    found = estimate_time(plan, tokens, SimpleNamespace(**rates))  # type: ignore[arg-type]
+    assert found["iterations"][0] == {
+        "iteration": 0, "generation_seconds": [2, 10], "scoring_seconds": [3, 7], "training_seconds": [24, 56],
+    }  # fmt: skip
+    assert found["iterations"][1]["training_seconds"] == pytest.approx([1.8 * 120 / 5, 1.8 * 280 / 5])
+    assert found["total_seconds"] == pytest.approx([2 + 3 + 24 + 2 + 6 + 43.2, 10 + 7 + 56 + 10 + 14 + 100.8])
+    unknown = estimate_time(plan, tokens, nothing)
+    assert unknown["total_seconds"] is None and unknown["rates"]["scoring"]["source"] == "neither given nor measured"
+
+
+def test_a_run_in_the_folder_is_measured_as_far_as_it_got(tmp_path: Path) -> None:
+    """Iteration 1 has only generated; its speed is taken, and the others' from iteration 0: 7 + 3 tokens in 2 and 5 s."""
+    directory = RunDirectory(tmp_path)
+    row = {**PAIR, "prompt": "", "prompt_ids": [5, 6, 7], "chosen_ids": [8, 6], "rejected_ids": [9, 9]}
+    ids_file(directory.pairs(0), [row, {**row, "rejected_ids": [9], "prompt_ids": [4], "chosen_ids": [6]}])
+    assert pq.read_metadata(directory.pairs(0)).num_rows == 2
+    first = {"spin/generation_tokens_per_second": 5.0, "spin/scoring_seconds": 2.0, "spin/training_seconds": 5.0}
+    write_json(directory.metrics(0), {**first, "spin/rejected_length": 1.5})
+    write_json(directory.metrics(1), {"spin/generation_tokens_per_second": 6.0, "spin/rejected_length": 2.5})
+    plan = make_plan(2, global_batch=1, num_epochs=3, history=0, betas=[0.1] * 2, learning_rates=[1e-3] * 2)
+    found = measure(directory, plan)
+    assert (found.generation.value, found.scoring.value, found.training.value) == (6.0, 10 / 2, 3 * 10 / 5)
+    assert "iteration 1" in found.generation.source and "iteration 0" in found.training.source
+    assert found.answer_tokens == 2.5
+
+
+def facts(rows: int = 1000, **changes: Any) -> Facts:
+    """A run about which nothing is unusual, with changes to it."""
+    block = {"iterations": 2, "beta": 0.1, **changes.pop("spin", {})}
+    settings = SpinConfig(**block)
+    batch, rate = changes.pop("batch", 8), changes.pop("rate", 5e-7)
+    plan = make_plan(
+        rows, global_batch=batch, num_epochs=1, history=settings.history, betas=settings.betas(),
+        learning_rates=[rate] * settings.iterations, warmup=changes.pop("warmup", None),
+    )  # fmt: skip
+    usual: dict[str, Any] = {
+        "settings": settings, "plan": plan, "prompts": np.full(rows, 50), "answers": np.full(rows, 80),
+        "limits": np.full(rows, 512), "repeated": (0, 0), "adapter": None, "pure_half": False, "trained_for": 2048,
+        "sequence_len": 2048, "disk": (1, 2),
+    }  # fmt: skip
+    return Facts(**{**usual, **changes})
+
+
+def some(rows: int, usual: int, other: int, count: int) -> np.ndarray:
+    return np.array([other] * count + [usual] * (rows - count))
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "figure"),
+    [
+        ({"spin": {"history": 0}}, "spin.history", "beta 0.1 with `history: 0`"),
+        ({"spin": {"generation": {"temperature": 0.7}}}, "spin.generation", "temperature 0.7"),
+        ({"spin": {"generation": {"top_k": 9}}}, "spin.generation", "top_k 9"),
+        ({"rate": 2e-5}, "learning_rate", "2e-05 is high for full fine-tuning"),
+        ({"rate": 2e-3, "adapter": "lora"}, "learning_rate", "high for `adapter: lora`"),
+        ({"pure_half": True}, "bf16", "a step of 5e-07"),
+        ({"answers": some(1000, 80, 600, 60)}, "spin.generation.max_new_tokens", "60 of 1000 human answers (6%)"),
+        ({"limits": some(1000, 512, 9, 3)}, "sequence_len", "3 of 1000 prompts leave fewer than 32"),
+        ({"trained_for": 1024}, "sequence_len", "2048 is more than the 1024"),
+        ({"repeated": (30, 30)}, "dataset_exact_deduplication", "30 of 1000 rows repeat"),
+        ({"repeated": (30, 2)}, "datasets", "28 of 1000 rows have the prompt"),
+        ({"answers": some(1000, 80, 2, 20)}, "datasets", "20 of 1000 human answers have at most 2"),
+        ({"batch": 100}, "gradient_accumulation_steps", "iteration 0 has 10 steps of 100"),
+        (
+            {"warmup": {"warmup_steps": 100, "warmup_ratio": None}},
+            "warmup_steps",
+            "100 of the 125 steps of iteration 0",
+        ),
+        ({"batch": 37}, "spin.max_prompts", "iteration 0 has 1 pairs instead of 37"),
+        ({"disk": (3 * 2**30, 2**30)}, "spin.save_iterations", "take 3.0 GiB, and 1.0 GiB are free"),
+    ],
+)
+def test_advice_names_the_key_and_the_figures(changes: dict[str, Any], key: str, figure: str) -> None:
+    assert advise(facts()) == []
+    found = [item for item in advise(facts(**changes)) if item["key"] == key]
+    assert found and figure in found[0]["text"], advise(facts(**changes))

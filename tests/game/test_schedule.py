@@ -1,0 +1,89 @@
+"""The learning rate of every step, and the optimizer's fresh start."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import get_scheduler
+
+from axolotl_spin.game.schedule import IterationSchedule, learning_rate_table, restart_optimizer
+from axolotl_spin.run.plan import make_plan
+
+PLAN = make_plan(
+    8, global_batch=2, num_epochs=1, history=0, betas=[1, 1], learning_rates=[1.0, 0.1],
+    warmup={"warmup_steps": 2, "warmup_ratio": None},
+)  # fmt: skip
+
+
+def host_scheduler(entry, optimizer):
+    return get_scheduler("linear", optimizer, num_warmup_steps=entry.warmup_steps, num_training_steps=entry.steps)
+
+
+def test_each_iteration_warms_up_and_decays_from_its_own_peak() -> None:
+    """Linear, 4 steps, 2 of warmup: 0, 1/2, 1, 1/2 of the peak; twice."""
+    assert learning_rate_table(PLAN, host_scheduler) == pytest.approx([0, 0.5, 1, 0.5, 0, 0.05, 0.1, 0.05])
+
+
+def test_groups_keep_their_ratio_and_state_is_the_step_alone() -> None:
+    weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    optimizer = torch.optim.SGD([{"params": [weights[0]]}, {"params": [weights[1]], "lr": 4.0}], lr=2.0)
+    schedule = IterationSchedule(optimizer, [1.0, 0.5, 0.25], base_rate=2.0)
+    seen = []
+    for _ in range(4):
+        seen.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        schedule.step()
+    assert seen == [[1.0, 2.0], [0.5, 1.0], [0.25, 0.5], [0.25, 0.5]]
+    assert "_rates" not in schedule.state_dict()
+    resumed = IterationSchedule(optimizer, [1.0, 0.5, 0.25], base_rate=2.0)
+    resumed.load_state_dict({**schedule.state_dict(), "last_epoch": 0})
+    resumed.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 1.0]
+
+
+def steps(model: torch.nn.Module, optimizer: torch.optim.Optimizer, count: int) -> torch.Tensor:
+    for index in range(count):
+        optimizer.zero_grad()
+        model(torch.full((2, 3), float(index + 1))).square().sum().backward()
+        optimizer.step()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+OPTIMIZERS = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.1),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.9),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.1),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_restarted_optimizer_steps_like_a_new_one(name: str) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    optimizer = OPTIMIZERS[name](model.parameters())
+    steps(model, optimizer, 3)
+    fresh_model = copy.deepcopy(model)
+    kept_model = copy.deepcopy(model)
+    fresh = steps(fresh_model, OPTIMIZERS[name](fresh_model.parameters()), 3)
+    kept_optimizer = OPTIMIZERS[name](kept_model.parameters())
+    kept_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    kept = steps(kept_model, kept_optimizer, 3)
+    restart_optimizer(optimizer)
+    restarted = steps(model, optimizer, 3)
+    assert torch.equal(restarted, fresh)
+    assert not torch.equal(kept, fresh)  # else the comparison shows nothing
+
+
+def test_restart_reaches_through_wrappers() -> None:
+    from accelerate import Accelerator
+
+    model = torch.nn.Linear(3, 2)
+    accelerator = Accelerator(cpu=True)
+    model, wrapped = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+    steps(model, wrapped, 1)
+    assert wrapped.optimizer.state
+    restart_optimizer(wrapped)
+    assert not wrapped.optimizer.state

@@ -1,0 +1,266 @@
+"""Chunks, limits, cutting, and the transformers backend on a tiny model."""
+
+from __future__ import annotations
+
+import inspect
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
+from transformers import GenerationConfig, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
+
+from axolotl_spin.generation.backend import Sampling, cut
+from axolotl_spin.generation.chunks import Chunk, chunk_rows, chunk_size, iteration_seed, token_limit
+from axolotl_spin.generation.decoding import can_decode
+from axolotl_spin.generation.transformers import TransformersBackend
+from axolotl_spin.training.policy import frozen
+
+
+def test_chunks_hold_every_prompt_once_longest_first() -> None:
+    assert [rows.tolist() for rows in chunk_rows(np.array([3, 9, 3, 5, 9]), 2)] == [[1, 4], [3, 0], [2]]
+    assert chunk_rows(np.array([], dtype=np.int64), 2) == []
+
+
+def test_seeds_depend_on_their_arguments_alone() -> None:
+    seeds = {iteration_seed(s, i) for s in range(3) for i in range(3)}
+    assert len(seeds) == 9
+    assert iteration_seed(42, 1) == iteration_seed(42, 1) < 2**63
+
+
+@pytest.mark.parametrize(
+    ("prompts", "batch", "expected"), [(5, 4, 4), (127, 8, 8), (256, 8, 16), (50_000, 32, 256), (50_000, 64, 512)]
+)
+def test_a_chunk_is_several_batches_where_there_are_many(prompts: int, batch: int, expected: int) -> None:
+    assert chunk_size(prompts, batch) == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "most", "expected"), [(10, None, 512), (1000, None, 24), (10, 100, 100), (1000, 100, 24), (1023, 5, 1)]
+)
+def test_an_answer_never_goes_beyond_sequence_len(prompt: int, most: int | None, expected: int) -> None:
+    assert token_limit(prompt, max_new_tokens=most, sequence_len=1024) == expected
+
+
+def test_cut() -> None:
+    """The first stop token ends and is kept; a cut answer is the model's sample and gets no end token."""
+    assert cut([5, 6, 2, 2, 2], 9, [2]) == ([5, 6, 2], "stop")
+    assert cut([5, 6, 7], 2, [2]) == ([5, 6], "length")
+    assert cut([5, 6, 2], 2, [2]) == ([5, 6], "length")
+    assert cut([2, 5], 2, [2]) == ([2], "stop")
+
+
+def answers(model, prompts, *, seed=1, limits=None, batch_size=32, **sampling):
+    settings = Sampling(**{"temperature": 1.0, "top_p": 1.0, "top_k": None, "stop_token_ids": (6,), **sampling})
+    backend = TransformersBackend(Accelerator(cpu=True), settings, 0, batch_size)
+    limits = tuple(limits or [12] * len(prompts))
+    chunk = Chunk(0, tuple(range(len(prompts))), tuple(prompts), limits, seed)
+    [(_, completions)] = list(backend.answer(model, [chunk]))
+    return completions
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.model(20).eval()
+
+
+PROMPTS = [[4, 9, 10, 5], [4, 11, 5], [7, 8, 9, 10, 11, 12, 5]]
+
+
+def test_greedy_answers_are_the_argmax_whatever_the_padding(model) -> None:
+    """Against a loop without cache, padding or batch."""
+    for prompt, completion in zip(PROMPTS, answers(model, PROMPTS, temperature=0), strict=True):
+        ids, drawn = list(prompt), []
+        while len(drawn) < 12 and 6 not in drawn:
+            drawn.append(model(torch.tensor([ids + drawn])).logits[0, -1].argmax().item())
+        assert completion.ids == drawn
+
+
+def test_samples_follow_their_seed_and_leave_random_state_alone(model) -> None:
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    first = answers(model, PROMPTS)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert answers(model, PROMPTS) == first
+    assert answers(model, PROMPTS, seed=2) != first
+
+
+def test_limits_are_each_rows_own(model) -> None:
+    completions = answers(model, PROMPTS, limits=[2, 12, 5], stop_token_ids=())
+    assert [len(completion.ids) for completion in completions] == [2, 12, 5]
+    assert {completion.finish_reason for completion in completions} == {"length"}
+
+
+def test_the_models_own_generation_config_does_not_bend_the_samples(model) -> None:
+    """A model shipped with top_k 1 would answer greedily; afterwards its config is as it was."""
+    plain = answers(model, PROMPTS)
+    own = GenerationConfig(top_k=1, repetition_penalty=5.0, do_sample=True, suppress_tokens=[7, 8, 9])
+    kept, model.generation_config = model.generation_config, own
+    try:
+        assert answers(model, PROMPTS) == plain
+        assert model.generation_config is own
+    finally:
+        model.generation_config = kept
+
+
+def test_sampled_frequencies_are_the_models_probabilities(model) -> None:
+    """First tokens of 4000 samples against softmax, within five standard errors."""
+    prompt = PROMPTS[0]
+    drawn = answers(model, [prompt] * 4000, limits=[1] * 4000, stop_token_ids=())
+    counts = torch.bincount(torch.tensor([completion.ids[0] for completion in drawn]), minlength=20) / 4000
+    expected = model(torch.tensor([prompt])).logits[0, -1].softmax(-1).detach()
+    assert ((counts - expected).abs() < 5 * (expected * (1 - expected) / 4000).sqrt() + 1e-4).all()
+
+
+MANY = [[4, *range(7, 7 + length), 5] for length in (9, 8, 8, 7, 6, 5, 4, 3, 3, 2, 1)]
+
+
+def greedy_by_the_definition(model, prompt: list[int], most: int) -> list[int]:
+    """Without cache, padding or batch."""
+    drawn: list[int] = []
+    while len(drawn) < most and 6 not in drawn:
+        drawn.append(model(torch.tensor([[*prompt, *drawn]])).logits[0, -1].argmax().item())
+    return drawn
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_an_answer_does_not_depend_on_who_comes_and_goes_beside_it(model, batch_size: int, temperature: float) -> None:
+    limits = [3, 12, 1, 7, 12, 2, 9, 12, 5, 4, 12]
+    alone = [
+        answers(model, [prompt], limits=[limit], temperature=temperature)[0] if temperature == 0 else None
+        for prompt, limit in zip(MANY, limits, strict=True)
+    ]
+    together = answers(model, MANY, limits=limits, temperature=temperature)
+    found = answers(model, MANY, limits=limits, temperature=temperature, batch_size=batch_size)
+    assert found == together
+    if temperature == 0:
+        assert found == alone
+        assert [c.ids for c in found] == [
+            greedy_by_the_definition(model, p, m) for p, m in zip(MANY, limits, strict=True)
+        ]
+    else:
+        assert len({tuple(completion.ids) for completion in found}) > 8
+
+
+def test_ended_answers_make_room_and_are_not_computed(model) -> None:
+    """Five answers of 1 and one of 9 tokens, two at once: 6 prompts, then the long one's 8 more tokens and no other's."""
+    rows: list[int] = []
+    hook = model.register_forward_pre_hook(
+        lambda _, __, inputs: rows.append(len(inputs["input_ids"])), with_kwargs=True
+    )
+    try:
+        completions = answers(model, MANY[:6], limits=[9, 1, 1, 1, 1, 1], batch_size=2, stop_token_ids=())
+    finally:
+        hook.remove()
+    assert [len(completion.ids) for completion in completions] == [9, 1, 1, 1, 1, 1]
+    # prefill of two, then one beside the long answer at a time; what remains is written alone
+    assert rows == [2, 1, 1, 1, 1] + [1] * 8
+
+
+def test_random_states_have_no_part_in_it(model) -> None:
+    torch.manual_seed(1)
+    first = answers(model, MANY)
+    torch.manual_seed(2)
+    assert answers(model, MANY) == first
+
+
+def test_top_p_and_top_k_leave_out_the_unlikely(model) -> None:
+    prompt = PROMPTS[0]
+    likeliest = model(torch.tensor([prompt])).logits[0, -1].softmax(-1).sort(descending=True)
+    two = {c.ids[0] for c in answers(model, [prompt] * 300, limits=[1] * 300, top_k=2, stop_token_ids=())}
+    assert two == set(likeliest.indices[:2].tolist())
+    nucleus = likeliest.indices[: int((likeliest.values.cumsum(-1) < 0.6).sum()) + 1].tolist()
+    found = {c.ids[0] for c in answers(model, [prompt] * 2000, limits=[1] * 2000, top_p=0.6, stop_token_ids=())}
+    assert found == set(nucleus)
+
+
+def test_a_cold_temperature_is_nearly_greedy(model) -> None:
+    cold = answers(model, PROMPTS, temperature=1e-4)
+    assert cold == answers(model, PROMPTS, temperature=0)
+
+
+def test_models_without_plain_keys_and_values_answer_by_generate(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same streams of random numbers, so the same answers; and a state-space model answers by its argmax."""
+    by_decoding = answers(model, MANY)
+    monkeypatch.setattr("axolotl_spin.generation.transformers.can_decode", lambda _: False)
+    assert answers(model, MANY, batch_size=4) == by_decoding
+    monkeypatch.undo()
+    torch.manual_seed(0)
+    mamba = MambaForCausalLM(
+        MambaConfig(vocab_size=20, hidden_size=16, state_size=4, num_hidden_layers=1, initializer_range=0.3)
+    ).eval()
+    assert can_decode(model) and not can_decode(mamba)
+    [found] = answers(mamba, PROMPTS[:1], temperature=0)
+    assert found.ids == greedy_by_the_definition(mamba, PROMPTS[0], 12)
+
+
+def test_the_model_is_left_in_its_training_state() -> None:
+    model = tiny.model(47, seed=3).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.model.layers[0].eval()  # a part that a user froze
+    model.lm_head.weight.requires_grad_(False)
+
+    def state() -> tuple:
+        flags = [(name, module.training) for name, module in model.named_modules()]
+        trained = [(name, weight.requires_grad, weight.grad) for name, weight in model.named_parameters()]
+        return (
+            flags,
+            trained,
+            model.is_gradient_checkpointing,
+            model.config.use_cache,
+            model.generation_config.to_dict(),
+        )
+
+    before = state()
+    with frozen(model):
+        assert not any(module.training for module in model.modules())
+        answers(model, [[7, 8], [9]], temperature=1.0)
+    assert state() == before
+
+
+def test_attention_that_slides_answers_by_its_argmax() -> None:
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=20, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=4, initializer_range=0.3,
+    )  # fmt: skip
+    mistral = MistralForCausalLM(config).eval()
+    assert can_decode(mistral)
+    for prompt, completion in zip(MANY, answers(mistral, MANY, temperature=0, batch_size=3), strict=True):
+        assert completion.ids == greedy_by_the_definition(mistral, prompt, 12)
+
+
+def test_an_adapter_answers() -> None:
+    adapted = get_peft_model(
+        tiny.model(20), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    ).eval()
+    assert can_decode(adapted)
+    for prompt, completion in zip(PROMPTS, answers(adapted, PROMPTS, temperature=0), strict=True):
+        assert completion.ids == greedy_by_the_definition(adapted, prompt, 12)
+
+
+def test_too_large_a_batch_is_halved(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = answers(model, MANY)
+    whole = type(model).forward
+
+    def of_three_at_most(self, *args, **inputs):
+        if len(inputs["input_ids"]) > 3:
+            raise torch.OutOfMemoryError("planted")
+        return whole(self, *args, **inputs)
+
+    of_three_at_most.__signature__ = inspect.signature(whole)
+    monkeypatch.setattr(type(model), "forward", of_three_at_most)
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
+    assert answers(model, MANY, batch_size=8) == expected
+
+
+def test_logits_that_are_no_numbers_are_refused(model) -> None:
+    broken = tiny.model(20)
+    with torch.no_grad():
+        broken.lm_head.weight[3] = torch.nan
+    for temperature in (0, 1.0):
+        with pytest.raises(FloatingPointError, match="NaN or infinite while it answers: `fp16: true`"):
+            answers(broken, PROMPTS, temperature=temperature)

@@ -1,0 +1,337 @@
+"""The vLLM backend with the real engine on a CPU, on a real small model: `make test-vllm`.
+
+SPIN_VLLM_PYTHON names the Python of the engine's environment (`.ci/vllm-environment` makes it).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import host
+import numpy as np
+import pytest
+import tiny
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from warm import Ranks, Warm
+
+from axolotl_spin.args import VllmConfig
+from axolotl_spin.disk.directory import RunDirectory
+from axolotl_spin.generation.backend import Completion, Sampling
+from axolotl_spin.generation.chunks import Chunks, chunk_rows
+from axolotl_spin.generation.transformers import TransformersBackend
+from axolotl_spin.generation.vllm.backend import VllmBackend
+from axolotl_spin.generation.vllm.served import ServedModel
+from axolotl_spin.ranks.bar import Tally
+from axolotl_spin.ranks.peers import Peers
+
+pytestmark = [pytest.mark.vllm, pytest.mark.host]
+
+PYTHON = os.environ.get("SPIN_VLLM_PYTHON", "")
+ENGINE: dict[str, Any] = {"python": PYTHON, "enforce_eager": True, "kv_cache_memory_bytes": 1 << 29}
+MOST = 16
+
+
+@pytest.fixture
+def tmp_path(tmp_path: Path) -> Iterator[Path]:
+    """The test's folder, gone after it: the models in it take gigabytes."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def smollm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the quickstart's model and data."""
+    folder = tmp_path_factory.mktemp("smollm")
+    command = [sys.executable, str(host.ROOT / "example_configs/quickstart/prepare.py"), "--output", str(folder)]
+    subprocess.run(command, env=host.environment(), check=True)
+    return folder
+
+
+def settings_in(folder: Path, smollm: Path, **changes: Any) -> dict[str, Any]:
+    generation = {"backend": "vllm", "max_new_tokens": MOST, "batch_size": 4, "vllm": ENGINE}
+    (folder / "model").mkdir(parents=True)  # `host.config` is to make no tiny one
+    made = host.config(folder, dataset_prepared_path=str(folder / "prepared"), **changes)
+    made |= {
+        "base_model": str(smollm / "model"),
+        "datasets": [{"path": str(smollm / "data" / "train.jsonl"), "ds_type": "json", "type": "chat_template"}],
+        "spin": {"iterations": 2, "max_prompts": 16, "history": 0, "beta": 0.5, "generation": generation},
+        "sequence_len": 128,
+        "learning_rate": 2e-3 if "adapter" in changes else 2e-5,
+        "warmup_steps": 0,
+        # a model of 0.5 GB, several times over, is enough on disk
+        "save_only_model": True,
+        "save_total_limit": 1,
+    }
+    return made
+
+
+def sum_of_logps(model: Any, prompts: list[list[int]], answers: list[list[int]]) -> np.ndarray:
+    """Returns log-probs by the definition: a forward for each answer, nothing padded."""
+    sums = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        sums.append(logits.log_softmax(-1).gather(-1, torch.tensor(answer)[:, None]).double().sum().item())
+    return np.array(sums)
+
+
+# -- two iterations through the host ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["single", "single-lora", "ddp", "ddp-lora"])
+def test_the_opponent_answers(kind: str, smollm: Path, tmp_path: Path, warm: Warm, warm_ranks: Ranks) -> None:
+    """Iteration 1's answers are likelier under iteration 0's result than under the start model, and the log-probs that the
+    run scored are those of an independent computation under that very model."""
+    lora = "lora" in kind
+    settings = settings_in(tmp_path, smollm, **host.layout(kind, tmp_path))
+    one = kind.startswith("single")
+    threads = {"OMP_NUM_THREADS": str(os.cpu_count()) if one else "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    run = host.train(settings, kind.partition("-")[0], threads, by=warm if one else warm_ranks, timeout=900)
+    assert len(re.findall(r"vLLM [\d.]+ was ready after", run.output)) == 2, run.output[-3000:]  # by rank 0 alone
+    assert not list((run.out / "spin").rglob(".engine*")) and not list((run.out / "spin").rglob(".opponent"))
+    assert [round(loss, 3) for loss in (run.losses()[0], run.metrics(1)["loss_first"])] == [0.693, 0.693]
+    fresh = run.pairs(1).to_pylist()
+    assert len(fresh) == 16 and {pair["generated_in"] for pair in fresh} == {1}
+    assert all(pair["finish_reason"] == "length" or pair["rejected_ids"][-1] == 2 for pair in fresh)
+    prompts, answers = [pair["prompt_ids"] for pair in fresh], [pair["rejected_ids"] for pair in fresh]
+    opponent: Any = AutoModelForCausalLM.from_pretrained(smollm / "model", dtype=torch.float32).eval()
+    before = sum_of_logps(opponent, prompts, answers)
+    folder = run.out / "spin/iteration-0/model"
+    opponent = PeftModel.from_pretrained(opponent, folder) if lora else AutoModelForCausalLM.from_pretrained(folder)
+    after = sum_of_logps(opponent.eval(), prompts, answers)
+    assert (after - before).mean() > 0.1, after - before
+    scored = np.array([pair["opponent_rejected_logp"] for pair in fresh])
+    assert np.abs(scored - after).max() < 1e-3 * max(1.0, np.abs(after).max())
+    print(f"\n{kind}: answers are {(after - before).mean():.2f} nats likelier under the opponent; "
+          f"engine start {run.metrics(0)['spin/engine_start_seconds']:.1f} s")  # fmt: skip
+
+
+def test_killed_while_the_engine_answers(smollm: Path, tmp_path: Path, warm: Warm) -> None:
+    """kill -9 of the trainer ends the real engine; the next start makes only the missing chunks."""
+    settings = settings_in(tmp_path, smollm)
+    settings["spin"] = {**settings["spin"], "iterations": 1}
+    settings["spin"]["generation"] = {**settings["spin"]["generation"], "max_new_tokens": 64}
+    settings["spin"]["generation"]["vllm"] = {**ENGINE, "max_num_seqs": 2}
+    path = host.write(settings)
+    fork = warm.start("axolotl.cli.train", str(path), env=host.environment(ACCELERATE_USE_CPU="true"), cwd=tmp_path)
+    chunks = tmp_path / "out/spin/iteration-0/chunks"
+    deadline = time.monotonic() + 300
+    while not list(chunks.glob("0*.parquet")) and fork.alive() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    engines = group_of_engine(tmp_path)
+    assert engines, fork.output()[-3000:]
+    fork.end(signal.SIGKILL)
+    killed = time.monotonic()
+    while group_of_engine(tmp_path) and time.monotonic() < killed + 30:
+        time.sleep(0.1)
+    assert not group_of_engine(tmp_path) and not any(running(number) for number in engines)
+    done = len(list(chunks.glob("0*.parquet")))
+    run = host.train(settings, by=warm, timeout=600)
+    assert f"{done} of 4 chunks are already answered" in run.output
+    assert len(run.pairs(0)) == 16
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="vLLM's build for CPUs binds each of the two workers to a core")
+def test_one_engine_over_two_ranks(tmp_path: Path, warm_ranks: Ranks) -> None:
+    """Tensor parallelism: after kill -9 of the trainers its processes and shared memory are gone; the next start ends."""
+    tiny.save(tmp_path / "model", hidden_size=128, intermediate_size=256)
+    tiny.conversations(tmp_path / "data.jsonl", 24)
+    generation = {"backend": "vllm", "max_new_tokens": 24, "batch_size": 4}
+    generation["vllm"] = {**ENGINE, "tensor_parallel_size": 2, "max_num_seqs": 2}
+    changes = {**host.layout("ddp", tmp_path), "spin": {"iterations": 1, "generation": generation}}
+    settings = host.config(tmp_path, **changes)
+    path = host.write(settings)
+    env = host.environment(ACCELERATE_USE_CPU="true", VLLM_CPU_OMP_THREADS_BIND="0|1")
+    before = set(os.listdir("/dev/shm"))
+    logs = [tmp_path / f"rank{rank}.log" for rank in range(2)]
+    forks = warm_ranks.start("axolotl.cli.train", str(path), env=env, cwd=tmp_path, logs=logs)
+    folder = Path(settings["output_dir"])
+    deadline = time.monotonic() + 300
+    while not list(folder.glob("spin/iteration-0/chunks/0*.parquet")) and time.monotonic() < deadline:
+        assert forks[0].alive(), forks[0].output()[-4000:]
+        time.sleep(0.1)
+    engines = group_of_engine(tmp_path)
+    assert len(engines) >= 3  # the worker and vLLM's two
+    for fork in forks:
+        fork.end(signal.SIGKILL)
+    killed = time.monotonic()
+    while (any(map(running, engines)) or set(os.listdir("/dev/shm")) > before) and time.monotonic() < killed + 30:
+        time.sleep(0.1)
+    assert not any(map(running, engines)) and set(os.listdir("/dev/shm")) <= before
+    run = host.train(settings, "ddp", env={"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, by=warm_ranks, timeout=600)
+    assert "chunks are already answered" in run.output and run.output.count("was ready after") == 1
+    assert len(run.pairs(0)) == 24
+
+
+def running(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def group_of_engine(folder: Path) -> list[int]:
+    """Returns the processes of an engine that works in a folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if b"vllm/worker.py" in path.read_bytes() and str(folder).encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    groups = {os.getpgid(number) for number in found}
+    members = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.getpgid(int(path.name)) in groups:
+                members.append(int(path.name))
+        except ProcessLookupError:
+            continue
+    return members
+
+
+# -- the same distribution as the other backend's -----------------------------------------------------------------------
+
+
+class Both:
+    """Both backends over one model."""
+
+    def __init__(self, smollm: Path, folder: Path):
+        self.model: Any = AutoModelForCausalLM.from_pretrained(smollm / "model", dtype=torch.float32).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(smollm / "model")
+        self.folder = folder
+        self.listening: set[str] = set()
+        self.made = 0
+        rows = [json.loads(line) for line in (smollm / "data/train.jsonl").read_text().splitlines()]
+        self.prompts = [
+            self.tokenizer.apply_chat_template(row["messages"][:1], add_generation_prompt=True, return_dict=False)
+            for row in rows
+        ]
+
+    def answer(self, name: str, prompts: list[list[int]], sampling: Sampling, most: int) -> list[Completion]:
+        chunks = Chunks(
+            Dataset.from_dict({"prompt_ids": prompts}),
+            chunk_rows(np.array([len(prompt) for prompt in prompts]), 64),
+            lambda _: most,
+            seed=7,
+        )
+        accelerator = Accelerator(cpu=True)
+        backend: Any = TransformersBackend(accelerator, sampling, 2, 64)
+        if name == "vllm":
+            longest = max(map(len, prompts)) + most
+            served = ServedModel("none", None, False, "float32", None, False, longest)
+            tally = Tally(Peers(), shown=False)
+            tally.pulse = self.look  # type: ignore[method-assign]
+            engine = VllmConfig.model_validate(ENGINE)
+            self.made += 1
+            directory = RunDirectory(self.folder / str(self.made))
+            backend = VllmBackend(
+                accelerator, sampling, engine, served, directory, self.model.save_pretrained, lambda: None, tally
+            )
+        found: dict[int, Completion] = {}
+        for chunk, completions in backend.answer(self.model, chunks):
+            found |= dict(zip(chunk.rows, completions, strict=True))
+        return [found[row] for row in range(len(prompts))]
+
+    def look(self) -> None:
+        """Notes on which addresses the engine's processes listen."""
+        self.listening |= set(listening(group_of_engine(self.folder)))
+
+
+def listening(processes: list[int]) -> Iterator[str]:
+    """Yields the addresses, as the kernel writes them, on which some processes wait for connections."""
+    inodes = set()
+    for number in processes:
+        for path in Path(f"/proc/{number}/fd").glob("*"):
+            try:
+                inodes |= set(re.findall(r"socket:\[(\d+)\]", os.readlink(path)))
+            except OSError:
+                continue
+    for table in ("tcp", "tcp6", "udp", "udp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[9] in inodes and (table.startswith("udp") or fields[3] == "0A"):
+                yield fields[1].partition(":")[0]
+
+
+@pytest.fixture(scope="module")
+def both(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Both:
+    return Both(smollm, tmp_path_factory.mktemp("both"))
+
+
+def test_both_sample_the_same_distribution(both: Both) -> None:
+    """Eight prompts, 64 answers each: frequencies of the first token, and the mean log-prob of whole answers under the
+    model, within what chance allows."""
+    prompts = [prompt for prompt in both.prompts[:8] for _ in range(64)]
+    sampling = Sampling(1.0, 1.0, None, (2,))
+    drawn = {name: both.answer(name, prompts, sampling, 8) for name in ("vllm", "transformers")}
+    logps = {name: sum_of_logps(both.model, prompts[::4], [answer.ids for answer in answers][::4])
+             for name, answers in drawn.items()}  # fmt: skip
+    first, second = logps["vllm"], logps["transformers"]
+    # the prompts are the same on both sides, so the spread that counts is within them
+    within = [side.reshape(8, 16).std(axis=1, ddof=1) for side in (first, second)]
+    error = np.sqrt(sum((spread**2 / 16).sum() for spread in within)) / 8
+    assert abs(first.mean() - second.mean()) < 4 * error, (first.mean(), second.mean(), error)
+    statistic, freedom = 0.0, 0
+    for start in range(0, len(prompts), 64):
+        counts = [Counter(answer.ids[0] for answer in drawn[name][start : start + 64]) for name in drawn]
+        often = [token for token, count in (counts[0] + counts[1]).items() if count >= 10]
+        table = np.array([[count[token] for token in often] for count in counts])
+        table = np.column_stack([table, 64 - table.sum(axis=1)])  # and all rare tokens together
+        table = table[:, table.sum(axis=0) > 0]
+        statistic += ((table[0] - table[1]) ** 2 / table.sum(axis=0)).sum()
+        freedom += table.shape[1] - 1
+    assert statistic < freedom + 4 * np.sqrt(2 * freedom), (statistic, freedom)
+    print(f"\nmean log-prob {first.mean():.3f} and {second.mean():.3f} (standard error {error:.3f}); "
+          f"first tokens: chi-square {statistic:.1f} at {freedom} degrees of freedom")  # fmt: skip
+    ended = {name: np.mean([answer.finish_reason == "stop" for answer in answers]) for name, answers in drawn.items()}
+    assert abs(ended["vllm"] - ended["transformers"]) < 4 * np.sqrt(2 * 0.25 / len(prompts)), ended
+
+
+def test_seeds_make_an_answer_whatever_stands_beside_it(both: Both) -> None:
+    """The answers to all prompts at once are those to 16 of them alone, but where fp32 rounding decides."""
+    sampling = Sampling(1.0, 1.0, None, (2,))
+    order = sorted(range(len(both.prompts)), key=lambda row: -len(both.prompts[row]))
+    prompts = [both.prompts[row] for row in order]
+    together = both.answer("vllm", prompts, sampling, 16)
+    alone = both.answer("vllm", prompts[:16], sampling, 16)
+    same = sum(first == second for first, second in zip(together, alone, strict=False))
+    print(f"\n{same} of 16 answers are the same")
+    assert same >= 15
+
+
+def test_greedy_answers_are_the_same_in_fp32(both: Both) -> None:
+    """Where they are not, the two likeliest tokens are within rounding of each other at the first difference."""
+    sampling = Sampling(0.0, 1.0, None, (2,))
+    ours, theirs = (both.answer(name, both.prompts, sampling, 24) for name in ("transformers", "vllm"))
+    differ = [row for row, answer in enumerate(ours) if answer != theirs[row]]
+    print(f"\n{len(ours) - len(differ)} of {len(ours)} greedy answers are the same")
+    for row in differ:
+        one, other = ours[row].ids, theirs[row].ids
+        place = next(place for place, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1])
+        with torch.no_grad():
+            logits = both.model(torch.tensor([both.prompts[row] + one[:place]])).logits[0, -1]
+        assert abs(logits[one[place]] - logits[other[place]]) < 1e-2, (row, place)
+    assert len(differ) <= 6
+
+
+def test_nothing_listens_but_on_loopback(both: Both) -> None:
+    """Over all engines that the tests above started; 127.0.0.1 and ::1 in the kernel's writing."""
+    assert both.made >= 1
+    assert both.listening <= {"0100007F", "00000000000000000000000001000000"}, both.listening
+    assert both.listening, "no socket was seen, so nothing was looked at"

@@ -1,0 +1,270 @@
+"""What is known of a vLLM run before an engine starts (keys, model, memory, devices), and what is made of its answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import host
+import numpy as np
+import pytest
+from axolotl.utils.dict import DictDefault
+
+from axolotl_spin.args import SpinConfig, VllmConfig
+from axolotl_spin.generation.backend import Completion, Sampling
+from axolotl_spin.generation.chunks import Chunk
+from axolotl_spin.generation.vllm.backend import (
+    answer_seed,
+    checked,
+    request,
+    sampling_arguments,
+    share_of_memory,
+    visible_devices,
+)
+from axolotl_spin.generation.vllm.engine import EngineError, environment, interpreter
+from axolotl_spin.generation.vllm.preflight import check_environment
+from axolotl_spin.generation.vllm.served import check_serving, served_model
+from axolotl_spin.run.identity import _flat, _harmless
+
+FAKE = host.TESTS / "fake_vllm"
+GIB = 2**30
+
+
+def settings(**vllm: Any) -> SpinConfig:
+    return SpinConfig.model_validate({"generation": {"backend": "vllm", "vllm": vllm, "max_new_tokens": 20}})
+
+
+def cfg(**changes: Any) -> DictDefault:
+    return DictDefault({"base_model": "some/model", "sequence_len": 100, "bf16": True, **changes})
+
+
+LENGTHS = np.array([10, 60, 95])
+
+
+# -- keys ---------------------------------------------------------------------------------------------------------------
+
+
+def test_engine_arguments_go_through_by_their_names() -> None:
+    block = VllmConfig.model_validate({"max_num_seqs": 64, "enforce_eager": True, "gpu_memory_utilization": 0.4})
+    assert block.engine_arguments() == {"max_num_seqs": 64, "enforce_eager": True, "gpu_memory_utilization": 0.4}
+
+
+@pytest.mark.parametrize("key", ["model", "tokenizer", "enable_lora", "generation_config", "data_parallel_size"])
+def test_an_argument_that_follows_from_other_keys_is_refused(key: str) -> None:
+    with pytest.raises(ValueError, match=f"spin.generation.vllm.{key} is set by this plugin"):
+        settings(**{key: "x"})
+
+
+def test_another_engine_is_no_other_run() -> None:
+    """Backend and engine settings may change between two starts."""
+    spin = SpinConfig(generation={"backend": "vllm", "vllm": {"max_num_seqs": 3, "python": "/x"}})  # type: ignore[arg-type]
+    keys = [key for key, _ in _flat(spin.model_dump()) if not _harmless(key)]
+    assert keys == [key for key, _ in _flat(SpinConfig().model_dump()) if not _harmless(key)]
+    assert not any("vllm" in key for key in keys) and "generation.temperature" in keys
+
+
+# -- what is served -----------------------------------------------------------------------------------------------------
+
+
+def test_full_fine_tuning_serves_the_whole_opponent() -> None:
+    served = served_model(cfg(revision_of_model="v2"), settings(), LENGTHS)
+    assert served.longest == 100  # 95 and the 5 that sequence_len leaves
+    arguments = served.arguments(VllmConfig(), Path("/run/opponent"))
+    assert arguments["model"] == "/run/opponent" and "revision" not in arguments
+    assert arguments["dtype"] == "bfloat16" and arguments["max_model_len"] == 100
+    assert "enable_lora" not in arguments and "quantization" not in arguments
+    assert served.arguments(VllmConfig())["revision"] == "v2"  # the base model, when it is looked at
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(4, 8), (8, 8), (20, 32), (512, 512)])
+def test_an_adapter_is_served_over_the_base_model(rank: int, expected: int) -> None:
+    served = served_model(cfg(adapter="lora", lora_r=rank, bf16=False), settings(), LENGTHS)
+    arguments = served.arguments(VllmConfig())
+    assert arguments["model"] == "some/model" and arguments["enable_lora"] is True
+    assert arguments["max_lora_rank"] == expected and arguments["dtype"] == "float32"
+
+
+def test_a_quantized_base_is_served_quantized_unless_the_user_says_otherwise() -> None:
+    served = served_model(cfg(adapter="qlora", lora_r=8, load_in_4bit=True), settings(), LENGTHS)
+    assert served.arguments(VllmConfig())["quantization"] == "bitsandbytes"
+    assert served.arguments(VllmConfig.model_validate({"quantization": None}))["quantization"] is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"adapter": "llama-adapter"}, "adapter"),
+        ({"adapter": "lora", "lora_r": 8, "peft_use_dora": True}, "peft_use_dora"),
+        ({"adapter": "lora", "lora_r": 8, "lora_modules_to_save": ["lm_head"]}, "lora_modules_to_save"),
+        ({"adapter": "lora", "lora_r": 8, "peft_init_lora_weights": "pissa"}, "peft_init_lora_weights"),
+        ({"adapter": "lora", "lora_r": 1024}, "lora_r"),
+    ],
+)
+def test_adapters_that_vllm_cannot_serve_are_refused(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=f"`{named}: .*spin.generation.backend: transformers"):
+        served_model(cfg(**changes), settings(), LENGTHS)
+
+
+def test_prompts_must_fit_into_the_engine() -> None:
+    with pytest.raises(ValueError, match=r"spin.generation.vllm.max_model_len: 99` is less than 100"):
+        served_model(cfg(), settings(max_model_len=99), LENGTHS)
+    served = served_model(cfg(), settings(max_model_len=4096), LENGTHS)
+    assert served.arguments(settings(max_model_len=4096).generation.vllm)["max_model_len"] == 4096
+    assert served_model(cfg(), settings(), np.array([10, 60])).longest == 80
+
+
+@pytest.mark.parametrize(("here", "size", "fits"), [("4", 3, False), ("2", 4, False), (None, 2, False), ("4", 2, True)])
+def test_ranks_are_grouped_whole(here: str | None, size: int, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if here:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+    monkeypatch.setattr("axolotl_spin.generation.vllm.served.check_environment", lambda *_, **__: "0.32.0")
+    served, engine = served_model(cfg(), settings(), LENGTHS), VllmConfig(tensor_parallel_size=size)
+    if fits:
+        check_serving(served, engine)
+    else:
+        with pytest.raises(ValueError, match=f"tensor_parallel_size: {size}` does not divide the {here or 1} rank"):
+            check_serving(served, engine)
+
+
+# -- the environment ----------------------------------------------------------------------------------------------------
+
+
+def check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, gpu: bool = False, python: str | None = None, **env: str
+) -> str:
+    (tmp_path / "model").mkdir(exist_ok=True)
+    (tmp_path / "model" / "config.json").write_text("{}")
+    for name, value in {"PYTHONPATH": str(FAKE), "TMPDIR": str(tmp_path), **env}.items():
+        monkeypatch.setenv(name, value)
+    served = served_model(cfg(base_model=str(tmp_path / "model")), settings(), LENGTHS)
+    arguments = {**served.arguments(VllmConfig()), **json.loads(os.environ.get("MORE", "{}"))}
+    return check_environment(python, arguments, check_model=True, needs_gpu=gpu)
+
+
+def test_a_sound_environment_passes_and_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check(tmp_path, monkeypatch) == "0.32.0"
+    assert not list(tmp_path.glob("axolotl-spin-*"))
+
+
+@pytest.mark.parametrize(
+    ("env", "gpu", "expected"),
+    [
+        ({"FAKE_VLLM": "import"}, False, "vLLM cannot be imported by .* \\(libcudart.so.99: .*pip install vllm"),
+        ({"PYTHONPATH": ""}, False, "vLLM cannot be imported by .*spin.generation.vllm.python"),
+        ({"FAKE_VLLM_VERSION": "0.9.2"}, False, "has vLLM 0.9.2; versions from 0.28 up to, not including, 0.33 work"),
+        ({"FAKE_VLLM_VERSION": "0.33.0"}, False, "has vLLM 0.33.0; versions from"),
+        ({"FAKE_VLLM_DEVICE": ""}, False, "no device .*spin.generation.backend: transformers"),
+        ({}, True, "a build of vLLM 0.32.0 for CPUs, while training runs on a GPU"),
+        ({"FAKE_VLLM": "model"}, False, "WeirdForCausalLM.*are not supported"),
+        ({"MORE": '{"max_num_seq": 3}'}, False, "no engine argument `max_num_seq`: did you mean `max_num_seqs`"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_an_environment_is_said(
+    env: dict[str, str], gpu: bool, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=expected):
+        check(tmp_path, monkeypatch, gpu=gpu, **env)
+    assert not list(tmp_path.glob("axolotl-spin-*"))
+
+
+def test_a_wrong_interpreter_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"spin.generation.vllm.python: /nowhere/python` is no program"):
+        interpreter("/nowhere/python")
+    with pytest.raises(ValueError, match=r"python: /bin/false` could not be asked about vLLM \(exit status 1\)"):
+        check(tmp_path, monkeypatch, python="/bin/false")
+
+
+def test_an_engine_gets_the_users_environment_without_the_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "3", "MASTER_ADDR": "node7", "HF_HOME": "/hf", "PYTHONPATH": "/x"}.items():
+        monkeypatch.setenv(name, value)
+    own = environment(sys.executable, {"OMP_NUM_THREADS": "5"})
+    assert not {"RANK", "MASTER_ADDR"} & set(own) and own["HF_HOME"] == "/hf" and own["PYTHONPATH"] == "/x"
+    assert own["VLLM_HOST_IP"] == "127.0.0.1" and own["OMP_NUM_THREADS"] == "5"
+    assert "PYTHONPATH" not in environment("/other/python", {})
+
+
+# -- memory and devices -------------------------------------------------------------------------------------------------
+
+
+def test_the_engine_takes_what_training_leaves() -> None:
+    assert share_of_memory(None, free=40 * GIB, total=80 * GIB) == 0.45
+    assert share_of_memory(0.4, free=40 * GIB, total=80 * GIB) == 0.4
+    with pytest.raises(
+        EngineError, match=r"0.6` is 48.0 GiB of the GPU's 80.0, and training leaves 40.0 .* at most 0.49"
+    ):
+        share_of_memory(0.6, free=40 * GIB, total=80 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("first", "count", "variable", "expected"),
+    [(0, 1, None, "0"), (2, 2, None, "2,3"), (1, 1, "4,6", "6"), (0, 2, "GPU-a,GPU-b", "GPU-a,GPU-b")],
+)
+def test_an_engine_sees_its_ranks_gpus(first: int, count: int, variable: str | None, expected: str) -> None:
+    assert visible_devices(first, count, variable) == expected
+
+
+# -- answers ------------------------------------------------------------------------------------------------------------
+
+CHUNK = Chunk(5, (7, 3), (np.array([1, 2]), np.array([3])), (3, 2), seed=11)
+SAMPLING = Sampling(1.0, 0.9, 40, (6,))
+
+
+def test_a_request_is_plain_json_with_a_seed_for_each_answer() -> None:
+    asked = json.loads(json.dumps(request(CHUNK)))
+    assert asked == {
+        "index": 5,
+        "prompts": [[1, 2], [3]],
+        "limits": [3, 2],
+        "seeds": [answer_seed(11, 7), answer_seed(11, 3)],
+    }
+    assert len({answer_seed(seed, row) for seed in range(50) for row in range(50)}) == 2500
+    assert all(0 <= answer_seed(seed, 1) < 2**62 for seed in range(50))
+    assert sampling_arguments(SAMPLING) == {"temperature": 1.0, "top_p": 0.9, "stop_token_ids": [6], "top_k": 40}
+    assert "top_k" not in sampling_arguments(Sampling(1.0, 1.0, None, ()))
+
+
+def test_answers_keep_their_end_token_and_reason() -> None:
+    assert checked(CHUNK, [[9, 9, 6], [9, 9]], ["stop", "length"], SAMPLING) == [
+        Completion([9, 9, 6], "stop"),
+        Completion([9, 9], "length"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ids", "reasons", "why"),
+    [
+        ([[9, 6]], ["stop"], "1 answers to the 2 prompts of chunk 5"),
+        (None, None, "0 answers"),
+        ([[9, 6], []], ["stop", "length"], "prompt 3 is no list of token ids"),
+        ([[9, 6], ["a"]], ["stop", "length"], "prompt 3 is no list of token ids"),
+        ([[9, 6], [-1, 6]], ["stop", "stop"], "prompt 3 is no list of token ids"),
+        ([[9, 6], [9]], ["stop", "length"], "prompt 3 ended by 'length' after 1 of at most 2"),
+        ([[6, 9, 6], [9, 9]], ["stop", "length"], r"prompt 7 .* stop tokens at \[0, 2\]"),
+        ([[9, 9], [9, 9]], ["stop", "length"], "prompt 7 ended by 'stop'"),
+        ([[9, 6], [9, 9]], ["abort", "length"], "prompt 7 ended by 'abort'"),
+        ([[9, 9, 9, 6], [9, 9]], ["stop", "length"], "prompt 7 ended by 'stop' after 4 of at most 3"),
+    ],
+)
+def test_wrong_answers_are_refused(ids: Any, reasons: Any, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        checked(CHUNK, ids, reasons, SAMPLING)
+
+
+def test_engines_share_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight ranks in groups of two: four engines, led by every second rank, each with every fourth chunk."""
+    from axolotl_spin.generation.vllm.backend import VllmBackend
+
+    led = {}
+    for rank in range(8):
+        accelerator = SimpleNamespace(num_processes=8, process_index=rank)
+        backend = VllmBackend(
+            accelerator, SAMPLING, VllmConfig(tensor_parallel_size=2), *[None] * 3, optimizer=None, tally=None
+        )  # type: ignore[arg-type]
+        if backend.leads:
+            led[rank] = [chunk for chunk in range(10) if chunk in backend.share(10)]
+    assert led == {0: [0, 4, 8], 2: [1, 5, 9], 4: [2, 6], 6: [3, 7]}

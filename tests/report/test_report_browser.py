@@ -1,0 +1,220 @@
+"""`report.html` in a real browser, from disk and without a network."""
+
+from __future__ import annotations
+
+import base64
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import finished
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from axolotl_spin.cli import spin
+from axolotl_spin.report.answers import read_answers
+from axolotl_spin.report.reading import read_run
+
+pytestmark = pytest.mark.once
+
+ODD = [
+    "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>",
+    "<b>bold</b> </script hacked <!--<script &amp; `code` ]]> <!-- \u2028 \u0000 \x1b[31m \u202e rtl \U0001f600 \ufffe",
+    "Needle " + "long " * 30_000,
+    "",
+]
+PROMPTS = 50_000
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium without a window, its network off."""
+    selenium = pytest.importorskip("selenium.webdriver")
+    from selenium.webdriver.chrome.service import Service
+
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    driver = shutil.which("chromedriver")
+    if program is None or driver is None:
+        reason = "no Chromium with its chromedriver was found here (Debian: apt-get install chromium chromium-driver)"
+        if os.environ.get("SPIN_BROWSER") == "required":  # as the checks before a change lands say
+            pytest.fail(reason)
+        pytest.skip(reason)
+    options = selenium.ChromeOptions()
+    options.binary_location = program
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    started = selenium.Chrome(options=options, service=Service(driver))
+    started.set_page_load_timeout(60)
+    started.execute_cdp_cmd("Network.enable", {})
+    offline = {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0}
+    started.execute_cdp_cmd("Network.emulateNetworkConditions", offline)
+    yield started
+    started.quit()
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 50 thousand prompts, whose answers hold what breaks a page; the page is made by the command."""
+    out = tmp_path_factory.mktemp("large") / "<i>run & co"
+    finished.make(out, prompts=PROMPTS, words=40, odd=ODD)
+    done = CliRunner().invoke(spin, ["report", str(out)])
+    assert done.exit_code == 0, done.output
+    return out
+
+
+def show(browser: Any, page: Path, width: int = 1300, scheme: str = "light") -> None:
+    """Opens a page at a width in pixels, and waits until its charts are drawn."""
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    media = {"media": "", "features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    browser.get(page.as_uri())
+    limit = time.monotonic() + 60
+    while ask(browser, "document.documentElement.dataset.charts") is None and time.monotonic() < limit:
+        time.sleep(0.05)
+    assert ask(browser, "document.documentElement.dataset.charts") == "drawn"
+
+
+def ask(browser: Any, expression: str) -> Any:
+    return browser.execute_script(f"return {expression}")
+
+
+def cards(browser: Any) -> list[int]:
+    return ask(browser, "[...document.querySelectorAll('.pair')].map((card) => Number(card.dataset.n))")
+
+
+def check_charts(browser: Any, fewest: int) -> None:
+    """Every place for a chart holds lines or bars of some extent."""
+    drawn = ask(
+        browser,
+        """[...document.querySelectorAll('.chart')].map((place) => {
+             const marks = [...place.querySelectorAll('path.js-line, .bars .point path, .scatterlayer .point')];
+             const width = Math.max(0, ...marks.map((mark) => mark.getBBox().width));
+             return [place.id, place.dataset.drawn, marks.length, width];
+           })""",
+    )
+    assert len(drawn) >= fewest
+    for name, state, marks, width in drawn:
+        assert state == "true" and marks > 0 and width > 0, name
+
+
+def test_a_page_of_fifty_thousand_pairs(browser: Any, large: Path) -> None:
+    """Small, quiet, drawn, and nothing in a text is taken for HTML."""
+    page = large / "spin" / "report.html"
+    assert page.stat().st_size < 5_000_000
+    show(browser, page)
+    check_charts(browser, fewest=16)
+    assert browser.get_log("browser") == []
+    assert (
+        ask(browser, "performance.getEntriesByType('resource').filter((entry) => !/^(data|blob):/.test(entry.name))")
+        == []
+    )
+    assert ask(browser, "window.hacked") is None
+    assert ask(browser, "document.querySelectorAll('#list img, #list script, #list b, h1 i').length") == 0
+    assert ask(browser, "document.title").endswith("/<i>run & co")
+    text = ask(browser, "document.querySelector('#pairs').innerText")
+    shown = len(ask(browser, "JSON.parse(document.querySelector('#data').textContent).pairs.prompts"))
+    assert 240 <= shown < 400 and f"{shown} of 50,000 prompts are in this page" in text
+    first = ask(browser, "document.querySelector('.pair[data-n=\"0\"] .answer:nth-child(2) .text').textContent")
+    assert first == ODD[0]
+
+
+def test_searching(browser: Any, large: Path) -> None:
+    show(browser, large / "spin" / "report.html")
+    assert len(cards(browser)) == 20
+    field = browser.find_element("id", "search")
+    field.send_keys("NEEDLE")
+    assert cards(browser) == [2]  # among the extremes, so that the sample has it
+    assert "Showing 1 of 1 prompts that match" in ask(browser, "document.querySelector('#shown').textContent")
+    assert ask(browser, "document.querySelector('.pair mark').textContent") == "Needle"
+    assert "(150,007 characters)" in ask(browser, "document.querySelector('.pair').textContent")
+    field.clear()
+    field.send_keys("</script>")
+    assert cards(browser) == [0]
+    field.clear()
+    field.send_keys("no such text")
+    assert cards(browser) == []
+    assert browser.get_log("browser") == []
+
+
+def test_sorting(browser: Any, large: Path) -> None:
+    """By the margin of the chosen iteration: the first are the extremes of all fifty thousand, not of the sample."""
+    show(browser, large / "spin" / "report.html")
+    answers = read_answers(read_run(large))
+    for column, found in enumerate(answers):
+        browser.find_element("css selector", f"#column option[value='{column}']").click()
+        button = browser.find_element("css selector", "#sort [data-sort='margin']")
+        button.click()
+        assert "↓" in button.text  # the largest first
+        order = np.sort(found.margin)
+        assert found.margin[cards(browser)[:6]] == pytest.approx(order[-6:][::-1], abs=1e-4)
+        button.click()
+        assert "↑" in button.text
+        assert found.margin[cards(browser)[:6]] == pytest.approx(order[:6], abs=1e-4)
+        browser.find_element("css selector", "#sort [data-sort='n']").click()
+    browser.find_element("css selector", "#sort [data-sort='tokens']").click()
+    longest = cards(browser)[0]
+    assert answers[1].rejected_length[longest] == answers[1].rejected_length.max()
+    browser.find_element("id", "cut").click()
+    assert all(answers[1].cut[cards(browser)])
+    browser.find_element("id", "cut").click()
+    browser.find_element("id", "more").click()
+    assert len(cards(browser)) == 120
+
+
+def luminance(browser: Any, selector: str, name: str) -> float:
+    colour = ask(browser, f"getComputedStyle(document.querySelector('{selector}')).getPropertyValue('{name}')")
+    return float(np.mean([float(part) for part in colour[colour.index("(") + 1 : -1].split(",")[:3]]))
+
+
+@pytest.mark.parametrize("width", [1300, 380])
+def test_light_and_dark_wide_and_narrow(browser: Any, large: Path, width: int) -> None:
+    """The page and its charts follow the system, nothing sticks out, and the button overrides the system."""
+    page = large / "spin" / "report.html"
+    for scheme, dark in (("light", False), ("dark", True)):
+        show(browser, page, width, scheme)
+        assert (luminance(browser, "body", "background-color") < 60) == dark
+        assert (luminance(browser, "#curve-loss .xtick text", "fill") > 128) == dark
+        assert ask(browser, "document.documentElement.scrollWidth") <= width
+        wide = "[...document.querySelectorAll('.card')].map((card) => card.getBoundingClientRect().right)"
+        assert max(ask(browser, wide)) <= width
+    button = browser.find_element("id", "theme")
+    while "light" not in button.text:
+        button.click()
+    assert luminance(browser, "body", "background-color") > 200
+    assert luminance(browser, "#curve-loss .xtick text", "fill") < 128
+    browser.execute_script("localStorage.clear()")
+    assert browser.get_log("browser") == []
+
+
+def test_printing(browser: Any, large: Path) -> None:
+    """On paper too, charts are inside the page: printed in dark mode it is white and has text on several pages."""
+    show(browser, large / "spin" / "report.html", scheme="dark")
+    printed = browser.execute_cdp_cmd("Page.printToPDF", {"printBackground": True})
+    pdf = base64.b64decode(printed["data"])
+    assert pdf.startswith(b"%PDF") and pdf.count(b"/Type /Page\n") + pdf.count(b"/Type /Page ") >= 3
+    assert browser.get_log("browser") == []
+
+
+def test_a_comparison(browser: Any, tmp_path: Path, large: Path) -> None:
+    """Two runs over the same prompts, of which one has just begun: curves of both, and answers next to each other."""
+    for name, words, begun in (("one", 6, 3), ("two", 9, 1)):
+        finished.make(tmp_path / name, iterations=3, words=words, begun=begun)
+    page = tmp_path / "both.html"
+    done = CliRunner().invoke(spin, ["report", str(tmp_path / "one"), str(tmp_path / "two"), "--output", str(page)])
+    assert done.exit_code == 0, done.output
+    show(browser, page)
+    check_charts(browser, fewest=12)
+    assert ask(browser, "document.querySelectorAll('#curve-loss path.js-line').length") >= 2
+    legend = ask(browser, "[...document.querySelectorAll('.legend')].map((box) => box.innerText)")
+    assert any("one" in text and "two" in text for text in legend)
+    heads = ask(browser, "[...document.querySelectorAll('.pair:first-child h4')].map((head) => head.textContent)")
+    assert [head.split(" · ")[0] for head in heads] == [
+        "human", "one, iteration 0", "one, iteration 1", "one, iteration 2", "two, iteration 0",
+    ]  # fmt: skip
+    assert browser.get_log("browser") == []

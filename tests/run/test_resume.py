@@ -1,0 +1,216 @@
+"""Starting again with a changed config, from a checkpoint that the user names, or from the beginning."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import host
+import pytest
+import yaml
+from recovery import differences, outcome, settings_in
+from warm import Warm
+
+from axolotl_spin.disk.atomic import read_json, write_json
+from axolotl_spin.run.checkpoints import Checkpoint, read_checkpoint
+from axolotl_spin.run.identity import Identity
+from axolotl_spin.run.prepare import Launch
+from axolotl_spin.run.resume import _check_launch
+
+pytestmark = pytest.mark.host
+
+ENV = host.environment(ACCELERATE_USE_CPU="true")
+Start = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def start(warm: Warm, shared: Path, tmp_path: Path) -> Start:
+    """A function that starts the run in `tmp_path` with changed settings."""
+
+    def run(kill: str = "", **changes: Any) -> tuple[int, str]:
+        settings = {**settings_in(tmp_path, shared), **changes}
+        (tmp_path / "run.yml").write_text(yaml.safe_dump(settings))
+        return warm.run("axolotl.cli.train", "run.yml", env={**ENV, "SPIN_KILL": kill}, cwd=tmp_path)
+
+    return run
+
+
+def spin(**changes: Any) -> dict[str, Any]:
+    return {"iterations": 2, "generation": {"max_new_tokens": 8, "batch_size": 4}, **changes}
+
+
+def completes(done: tuple[int, str]) -> str:
+    assert done[0] == 0, done[1][-6000:]
+    return done[1]
+
+
+@pytest.mark.once
+def test_iterations_may_be_appended(start: Start, whole: dict, shared: Path, tmp_path: Path) -> None:
+    """A complete run that is given a third iteration ends as one that had three from the start.
+
+    This and the next follow from our plan alone; how a host resumes is what `test_a_named_checkpoint` shows.
+    """
+    shutil.copytree(shared / "whole" / "out", tmp_path / "out")
+    output = completes(start(spin=spin(iterations=3)))
+    assert "going on from" in output and "iteration 2: generated 16 answers" in output
+    assert "iteration 1: generated" not in output
+    extended = outcome(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    completes(start(spin=spin(iterations=3)))
+    # both stop after iteration 1's end; the first run's rotation there is older by one
+    assert not [name for name in differences(extended, outcome(tmp_path / "out")) if name != "checkpoints"]
+
+
+@pytest.mark.once
+def test_iterations_may_be_left_out_at_the_end(start: Start, whole: dict, tmp_path: Path) -> None:
+    """Stopped within the third of three iterations, a run that now has two is complete after them."""
+    assert start("iteration 1/first epoch", spin=spin(iterations=3))[0] != 0
+    completes(start())
+    assert not differences(outcome(tmp_path / "out"), whole)
+
+
+def test_harmless_changes_are_allowed(start: Start, whole: dict, tmp_path: Path) -> None:
+    assert start("iteration 1/first epoch")[0] != 0
+    changes = {"save_steps": 5, "save_total_limit": 3, "logging_steps": 1, "micro_batch_size": 4}
+    completes(start(**changes, gradient_accumulation_steps=1))
+    found = outcome(tmp_path / "out")
+    assert not [name for name in differences(found, whole) if name.startswith("pairs 0")]
+    assert found["pairs 1"]["rejected_ids"] == whole["pairs 1"]["rejected_ids"]
+    for name, tensor in whole["weights"].items():  # the micro-batches are others, so the sums round differently
+        assert tensor.allclose(found["weights"][name], atol=1e-5)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"seed": 8}, "seed: 7 -> 8"),
+        ({"learning_rate": 2e-3}, "learning_rate: 0.001 -> 0.002"),
+        ({"num_epochs": 3}, "num_epochs: 2.0 -> 3.0"),
+        ({"warmup_steps": 3}, "warmup_steps: 2 -> 3"),
+        ({"optimizer": "rmsprop"}, "optimizer: 'adamw_torch' -> 'rmsprop'"),
+        ({"sequence_len": 63}, "sequence_len: 64 -> 63"),
+        ({"gradient_accumulation_steps": 4}, "global batch (micro_batch_size x gradient_accumulation_steps x ranks): 4 -"),
+        ({"val_set_size": 4}, "data (prompts and human answers as token ids): '"),
+        ({"spin": spin(beta=[0.1, 0.2])}, "spin.beta: 0.1 -> [0.1, 0.2]"),
+        ({"spin": spin(history=0)}, "spin.history: 1 -> 0"),
+        ({"spin": spin(generation={"max_new_tokens": 8, "batch_size": 4, "top_k": 9})}, "spin.generation.top_k: None -> 9"),
+    ],
+)  # fmt: skip
+def test_a_change_of_what_results_depend_on_is_refused(
+    changes: dict, line: str, start: Start, whole: dict, shared: Path, tmp_path: Path
+) -> None:
+    """Our own comparison; that every host has the keys which it reads is part of the contract."""
+    shutil.copytree(shared / "whole" / "out", tmp_path / "out")
+    code, output = start(**changes)
+    assert code == 1
+    end = output[output.rindex("holds a run with other settings") :]
+    assert f"\n  {line}" in end
+    changed = [text for text in end.splitlines() if text.startswith("  ") and " -> " in text]
+    # another batch has other steps, other data other lengths; nothing else is named
+    assert len(changed) == 1, changed
+    assert not host.loaded_a_model(tmp_path / "out")
+
+
+def test_a_named_checkpoint(start: Start, whole: dict, tmp_path: Path) -> None:
+    """What lies beyond it is set aside, and the run ends as before."""
+    assert start("iteration 1/second epoch", save_total_limit=20)[0] != 0
+    checkpoint = tmp_path / "out" / "checkpoint-6"
+    output = completes(start(resume_from_checkpoint=str(checkpoint)))
+    assert f"going on from {checkpoint} (step 6 of 24)" in output
+    assert not differences(outcome(tmp_path / "out"), whole)
+    replaced = tmp_path / "out" / "spin" / "replaced-1"
+    assert (replaced / "checkpoint-18").exists() and (replaced / "iteration-1" / "pairs.parquet").exists()
+
+
+def test_from_the_beginning(start: Start, whole: dict, tmp_path: Path) -> None:
+    """The first opponent is the base model, so its answers serve again; the rest is set aside."""
+    assert start("iteration 1/second epoch")[0] != 0
+    output = completes(start(auto_resume_from_checkpoints=False))
+    assert "going on from" not in output and "using the pairs in" in output
+    assert "iteration 0: generated" not in output and "iteration 1: generated" in output
+    assert not differences(outcome(tmp_path / "out"), whole)
+
+
+@pytest.mark.once
+def test_an_earlier_runs_play_is_not_taken_for_this_ones(start: Start, tmp_path: Path) -> None:
+    """Started from the beginning and stopped again, the first iteration has no held-out play yet."""
+    assert start("iteration 1/first epoch")[0] != 0
+    folder = tmp_path / "out" / "spin" / "iteration-0"
+    assert (folder / "heldout.parquet").exists()
+    assert start("train/first step taken", auto_resume_from_checkpoints=False)[0] != 0
+    assert not (folder / "heldout.parquet").exists()
+    assert (tmp_path / "out" / "spin" / "replaced-1" / "iteration-0" / "heldout.parquet").exists()
+    played = [name for name in read_json(folder / "metrics.json") if "heldout" in name]
+    assert played and all(name.startswith("spin/heldout_start_") for name in played)
+
+
+def test_a_checkpoint_without_an_optimizer_is_not_resumed_from(start: Start, tmp_path: Path) -> None:
+    assert start("iteration 1/first epoch", save_only_model=True)[0] != 0
+    code, output = start(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-8"))
+    assert code == 1 and "saved with `save_only_model: true`, without the optimizer's state" in output
+
+
+# -- without a host ---------------------------------------------------------------------------------------------------
+
+
+def identity(betas: list[float], **fixed: Any) -> Identity:
+    iterations = [{"beta": beta, "rows": 4 * (1 + i), "kept_rows": 4 * i} for i, beta in enumerate(betas)]
+    return Identity({"seed": 1, **fixed}, {"spin.beta": betas}, iterations)
+
+
+def test_artifacts_depend_on_the_iterations_before_them() -> None:
+    short, long, other = identity([1, 2]), identity([1, 2, 3]), identity([9, 2])
+    assert [short.before(i) for i in range(2)] == [long.before(i) for i in range(2)]
+    assert [short.through(i) for i in range(2)] == [long.through(i) for i in range(2)]
+    assert short.before(0) == other.before(0) and short.before(1) != other.before(1)
+    assert short.through(0) != other.through(0)
+    assert short.hash != long.hash
+    assert short.before(0) != identity([1, 2], seed=2).before(0)
+    assert len({short.before(0), short.before(1), short.through(0), short.through(1)}) == 4
+    assert short.through(1) == short.hash
+
+
+def test_changes_name_keys_and_both_values() -> None:
+    kept = {**identity([1, 2]).to_json(), "iterations": identity([1, 2]).iterations}
+    assert identity([1, 2]).changes(kept) == identity([1, 2, 3]).changes(kept) == identity([1]).changes(kept) == []
+    assert identity([1, 3]).changes(kept) == ["  spin.beta: [1, 2] -> [1, 3]"]
+    assert identity([1, 2], seed=2).changes(kept) == ["  seed: 1 -> 2"]
+
+
+@pytest.mark.parametrize(
+    ("saved", "now", "message"),
+    [
+        (Launch(2, None), Launch(1, None), ""),
+        (Launch(2, "FSDP2"), Launch(4, "FSDP2"), ""),
+        (Launch(2, "ZeRO-3"), Launch(2, "ZeRO-3"), ""),
+        (Launch(2, "ZeRO-3"), Launch(4, "ZeRO-3"), "was saved on 2 ranks, and DeepSpeed cannot read"),
+        (Launch(2, "ZeRO-2"), Launch(2, "ZeRO-3"), "was saved with ZeRO-2"),
+        (Launch(1, None), Launch(2, "FSDP2"), "was saved with no sharding"),
+    ],
+)
+def test_the_number_of_ranks_may_change_where_the_host_can_read_the_checkpoint(
+    saved: Launch, now: Launch, message: str
+) -> None:
+    checkpoint = Checkpoint(Path("checkpoint-4"), 4, {"ranks": saved.ranks, "sharding": saved.sharding})
+    run: Any = SimpleNamespace(launch=now)
+    if message:
+        with pytest.raises(ValueError, match=message):
+            _check_launch(checkpoint, run)
+    else:
+        _check_launch(checkpoint, run)
+
+
+def test_what_a_folder_without_a_mark_is(tmp_path: Path) -> None:
+    """A save that was killed at its very start leaves nothing but dotted names; anything more is another trainer's."""
+    folder = tmp_path / "checkpoint-3"
+    folder.mkdir()
+    (folder / ".spin.json.0a1b").touch()
+    assert (read_checkpoint(folder).ours, read_checkpoint(folder).finished) == (True, False)
+    (folder / "model.safetensors").touch()
+    assert (read_checkpoint(folder).ours, read_checkpoint(folder).finished) == (False, True)
+    write_json(folder / "spin.json", {"step": 3, "complete": True, "files": {"model.safetensors": 0}, "run": "a"})
+    assert (read_checkpoint(folder).step, read_checkpoint(folder).fault) == (3, "")
