@@ -17,6 +17,7 @@ import yaml
 from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
+from axolotl_spin.monitor.metrics import METRICS
 from axolotl_spin.report.answers import Sample, read_answers, sample
 from axolotl_spin.report.charts import Chart, curves
 from axolotl_spin.report.figures import collect
@@ -25,26 +26,6 @@ from axolotl_spin.report.reading import RunData, number
 from axolotl_spin.report.summaries import iterations
 
 _HERE = Path(__file__).parent
-
-# heading, what it says, metric, format; as the terminal's table and more
-_COLUMNS = (
-    ("loss first", "mean loss per pair of the first step", "loss_first", "{:.4f}"),
-    ("loss last", "mean loss per pair of the last step", "loss_last", "{:.4f}"),
-    ("accuracy", "share of pairs whose human answer gained more", "rewards/accuracies", "{:.2f}"),
-    ("margin", "reward of human minus own answers", "rewards/margins", "{:.3f}"),
-    ("human tokens", "mean length of human answers", "spin/chosen_length", "{:.1f}"),
-    ("own tokens", "mean length of the opponent's answers", "spin/rejected_length", "{:.1f}"),
-    ("cut", "share of its answers cut at their limit", "spin/truncated", "{:.1%}"),
-    ("empty", "share of its answers that say nothing", "spin/empty", "{:.1%}"),
-    ("identical", "share of its answers that equal the human's", "spin/identical", "{:.1%}"),
-    ("held-out NLL", "nats per token of held-out human answers after the iteration", "eval_loss", "{:.4f}"),
-    ("held-out margin", "held-out log-prob per token, human minus own", "spin/heldout_margin", "{:+.3f}"),
-    ("held-out AUC", "0.5: human and own answers look alike to the model", "spin/heldout_auc", "{:.3f}"),
-    ("held-out tokens", "mean length of its answers on held-out prompts", "spin/heldout_length", "{:.1f}"),
-    ("generate", "time", "spin/generation_seconds", "time"),
-    ("score", "time", "spin/scoring_seconds", "time"),
-    ("train", "time", "spin/training_seconds", "time"),
-)
 
 
 @dataclass
@@ -157,16 +138,16 @@ def _view(run: RunData, answers: Sequence[Any]) -> RunView:
 def _table(runs: Sequence[RunData]) -> tuple[list[dict[str, str]], list[list[str]]]:
     """Returns the table's columns and rows of text; columns without any figure are left out."""
     figures = [(run, iteration, found) for run in runs for iteration, found in sorted(run.metrics.items())]
-    shown = [column for column in _COLUMNS if any(number(found, column[2]) is not None for _, _, found in figures)]
-    columns = [{"heading": heading, "about": about} for heading, about, _, _ in shown]
+    columns = [metric for metric in METRICS if metric.heading]
+    shown = [metric for metric in columns if any(number(found, metric.name) is not None for _, _, found in figures)]
     rows = []
     for run, iteration, found in figures:
         cells = [run.name, str(iteration)] if len(runs) > 1 else [str(iteration)]
-        for _, _, metric, form in shown:
-            value = number(found, metric)
+        for metric in shown:
+            value, form = number(found, metric.name), metric.page_form or metric.form
             cells.append("-" if value is None else _time(value) if form == "time" else form.format(value))
         rows.append(cells)
-    return columns, rows
+    return [{"heading": metric.title, "about": metric.about} for metric in shown], rows
 
 
 def _time(seconds: float) -> str:

@@ -1,0 +1,95 @@
+"""Every metric of a run: the one table from which terminal, page and documentation take names, headings and formats."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure under its public name.
+
+    Attributes:
+        name: As it is logged, and as `metrics.json` has it.
+        about: What it is, with its unit.
+        heading: Of its column in tables of iterations, broken as a narrow column breaks it; empty: it has none.
+        form: How a column writes it.
+        page_form: How the page writes it, where that is finer; "time" for seconds.
+        page_only: Only the page has the column.
+        line: Its name on the line of a training log, and how it is written there; none where the line leaves it out.
+    """
+
+    name: str
+    about: str
+    heading: str = ""
+    form: str = "{}"
+    page_form: str = ""
+    page_only: bool = False
+    line: tuple[str, str] | None = None
+
+    @property
+    def title(self) -> str:
+        """The heading on one line, without the unit of seconds."""
+        return self.heading.strip().replace("-\n", "").replace("\ns", "").replace("\n", " ")
+
+
+METRICS = (
+    Metric("spin/iteration", "the iteration, from 0", line=("iter", "{:d}")),
+    Metric("spin/beta", "its beta"),
+    Metric(
+        "loss",
+        "ln 2 at each iteration's first step, by construction; it cannot be compared between iterations",
+        line=("loss", "{:.4f}"),
+    ),
+    Metric("loss_first", "mean loss per pair of the first step", "loss\nfirst", "{:.4f}"),
+    Metric("loss_last", "mean loss per pair of the last step", "loss\nlast", "{:.4f}"),
+    Metric(
+        "rewards/accuracies",
+        "share of pairs whose human answer gained more",
+        "accu-\nracy",
+        "{:.2f}",
+        line=("acc", "{:.2f}"),
+    ),
+    Metric("rewards/margins", "reward of human minus own answers", "\nmargin", "{:.3f}", line=("margin", "{:+.3f}")),
+    Metric("rewards/chosen", "beta * (log p - log p_opponent) of the human answers", line=("human", "{:+.3f}")),
+    Metric("rewards/rejected", "the same of the opponent's answers", line=("own", "{:+.3f}")),
+    Metric("logps/chosen", "log-probs of the human answers under the policy, summed over tokens, in nats"),
+    Metric("logps/rejected", "the same of the opponent's answers"),
+    Metric("spin/chosen_length", "mean length of human answers, in tokens", "human\ntokens", "{:.1f}"),
+    Metric("spin/rejected_length", "mean length of the opponent's answers, in tokens", "own\ntokens", "{:.1f}"),
+    Metric("spin/truncated", "share of its answers cut at their limit", "\ncut", "{:.0%}", "{:.1%}"),
+    Metric("spin/empty", "share of its answers that say nothing", "\nempty", "{:.1%}", page_only=True),
+    Metric("spin/identical", "share of its answers that equal the human's", "\nidentical", "{:.1%}", page_only=True),
+    Metric("eval_loss", "nats per token of held-out human answers after the iteration", "held-out\nNLL", "{:.4f}"),
+    Metric(
+        "spin/heldout_margin",
+        "held-out log-prob per token, human minus own, in nats",
+        "held-out\nmargin",
+        "{:+.3f}",
+    ),
+    Metric("spin/heldout_auc", "0.5: human and own answers look alike to the model", "held-out\nAUC", "{:.3f}"),
+    Metric(
+        "spin/heldout_length",
+        "mean length of its answers on held-out prompts, in tokens",
+        "held-out\ntokens",
+        "{:.1f}",
+        page_only=True,
+    ),
+    Metric("spin/heldout_human_length", "mean length of the human answers to them, in tokens"),
+    Metric("spin/heldout_distinct_2", "share of different bigrams in its answers to them"),
+    Metric("spin/heldout_seconds", "seconds of the held-out play"),
+    Metric("spin/generation_seconds", "seconds of answering the prompts", "generate\ns", "{:.1f}", "time"),
+    Metric("spin/generation_tokens_per_second", "tokens drawn a second, over all ranks"),
+    Metric(
+        "spin/engine_start_seconds", "with vLLM: seconds until the engine was ready, part of `spin/generation_seconds`"
+    ),
+    Metric(
+        "spin/opponent_write_seconds", "with vLLM: seconds of writing the opponent, part of `spin/generation_seconds`"
+    ),
+    Metric("spin/scoring_seconds", "seconds of the opponent's pass over the pairs", "score\ns", "{:.1f}", "time"),
+    Metric("spin/training_seconds", "seconds of the iteration's epochs", "train\ns", "{:.1f}", "time"),
+)
+
+# the start model's held-out play stands in iteration 0's `metrics.json` under names of its own
+START = "spin/heldout_start_"
+HELD_OUT = "spin/heldout_"
