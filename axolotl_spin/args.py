@@ -271,9 +271,15 @@ class SpinArgs(BaseModel):
         return data
 
 
+def is_on(cfg: Any) -> bool:
+    """Whether a validated host config says `rl: spin`."""
+    block = cfg.get("spin")
+    return bool(block and block.get("active"))
+
+
 def spin_config(cfg: Any) -> SpinConfig | None:
     """Returns the typed `spin` block of a validated host config, or None when SPIN is off."""
-    block = cfg.get("spin")
-    if not block or not block.get("active"):
+    if not is_on(cfg):
         return None
+    block = cfg.get("spin")
     return SpinConfig.model_validate(block.to_dict() if hasattr(block, "to_dict") else dict(block))

@@ -8,10 +8,11 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
+from axolotl_spin.disk.directory import RunDirectory
 from axolotl_spin.monitor.about import note_start
 from axolotl_spin.monitor.log import append_row, restart_log
 from axolotl_spin.run.plan import Plan
-from axolotl_spin.run.prepare import SpinRun
+from axolotl_spin.run.prepare import Launch
 
 
 class SaveAtIterationEnd(TrainerCallback):
@@ -52,29 +53,29 @@ class KeepRecord(TrainerCallback):
     It must come before `TakeUp`, which logs.
 
     Args:
-        run: The run.
+        directory: The run's.
+        launch: Ranks and sharding of this start.
+        file: How the user names the config.
         config: What the user wrote, without secrets.
     """
 
-    def __init__(self, run: SpinRun, config: dict[str, Any]):
-        self._run = run
-        self._config = config
+    def __init__(self, directory: RunDirectory, launch: Launch, file: str, config: dict[str, Any]):
+        self._directory, self._launch, self._file, self._config = directory, launch, file, config
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         if state.is_world_process_zero:
-            directory, launch = self._run.directory, self._run.launch
-            restart_log(directory.log, state.log_history)
+            restart_log(self._directory.log, state.log_history)
             note_start(
-                directory.about,
+                self._directory.about,
                 config=self._config,
-                file=self._run.command,
+                file=self._file,
                 step=state.global_step,
-                ranks=launch.ranks,
-                sharding=launch.sharding,
+                ranks=self._launch.ranks,
+                sharding=self._launch.sharding,
             )
         return control
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         if state.is_world_process_zero:
-            append_row(self._run.directory.log, state.log_history[-1])
+            append_row(self._directory.log, state.log_history[-1])
         return control

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from axolotl.integrations.base import BasePlugin, PluginManager
 
-from axolotl_spin.args import spin_config
+from axolotl_spin.args import is_on, spin_config
 from axolotl_spin.refusals import refuse_loaded
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class SpinPlugin(BasePlugin):
         tokenizer = load_tokenizer(cfg)
         with _rows_only(), _named(cfg):
             train_dataset, eval_dataset, _, _ = prepare_datasets(cfg, tokenizer)
-        self.run = prepare_run(cfg, train_dataset, tokenizer, eval_dataset)
+        self.run = prepare_run(cfg, settings, train_dataset, tokenizer, eval_dataset)
         if not preprocess:
             from axolotl_spin.run.resume import settle_start
 
@@ -89,7 +89,7 @@ class SpinPlugin(BasePlugin):
         return [name for name, plugin in plugins if plugin is not self and plugin.get_trainer_cls(cfg) is not None]
 
     def get_trainer_cls(self, cfg: Any) -> type | None:
-        if spin_config(cfg) is None:
+        if not is_on(cfg):
             return None
         if self.trainer_class is not None:
             return self.trainer_class
@@ -99,8 +99,7 @@ class SpinPlugin(BasePlugin):
 
     def get_training_args(self, cfg: Any) -> dict[str, Any] | None:
         """Spreads the host's per-epoch settings over the iterations and turns off what works on batches of SFT rows."""
-        settings = spin_config(cfg)
-        if settings is None:
+        if not is_on(cfg):
             return None
         arguments: dict[str, Any] = {
             "sample_packing": False,
@@ -128,7 +127,8 @@ class SpinPlugin(BasePlugin):
 
         show_lines(trainer)
         written = plain_config(cfg) if self._written is None else self._written
-        return [SaveAtIterationEnd(self.run.plan), KeepRecord(self.run, written), TakeUp(trainer)]
+        record = KeepRecord(self.run.directory, self.run.launch, _command(cfg), written)
+        return [SaveAtIterationEnd(self.run.plan), record, TakeUp(trainer)]
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         if self.run is not None:
@@ -145,12 +145,17 @@ class SpinPlugin(BasePlugin):
             from axolotl_spin.report import report_at_end
 
             note_end(self.run.directory.about)
-            report_at_end(
-                self.run.directory
-            )  # before the run counts as complete, so that a kill leaves none without it
+            # before the run counts as complete, so that a kill leaves none without it
+            report_at_end(self.run.directory)
             self.run.write_plan(completed=True)
-            print_table(self.run)
+            keeps = self.run.settings.save_iterations
+            print_table(self.run.directory, self.run.plan, _command(cfg), cfg.adapter or None, keeps)
         self._trained = False
+
+
+def _command(cfg: Any) -> str:
+    """Returns how the user names this config on the command line."""
+    return str(cfg.axolotl_config_path or "spin.yml")
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import click
 from axolotl.cli.config import load_cfg
 from axolotl.integrations.base import PluginManager
 
-from axolotl_spin.args import spin_config
+from axolotl_spin.args import is_on
 from axolotl_spin.plugin import SpinPlugin
 
 
@@ -29,6 +29,6 @@ def load_config(path: str) -> tuple[Any, SpinPlugin]:
     except ValueError as error:
         raise click.ClickException(f"{path}: {error}") from error
     plugin = next((p for p in PluginManager.get_instance().plugins.values() if isinstance(p, SpinPlugin)), None)
-    if plugin is None or spin_config(cfg) is None:
+    if plugin is None or not is_on(cfg):
         raise click.ClickException(f"{path} does not say `rl: spin`")
     return cfg, plugin

@@ -68,11 +68,11 @@ class PairsOnlyTrainer(SpinTrainer):
         super().attach(run)
 
     def _run_epoch(self, model: Any, epoch: int, train_dataloader: Any, **kwargs: Any) -> None:  # type: ignore[override]
-        assert self.run is not None
-        entry = self.run.plan.of_epoch(epoch)
-        with self._peers:
-            self._begin_iteration(entry, model)
-            self.self_play.end(entry)
+        assert self.loop is not None
+        entry = self.loop.run.plan.of_epoch(epoch)
+        with self.loop.ranks:
+            self.loop.begin(entry, model)
+            self.loop.self_play.end(entry)
         raise PairsMade
 
 

@@ -12,29 +12,15 @@ from rich.console import Console
 from rich.table import Table
 
 from axolotl_spin.disk.atomic import DamagedFileError, read_json
+from axolotl_spin.disk.directory import RunDirectory
+from axolotl_spin.monitor.metrics import HELD_OUT, METRICS, START
 from axolotl_spin.run.plan import Plan
-from axolotl_spin.run.prepare import SpinRun
 
 LOG = get_logger(__name__)
 
 
-# heading in two lines, metric, format; with all of them a table stays within 120 columns
-_COLUMNS = (
-    ("loss\nfirst", "loss_first", "{:.4f}"),
-    ("loss\nlast", "loss_last", "{:.4f}"),
-    ("accu-\nracy", "rewards/accuracies", "{:.2f}"),
-    ("\nmargin", "rewards/margins", "{:.3f}"),
-    ("human\ntokens", "spin/chosen_length", "{:.1f}"),
-    ("own\ntokens", "spin/rejected_length", "{:.1f}"),
-    ("\ncut", "spin/truncated", "{:.0%}"),
-    ("held-out\nNLL", "eval_loss", "{:.4f}"),
-    ("held-out\nmargin", "spin/heldout_margin", "{:+.3f}"),
-    ("held-out\nAUC", "spin/heldout_auc", "{:.3f}"),
-    ("generate\ns", "spin/generation_seconds", "{:.1f}"),
-    ("score\ns", "spin/scoring_seconds", "{:.1f}"),
-    ("train\ns", "spin/training_seconds", "{:.1f}"),
-)
-_HELD_OUT = "spin/heldout_"
+# with all of them a table stays within 120 columns
+_COLUMNS = [metric for metric in METRICS if metric.heading and not metric.page_only]
 
 
 def read_metrics(paths: Iterable[Path]) -> list[dict[str, Any]]:
@@ -58,25 +44,24 @@ def iteration_table(metrics: list[dict[str, Any]]) -> Table:
     start = _start_row(metrics)
     rows = [("start", start)] if start else []
     rows += [(str(figures.get("spin/iteration", "?")), figures) for figures in metrics]
-    played = any(name.startswith(_HELD_OUT) for _, figures in rows for name in figures)
-    columns = [column for column in _COLUMNS if played or not column[1].startswith(_HELD_OUT)]
+    played = any(name.startswith(HELD_OUT) for _, figures in rows for name in figures)
+    columns = [metric for metric in _COLUMNS if played or not metric.name.startswith(HELD_OUT)]
     table = Table(
         title="Self-play iterations", header_style="bold", box=box.SIMPLE_HEAD, show_edge=False, collapse_padding=True
     )
     table.add_column("\niter", justify="right")
-    for heading, _, _ in columns:
-        table.add_column(heading, justify="right", no_wrap=True)
+    for metric in columns:
+        table.add_column(metric.heading, justify="right", no_wrap=True)
     for label, figures in rows:
-        cells = [form.format(figures[name]) if figures.get(name) is not None else "-" for _, name, form in columns]
+        cells = [m.form.format(figures[m.name]) if figures.get(m.name) is not None else "-" for m in columns]
         table.add_row(label, *cells)
     return table
 
 
 def _start_row(metrics: list[dict[str, Any]]) -> dict[str, float]:
     """Returns the start model's held-out play under the names that it has after an iteration."""
-    prefix = f"{_HELD_OUT}start_"
     first = metrics[0] if metrics else {}
-    return {name.replace(prefix, _HELD_OUT): value for name, value in first.items() if name.startswith(prefix)}
+    return {name.replace(START, HELD_OUT): value for name, value in first.items() if name.startswith(START)}
 
 
 def plan_table(plan: Plan) -> Table:
@@ -106,17 +91,24 @@ def print_wide(*parts: Any) -> None:
         console.print(part, highlight=False)
 
 
-def print_table(run: SpinRun) -> None:
-    """Prints the table of finished iterations, where everything is, and the next command to type."""
-    paths = [run.directory.metrics(entry.iteration) for entry in run.plan.iterations]
-    metrics = read_metrics(paths)
-    output_dir = run.directory.root.parent
-    lines = [f"pairs and metrics: {run.directory.root}/iteration-*/{{pairs.parquet,metrics.json}}"]
-    if run.settings.save_iterations:
-        lines.append(f"each iteration's {run.adapter or 'model'}: {run.directory.root}/iteration-*/model")
-    lines.append(f"final {run.adapter or 'model'}: {output_dir}")
-    if run.directory.report.exists():
-        lines.append(f"report, for a browser: {run.directory.report}")
-    where = f"--lora-model-dir={output_dir}" if run.adapter else f"--base-model={output_dir}"
-    lines.append(f"try it: axolotl inference {run.command} {where}")
+def print_table(directory: RunDirectory, plan: Plan, command: str, adapter: str | None, saved: bool) -> None:
+    """Prints the table of finished iterations, where everything is, and the next command to type.
+
+    Args:
+        directory: The run's.
+        plan: Its iterations.
+        command: How the user names the config.
+        adapter: The host's `adapter`, or None for full fine-tuning.
+        saved: Whether each iteration's model or adapter was kept.
+    """
+    metrics = read_metrics(directory.metrics(entry.iteration) for entry in plan.iterations)
+    output_dir, what = directory.root.parent, adapter or "model"
+    lines = [f"pairs and metrics: {directory.root}/iteration-*/{{pairs.parquet,metrics.json}}"]
+    if saved:
+        lines.append(f"each iteration's {what}: {directory.root}/iteration-*/model")
+    lines.append(f"final {what}: {output_dir}")
+    if directory.report.exists():
+        lines.append(f"report, for a browser: {directory.report}")
+    where = f"--lora-model-dir={output_dir}" if adapter else f"--base-model={output_dir}"
+    lines.append(f"try it: axolotl inference {command} {where}")
     print_wide(iteration_table(metrics), *lines)

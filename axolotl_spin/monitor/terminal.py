@@ -9,20 +9,16 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers.trainer_callback import ProgressCallback
 
+from axolotl_spin.disk.directory import RunDirectory
+from axolotl_spin.monitor.metrics import METRICS
 from axolotl_spin.monitor.tables import iteration_table, print_wide, read_metrics
-from axolotl_spin.run.plan import IterationPlan
-from axolotl_spin.run.prepare import SpinRun
+from axolotl_spin.run.plan import IterationPlan, Plan
 
 Shown = tuple[tuple[str, str, str], ...]
 
 # metric, its name on the line, its format; in this order
 _TRAINING: Shown = (
-    ("spin/iteration", "iter", "{:d}"),
-    ("loss", "loss", "{:.4f}"),
-    ("rewards/accuracies", "acc", "{:.2f}"),
-    ("rewards/margins", "margin", "{:+.3f}"),
-    ("rewards/chosen", "human", "{:+.3f}"),
-    ("rewards/rejected", "own", "{:+.3f}"),
+    *((metric.name, *metric.line) for metric in METRICS if metric.line),
     ("learning_rate", "lr", "{:.1e}"),
     ("grad_norm", "grad", "{:.2f}"),
     ("tokens/train_per_sec_per_gpu", "tokens/s", "{:.0f}"),
@@ -123,17 +119,18 @@ def show_lines(trainer: Any) -> None:
         trainer.add_callback(TerminalLines(max_str_len=shown.max_str_len))
 
 
-def show_table(run: SpinRun, entry: IterationPlan) -> None:
+def show_table(directory: RunDirectory, plan: Plan, entry: IterationPlan) -> None:
     """Prints the table of iterations so far, with the running progress bars out of the way. Call it on one rank.
 
     After the last iteration nothing is printed: the whole table comes at the run's end, behind all that the host says.
 
     Args:
-        run: The run.
+        directory: The run's.
+        plan: Its iterations.
         entry: The iteration that has just ended.
     """
-    if entry.iteration + 1 == len(run.plan.iterations):
+    if entry.iteration + 1 == len(plan.iterations):
         return
-    metrics = read_metrics(run.directory.metrics(iteration) for iteration in range(entry.iteration + 1))
+    metrics = read_metrics(directory.metrics(iteration) for iteration in range(entry.iteration + 1))
     with tqdm.external_write_mode():
         print_wide(iteration_table(metrics))

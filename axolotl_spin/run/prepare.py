@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from axolotl_spin.args import SpinConfig, spin_config
+from axolotl_spin.args import SpinConfig
 from axolotl_spin.data.heldout import heldout_prompts
 from axolotl_spin.data.initial_pairs import GivenPairs, pairs_file, read_file
 from axolotl_spin.data.prompts import prompt_dataset, stop_token_ids, token_counts
@@ -44,8 +44,6 @@ class SpinRun:
         seed: Of shuffling and, unless `spin.generation.seed` is set, of sampling.
         shuffle: False with the host's `curriculum_sampling`.
         eot_tokens: The host's `eot_tokens`, which end an answer as well.
-        command: How the user names this config on the command line.
-        adapter: The host's `adapter`, or None for full fine-tuning.
         launch: Ranks and sharding.
         sample_packing: The host's key; False asks for padded batches.
         served: What vLLM serves; None with another backend.
@@ -63,13 +61,17 @@ class SpinRun:
     seed: int
     shuffle: bool
     eot_tokens: tuple[str, ...]
-    command: str
-    adapter: str | None
     launch: Launch
     sample_packing: bool | None
     served: ServedModel | None = None
     given: GivenPairs | None = None
     heldout: Any = None
+
+    @property
+    def sampling_seed(self) -> int:
+        """Seed of all answers."""
+        seed = self.settings.generation.seed
+        return self.seed if seed is None else seed
 
     def stop_tokens(self, model: Any) -> tuple[int, ...]:
         """Returns the tokens that end an answer (see `stop_token_ids`).
@@ -96,11 +98,14 @@ class SpinRun:
         write_json(self.directory.plan, value)
 
 
-def prepare_run(cfg: Any, train_dataset: Any, tokenizer: Any, eval_dataset: Any = None) -> SpinRun:
+def prepare_run(
+    cfg: Any, settings: SpinConfig, train_dataset: Any, tokenizer: Any, eval_dataset: Any = None
+) -> SpinRun:
     """Makes a run from the host's normalized config and prepared SFT dataset.
 
     Args:
-        cfg: The host's config, with an active `spin` block.
+        cfg: The host's config.
+        settings: Its `spin` block.
         train_dataset: `datasets.Dataset` with `input_ids` and `labels`.
         tokenizer: The host's.
         eval_dataset: The host's held-out rows, with the same columns, or None.
@@ -108,8 +113,6 @@ def prepare_run(cfg: Any, train_dataset: Any, tokenizer: Any, eval_dataset: Any 
     Raises:
         ValueError: The data leaves nothing to train on (see `prompt_dataset`), or the held-out rows nothing to play on.
     """
-    settings = spin_config(cfg)
-    assert settings is not None
     prompts = prompt_dataset(train_dataset, turns=settings.turns, max_prompts=settings.max_prompts)
     given = _given_pairs(cfg, settings, tokenizer)
     ranks = int(cfg.world_size or 1)
@@ -136,8 +139,6 @@ def prepare_run(cfg: Any, train_dataset: Any, tokenizer: Any, eval_dataset: Any 
         seed=int(cfg.seed if cfg.seed is not None else 42),
         shuffle=not cfg.curriculum_sampling,
         eot_tokens=tuple(cfg.eot_tokens or ()),
-        command=str(cfg.axolotl_config_path or "spin.yml"),
-        adapter=cfg.adapter or None,
         launch=Launch(ranks, _sharding(cfg)),
         sample_packing=cfg.sample_packing,
         served=served_model(cfg, settings, token_counts(prompts, "prompt_ids"))

@@ -85,11 +85,11 @@ def plan_run(config: str, given: Given) -> tuple[SpinRun, dict[str, Any]]:
         answers=answers,
         limits=longest,
         repeated=repeated(run.prompts),
-        adapter=run.adapter,
-        pure_half=bool((cfg.bf16 or cfg.fp16) and not run.adapter and run.launch.sharding is None),
+        adapter=(cfg.adapter or None),
+        pure_half=bool((cfg.bf16 or cfg.fp16) and not cfg.adapter and run.launch.sharding is None),
         trained_for=_trained_for(cfg),
         sequence_len=run.sequence_len,
-        disk=_disk(run, size),
+        disk=_disk(run, cfg.adapter, size),
     )
     return run, {**figures, "advice": advise(facts)}
 
@@ -153,11 +153,11 @@ def _trained_for(cfg: Any) -> int | None:
     return getattr(text, "max_position_embeddings", None)
 
 
-def _disk(run: SpinRun, size: ModelSize | None) -> tuple[int, int] | None:
+def _disk(run: SpinRun, adapter: str | None, size: ModelSize | None) -> tuple[int, int] | None:
     if size is None or not run.settings.save_iterations:
         return None
     there = next(path for path in [run.directory.root, *run.directory.root.absolute().parents] if Path(path).exists())
-    saved = (4 * size.trainable if run.adapter else 2 * size.parameters) * len(run.plan.iterations)
+    saved = (4 * size.trainable if adapter else 2 * size.parameters) * len(run.plan.iterations)
     return saved, shutil.disk_usage(there).free
 
 
