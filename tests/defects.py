@@ -18,7 +18,7 @@ class DefectPlugin(BasePlugin):
 
 
 def _plant(defect: str) -> None:
-    from axolotl_spin import trainer
+    from axolotl_spin.game import loop
     from axolotl_spin.game.self_play import SelfPlay
     from axolotl_spin.generation.transformers import TransformersBackend
     from axolotl_spin.training.batches import WeightedRows
@@ -26,13 +26,13 @@ def _plant(defect: str) -> None:
     start = {}
     score, answer, row = SelfPlay._score, TransformersBackend.answer, WeightedRows.__getitem__
 
-    def frozen_opponent(self, entry, model, pairs, figures):
+    def frozen_opponent(self, entry, model, pairs):
         start.setdefault("model", copy.deepcopy(model))
-        return score(self, entry, start["model"], pairs, figures)
+        return score(self, entry, start["model"], pairs)
 
-    def stale_generations(self, model, chunks, iteration=0):
+    def stale_generations(self, model, chunks, keep, iteration=0):
         start.setdefault("model", copy.deepcopy(model))
-        return answer(self, start["model"], chunks)
+        return answer(self, start["model"], chunks, keep)
 
     def swapped_answers(self, key):
         pair = row(self, key)
@@ -40,19 +40,22 @@ def _plant(defect: str) -> None:
         swaps |= {there: here for here, there in swaps.items()}
         return {name: pair[swaps.get(name, name)] for name in pair}
 
-    def dies_after_two_chunks(self, model, chunks, iteration=0):
-        for number, done in enumerate(answer(self, model, chunks)):
-            if number == 2:
+    def dies_after_two_chunks(self, model, chunks, keep, iteration=0):
+        kept = []
+
+        def some(chunk, completions):
+            if len(kept) == 2:
                 raise RuntimeError("planted: out of memory")
-            yield done
+            kept.append(chunk)
+            keep(chunk, completions)
+
+        return answer(self, model, chunks, some)
 
     if defect == "frozen_opponent":
         SelfPlay._score = frozen_opponent
         # the run sees it by itself, and would stop
-        check = trainer.check_step_zero
-        trainer.check_step_zero = lambda *args, **kwargs: [
-            replace(found, fatal=False) for found in check(*args, **kwargs)
-        ]
+        check = loop.check_step_zero
+        loop.check_step_zero = lambda *args, **kwargs: [replace(found, fatal=False) for found in check(*args, **kwargs)]
     elif defect == "stale_generations":
         TransformersBackend.answer = stale_generations
     elif defect == "dies_after_two_chunks":

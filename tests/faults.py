@@ -45,7 +45,7 @@ REPLACE = "os:replace"
 STEP = "transformers:Trainer.training_step"
 WEIGHTS = "accelerate.optimizer:AcceleratedOptimizer.step"
 CHUNK = "axolotl_spin.generation.chunk_files:ChunkFiles.write"
-OURS = "axolotl_spin.trainer:SpinTrainer."
+LOOP = "axolotl_spin.game.loop:Loop."
 
 # in the order in which a run comes by; 16 prompts: 8 steps of two micro-batches in iteration 0, 16 in iteration 1
 POINTS: dict[str, Point] = {
@@ -78,22 +78,22 @@ POINTS: dict[str, Point] = {
         "axolotl_spin.disk.atomic:shutil.rmtree", where=lambda path, *_, **__: "checkpoint" in Path(path).name
     ),
     "train/last step of the iteration": Point(WEIGHTS, after=True, call=8),
-    "iteration end/checkpoint complete": Point(OURS + "_end_iteration"),
+    "iteration end/checkpoint complete": Point(LOOP + "end"),
     "iteration end/evaluated": Point("transformers:Trainer.evaluate", after=True),
     "iteration end/model written aside": Point("axolotl_spin.run.saving:publish_folder"),
     "iteration end/model whole": Point("axolotl_spin.run.saving:publish_folder", after=True),
     "iteration end/held-out play written aside": Point(REPLACE, where=_to("heldout.parquet")),
     "iteration end/held-out play whole": Point(REPLACE, after=True, where=_to("heldout.parquet")),
-    "iteration end/closed": Point(OURS + "_end_iteration", after=True),
+    "iteration end/closed": Point(LOOP + "end", after=True),
     "iteration 1/generating": Point(CHUNK, call=6),
     "iteration 1/keeping pairs": Point("axolotl_spin.game.self_play:SelfPlay._kept", after=True),
     "iteration 1/pairs written aside": Point(REPLACE, call=2, where=_to("pairs.parquet")),
-    "iteration 1/optimizer restarting": Point("axolotl_spin.trainer:restart_optimizer"),
-    "iteration 1/optimizer restarted": Point("axolotl_spin.trainer:restart_optimizer", after=True),
+    "iteration 1/optimizer restarting": Point("axolotl_spin.game.loop:restart_optimizer"),
+    "iteration 1/optimizer restarted": Point("axolotl_spin.game.loop:restart_optimizer", after=True),
     "iteration 1/first epoch": Point(STEP, call=23),
     "iteration 1/second epoch": Point(STEP, call=40),
     "iteration 1/last checkpoint": Point("transformers:TrainerState.save_to_json", call=9),
-    "iteration 1/before closing": Point(OURS + "_end_iteration", call=2),
+    "iteration 1/before closing": Point(LOOP + "end", call=2),
     "iteration 1/model written aside": Point("axolotl_spin.run.saving:publish_folder", call=2),
     "final/before the save": Point("axolotl.train:save_trained_model"),
     "final/model half written": Point(

@@ -5,7 +5,7 @@ Files are written and read a batch of rows at a time, so that memory does not gr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,37 @@ LOGPS = ("opponent_chosen_logp", "opponent_rejected_logp")
 BATCH_ROWS = 8192
 
 _MARK = b"axolotl_spin"
+
+
+def record_batch(columns: Mapping[str, Any], schema: pa.Schema) -> pa.RecordBatch:
+    """Returns columns (Arrow, numpy or lists) as a batch of a schema."""
+
+    def as_array(values: Any, kind: pa.DataType) -> pa.Array:
+        if isinstance(values, pa.ChunkedArray):
+            values = values.combine_chunks()
+        return values.cast(kind) if isinstance(values, pa.Array) else pa.array(values, type=kind)
+
+    return pa.record_batch([as_array(columns[field.name], field.type) for field in schema], schema=schema)
+
+
+def with_texts(pairs: PairDataset, decode: Callable[[list[list[int]]], list[str]]) -> Iterator[pa.RecordBatch]:
+    """Yields scored pairs with their texts, batches of `SCHEMA` for `write_pairs`.
+
+    Args:
+        pairs: With log-probs.
+        decode: Returns the texts of lists of ids.
+    """
+    assert pairs.logps is not None
+    start = 0
+    for batch in pairs.table.to_batches(max_chunksize=BATCH_ROWS):
+        logps = pairs.logps[start : start + len(batch)]
+        start += len(batch)
+        columns = {
+            **{name: batch[name] for name in batch.schema.names},
+            **{name: logps[:, column] for column, name in enumerate(LOGPS)},
+            **{name: decode(batch[f"{name}_ids"].to_pylist()) for name in ("prompt", "chosen", "rejected")},
+        }
+        yield record_batch(columns, SCHEMA)
 
 
 def write_pairs(path: Path, batches: Iterable[pa.RecordBatch], mark: str) -> None:

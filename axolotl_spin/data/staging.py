@@ -10,14 +10,15 @@ machine share them. It is there from the iteration's start to its end; a start r
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from axolotl_spin.data.pairs import SCHEMA
+from axolotl_spin.data.pairs import BATCH_ROWS, SCHEMA, record_batch
 from axolotl_spin.disk.atomic import explained, write_whole
 
 STAGED = pa.schema(
@@ -76,6 +77,30 @@ class Answers:
         offsets = np.concatenate([[0], ends]).astype(np.int32)
         reasons = np.where(self._stopped[start:stop], "stop", "length")
         return pa.ListArray.from_arrays(pa.array(offsets), pa.array(ids)), pa.array(reasons, type=pa.string())
+
+    def paired(self, prompts: Any, iteration: int) -> Iterator[pa.RecordBatch]:
+        """Yields pairs of the prompts' human answers and these, in the order of the prompts.
+
+        Args:
+            prompts: `datasets.Dataset` with `prompt_ids`, `chosen_ids` and `row`, one for each answer.
+            iteration: Whose answers they are.
+
+        Yields:
+            Batches of `STAGED`.
+        """
+        missing = self.missing()
+        assert not len(missing), f"{len(missing)} prompts were not answered, the first are {missing[:5]}"
+        prompts = prompts.with_format("arrow")
+        for start in range(0, len(prompts), BATCH_ROWS):
+            part = prompts[start : start + BATCH_ROWS].combine_chunks()
+            rejected, reasons = self.between(start, start + len(part))
+            columns = {
+                **{name: part[name] for name in ("prompt_ids", "chosen_ids", "row")},
+                "rejected_ids": rejected,
+                "finish_reason": reasons,
+                "generated_in": np.full(len(part), iteration, dtype=np.int32),
+            }
+            yield record_batch(columns, STAGED)
 
 
 def write_staged(path: Path, batches: Iterable[pa.RecordBatch]) -> None:

@@ -8,7 +8,7 @@ the policy is frozen, the answers have seeds of their own, global random state s
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,16 +16,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from accelerate.utils import gather_object
 from axolotl.utils.logging import get_logger
-from tqdm import tqdm
 
 from axolotl_spin.data.answers import distinct_2
 from axolotl_spin.data.pairs import PairDataset
-from axolotl_spin.data.prompts import token_counts
 from axolotl_spin.disk.atomic import write_whole
 from axolotl_spin.generation.backend import Completion, Sampling
-from axolotl_spin.generation.chunks import Chunks, chunk_rows, chunk_size, iteration_seed, token_limit
+from axolotl_spin.generation.chunks import Chunk, Chunks, iteration_seed
 from axolotl_spin.generation.transformers import TransformersBackend
+from axolotl_spin.monitor.metrics import HELD_OUT, START
 from axolotl_spin.monitor.trackers import send_samples
+from axolotl_spin.ranks.main import Ranks
 from axolotl_spin.run.plan import IterationPlan
 from axolotl_spin.run.prepare import SpinRun
 from axolotl_spin.training.policy import frozen
@@ -60,30 +60,23 @@ class HeldOutPlay:
 
     Args:
         run: Settings and held-out prompts.
-        trainer: The host's trainer: wrapped model, ranks, logging, trackers.
+        trainer: The host's trainer: wrapped model, logging, trackers.
+        ranks: All of them.
         sampling: How answers are drawn, as in training.
         pad_token_id: Fills padding.
         scorer: Training's.
-        pulse: Called between forwards; may raise to stop.
     """
 
-    def __init__(
-        self,
-        run: SpinRun,
-        trainer: Any,
-        sampling: Sampling,
-        pad_token_id: int,
-        scorer: Scorer,
-        pulse: Callable[[], None],
-    ):
+    def __init__(self, run: SpinRun, trainer: Any, ranks: Ranks, sampling: Sampling, pad_token_id: int, scorer: Scorer):
         self.run = run
         self.trainer = trainer
+        self.ranks = ranks
         self.sampling = sampling
         self.scorer = scorer
         generation = run.settings.generation
         # whatever `generation.backend` is: an engine's start would cost more than so few answers
         self.backend = TransformersBackend(
-            trainer.accelerator, sampling, pad_token_id, generation.batch_size, generation.gather_weights, pulse
+            ranks, sampling, pad_token_id, generation.batch_size, generation.gather_weights
         )
 
     def before(self) -> dict[str, float]:
@@ -95,7 +88,7 @@ class HeldOutPlay:
         if self.run.heldout is None:
             return {}
         _, figures = self._play("start", 0)
-        return {name.replace("heldout_", "heldout_start_"): value for name, value in figures.items()}
+        return {name.replace(HELD_OUT, START): value for name, value in figures.items()}
 
     def after(self, entry: IterationPlan) -> dict[str, float]:
         """Plays with the model that an iteration resulted in, writes `heldout.parquet` and logs the figures.
@@ -111,7 +104,7 @@ class HeldOutPlay:
         if self.run.heldout is None:
             return {}
         table, figures = self._play(f"iteration {entry.iteration}", entry.iteration + 1)
-        if self.trainer.accelerator.is_main_process:
+        if self.ranks.main:
             mark = self.run.identity.through(entry.iteration)
             marked = table.replace_schema_metadata({_MARK: mark.encode()})
             write_whole(
@@ -146,33 +139,29 @@ class HeldOutPlay:
         table = self._table(pairs, columns["row"], answers, logps)
         figures = measure(table, self.sampling.stop_token_ids)
         figures["spin/heldout_seconds"] = time.perf_counter() - started
-        if self.trainer.accelerator.is_main_process:
-            LOG.info(f"{name}: {_line(figures, len(table))}")
+        self.ranks.say(f"{name}: {_line(figures, len(table))}")
         self.trainer.log(dict(figures))  # which adds keys of the host's
         send_samples(self.trainer, table, name)
         return table, figures
 
     def _answer(self, model: Any, name: str, number: int) -> list[Completion]:
         """Returns an answer to each held-out prompt, on every rank."""
-        accelerator, generation = self.trainer.accelerator, self.run.settings.generation
-        lengths = token_counts(self.run.heldout, "prompt_ids")
-        rows = chunk_rows(lengths, chunk_size(len(lengths), generation.batch_size))
-        seed = self.run.seed if generation.seed is None else generation.seed
-
-        def limit(prompt: int) -> int:
-            return token_limit(prompt, max_new_tokens=generation.max_new_tokens, sequence_len=self.run.sequence_len)
-
-        chunks = Chunks(self.run.heldout, rows, limit, play_seed(seed, number))
-        mine = sum(len(part) for part in rows[accelerator.process_index :: accelerator.num_processes])
+        generation = self.run.settings.generation
+        seed = play_seed(self.run.sampling_seed, number)
+        chunks = Chunks.of(self.run.heldout, generation, self.run.sequence_len, seed)
+        mine = sum(len(part) for index, part in chunks.rows() if index % self.ranks.count == self.ranks.rank)
         found: list[tuple[int, Completion]] = []
-        shown, about = accelerator.is_main_process, f"{name}: held-out play"
-        with tqdm(desc=about, total=mine, unit="answer", leave=False, dynamic_ncols=True, disable=not shown) as bar:
-            for chunk, completions in self.backend.answer(model, chunks):
-                found += zip(chunk.rows, completions, strict=True)
+        with self.ranks.bar(f"{name}: held-out play", mine, "answer") as bar:
+
+            def keep(chunk: Chunk, completions: list[Completion]) -> None:
+                found.extend(zip(chunk.rows, completions, strict=True))
                 bar.update(len(completions))
+
+            self.backend.answer(model, chunks, keep)
         answers = dict(gather_object(found))
-        assert len(answers) == len(lengths), f"{len(answers)} of {len(lengths)} held-out prompts were answered"
-        return [answers[row] for row in range(len(lengths))]
+        wanted = len(self.run.heldout)
+        assert len(answers) == wanted, f"{len(answers)} of {wanted} held-out prompts were answered"
+        return [answers[row] for row in range(wanted)]
 
     def _table(self, pairs: pa.Table, rows: Any, answers: Sequence[Completion], logps: np.ndarray) -> pa.Table:
         ids = {"prompt": pairs["prompt_ids"], "human": pairs["chosen_ids"], "own": pairs["rejected_ids"]}

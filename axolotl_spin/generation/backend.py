@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -33,19 +33,23 @@ class Completion(NamedTuple):
     finish_reason: Literal["stop", "length"]
 
 
+Keep = Callable[[Chunk, list[Completion]], None]
+
+
 class Backend(Protocol):
     """What answers prompts. Every rank calls it with the same chunks."""
 
-    figures: dict[str, float]
-    """Seconds of the last call's parts that are not answering, under their public names."""
-
-    def answer(self, model: Any, chunks: Chunks, iteration: int = 0) -> Iterator[tuple[Chunk, list[Completion]]]:
-        """Yields this rank's share of the chunks as they are done, in any order; over all ranks each chunk once.
+    def answer(self, model: Any, chunks: Chunks, keep: Keep, iteration: int = 0) -> dict[str, float]:
+        """Answers this rank's share of the chunks; over all ranks each chunk once.
 
         Args:
             model: The policy as the trainer wraps it, frozen for the call.
             chunks: What is to be answered.
+            keep: Called with each chunk and its answers as they are done, in any order.
             iteration: Whose opponent the policy is.
+
+        Returns:
+            Seconds of the call's parts that are not answering, under their public names.
         """
 
 

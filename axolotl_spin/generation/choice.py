@@ -12,17 +12,16 @@ from axolotl_spin.generation.backend import Backend, Sampling
 from axolotl_spin.generation.transformers import TransformersBackend
 from axolotl_spin.generation.vllm.backend import VllmBackend
 from axolotl_spin.generation.vllm.served import ServedModel
-from axolotl_spin.ranks.bar import Tally
+from axolotl_spin.ranks.main import Ranks
 
 
 def chosen_backend(
     generation: GenerationConfig,
     served: ServedModel | None,
     directory: RunDirectory,
-    accelerator: Any,
+    ranks: Ranks,
     sampling: Sampling,
     pad_token_id: int,
-    tally: Tally,
     *,
     save: Callable[[Path], None],
     optimizer: Callable[[], Any],
@@ -33,16 +32,12 @@ def chosen_backend(
         generation: The `spin.generation` block.
         served: What an engine would serve; None where the model itself answers.
         directory: The run's.
-        accelerator: The trainer's.
+        ranks: All of them.
         sampling: How answers are drawn.
         pad_token_id: Fills the padding of prompts.
-        tally: Shows the progress.
         save: Writes the policy to a folder; every rank calls it.
         optimizer: Returns the trainer's optimizer, which exists when training has begun.
     """
     if served is None:
-        size, gather = generation.batch_size, generation.gather_weights
-        return TransformersBackend(accelerator, sampling, pad_token_id, size, gather, tally.pulse, tally.count)
-    return VllmBackend(
-        accelerator, sampling, generation.vllm, served, directory, save=save, optimizer=optimizer, tally=tally
-    )
+        return TransformersBackend(ranks, sampling, pad_token_id, generation.batch_size, generation.gather_weights)
+    return VllmBackend(ranks, sampling, generation.vllm, served, directory, save=save, optimizer=optimizer)

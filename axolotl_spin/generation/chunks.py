@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from axolotl_spin.args import GenerationConfig
+from axolotl_spin.data.prompts import token_counts
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -89,6 +92,24 @@ class Chunks(Sequence[Chunk]):
         self._prompts = prompts.with_format("numpy").select_columns(["prompt_ids"])
         self._rows, self._limit, self._seed = rows, limit, seed
         self._only = range(len(rows)) if only is None else only
+
+    @classmethod
+    def of(cls, prompts: Any, generation: GenerationConfig, sequence_len: int, seed: int) -> Chunks:
+        """Cuts prompts into chunks; the same on any number of ranks.
+
+        Args:
+            prompts: `datasets.Dataset` with `prompt_ids`.
+            generation: The `spin.generation` block.
+            sequence_len: The host's, in tokens.
+            seed: Of the answers; see `Chunk`.
+        """
+        lengths = token_counts(prompts, "prompt_ids")
+        rows = chunk_rows(lengths, chunk_size(len(lengths), generation.batch_size))
+
+        def limit(prompt: int) -> int:
+            return token_limit(prompt, max_new_tokens=generation.max_new_tokens, sequence_len=sequence_len)
+
+        return cls(prompts, rows, limit, seed)
 
     def __len__(self) -> int:
         return len(self._only)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,10 +10,11 @@ import torch
 from axolotl.utils.logging import get_logger
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from axolotl_spin.generation.backend import Completion, Sampling, cut
+from axolotl_spin.generation.backend import Completion, Keep, Sampling, cut
 from axolotl_spin.generation.chunks import Chunk
 from axolotl_spin.generation.decoding import Draw, can_decode, decode, left_padded
 from axolotl_spin.ranks.gather import Gather, whole_weights
+from axolotl_spin.ranks.main import Ranks
 
 LOG = get_logger(__name__)
 
@@ -22,57 +23,48 @@ class TransformersBackend:
     """Answers chunks with the policy, chunk i on rank i modulo the number of ranks.
 
     Args:
-        accelerator: The trainer's.
+        ranks: All of them; asked between forwards whether another has failed.
         sampling: How answers are drawn.
         pad_token_id: Fills the left padding; masked, so its value does not matter.
         batch_size: Answers that one rank writes at once; halved where memory runs out.
         gather: The `spin.generation.gather_weights`.
-        pulse: Called between forwards; may raise to stop.
-        count: Called with answers and tokens that this rank has made.
     """
 
     def __init__(
         self,
-        accelerator: Any,
+        ranks: Ranks,
         sampling: Sampling,
         pad_token_id: int,
         batch_size: int = 32,
         gather: Gather = "auto",
-        pulse: Callable[[], None] = lambda: None,
-        count: Callable[[int, int], None] = lambda answers, tokens: None,
     ):
-        self.accelerator = accelerator
+        self.ranks = ranks
         self.sampling = sampling
         self.pad_token_id = pad_token_id
         self.batch_size = batch_size
         self.gather = gather
-        self.pulse = pulse
-        self.count = count
-        self.figures: dict[str, float] = {}
 
     @torch.no_grad()
-    def answer(
-        self, model: Any, chunks: Sequence[Chunk], iteration: int = 0
-    ) -> Iterator[tuple[Chunk, list[Completion]]]:
+    def answer(self, model: Any, chunks: Sequence[Chunk], keep: Keep, iteration: int = 0) -> dict[str, float]:
         """See `Backend.answer`. The model must be in `eval()`; global random state is not touched."""
-        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
-        policy = self.accelerator.unwrap_model(model)
-        with whole_weights(model, self.accelerator, self.gather) as coupled:
+        ranks = self.ranks
+        policy = ranks.accelerator.unwrap_model(model)
+        with whole_weights(model, ranks.accelerator, self.gather) as coupled:
             answer = self._decode if can_decode(policy) else self._generate
-            for position in range(rank, len(chunks), ranks):
+            for position in range(ranks.rank, len(chunks), ranks.count):
                 chunk = chunks[position]
                 completions = answer(policy, chunk, coupled)
-                self.count(len(completions), sum(len(completion.ids) for completion in completions))
-                yield chunk, completions
+                ranks.made(len(completions), sum(len(completion.ids) for completion in completions))
+                keep(chunk, completions)
             while coupled and self._any_rank_goes_on(False):
-                policy(input_ids=torch.full((1, 1), self.pad_token_id, device=self.accelerator.device))
-        if self.accelerator.device.type != "cpu":
+                policy(input_ids=torch.full((1, 1), self.pad_token_id, device=ranks.device))
+        if ranks.device.type != "cpu":
             torch.accelerator.empty_cache()  # the keys' and values' memory is training's again
+        return {}
 
     def _any_rank_goes_on(self, this: bool) -> bool:
         """Whether a rank has a forward to make, where all must make it together."""
-        busy = torch.tensor([float(this)], device=self.accelerator.device)
-        return bool(self.accelerator.reduce(busy, "sum").item())
+        return bool(self.ranks.sum(torch.tensor([float(this)], device=self.ranks.device)).item())
 
     def _decode(self, policy: Any, chunk: Chunk, coupled: bool) -> list[Completion]:
         """Answers by continuous batching."""
@@ -83,7 +75,7 @@ class TransformersBackend:
 
         while True:
             try:
-                device = self.accelerator.device
+                device = self.ranks.device
                 return decode(forward, chunk, self.sampling, self.batch_size, self.pad_token_id, device)
             except torch.OutOfMemoryError:
                 # where the ranks' forwards are one, a rank cannot start again by itself
@@ -110,7 +102,7 @@ class TransformersBackend:
             hook.remove()
 
     def _generate_batch(self, policy: Any, chunk: Chunk) -> list[Completion]:
-        device = self.accelerator.device
+        device = self.ranks.device
         prompts = [torch.as_tensor(prompt).long() for prompt in chunk.prompts]
         ids, mask = left_padded(prompts, self.pad_token_id), left_padded([torch.ones_like(ids) for ids in prompts], 0)
         config = GenerationConfig(
@@ -130,7 +122,7 @@ class TransformersBackend:
         return [cut(row, limit, self.sampling.stop_token_ids) for row, limit in zip(drawn, chunk.limits, strict=True)]
 
     def _before_forward(self, coupled: bool) -> None:
-        self.pulse()
+        self.ranks.check()
         if coupled:
             self._any_rank_goes_on(True)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
-
-from torch import Tensor
 
 from axolotl_spin.disk.atomic import write_json
 from axolotl_spin.disk.directory import RunDirectory
 from axolotl_spin.monitor.tables import read_metrics
+from axolotl_spin.ranks.main import Ranks
 from axolotl_spin.run.plan import IterationPlan
 from axolotl_spin.training.metrics import PairMetrics
 
@@ -68,12 +68,12 @@ class Progress:
 
     Args:
         directory: The run's.
-        accelerator: The trainer's: sums over ranks, main process, device.
+        ranks: All of them.
     """
 
-    def __init__(self, directory: RunDirectory, accelerator: Any):
+    def __init__(self, directory: RunDirectory, ranks: Ranks):
         self._directory = directory
-        self._accelerator = accelerator
+        self._ranks = ranks
         self._record: IterationRecord | None = None
         self.metrics = PairMetrics(first_step=0)
         self._started = 0.0
@@ -101,7 +101,7 @@ class Progress:
         kept = {name: value for name, value in (known[0] if known else {}).items() if name.startswith("spin/")}
         later = ("spin/training_seconds", "spin/heldout_")  # of what that start trained, or measured again by this one
         kept = {name: value for name, value in kept.items() if not name.startswith(later)}
-        self._accelerator.wait_for_everyone()
+        self._ranks.wait()
         self.metrics = PairMetrics(entry.first_step)
         self._record = IterationRecord(entry, {**kept, **figures})
         self._started = time.perf_counter()
@@ -110,30 +110,33 @@ class Progress:
         """Closes an iteration after its last step; returns what is to be logged."""
         figures = self.record.figures
         seconds = figures["spin/training_seconds"] = time.perf_counter() - self._started
-        figures.setdefault("loss_first", self.metrics.first_loss(self._sum))
-        figures["loss_last"] = self.metrics.last_loss(self._sum)
+        figures.setdefault("loss_first", self.metrics.first_loss(self._ranks.sum))
+        figures["loss_last"] = self.metrics.last_loss(self._ranks.sum)
         # with pair metrics where the host's logging interval left some out
-        return {"spin/training_seconds": seconds, **self.metrics.take(self._sum)}
+        return {"spin/training_seconds": seconds, **self.metrics.take(self._ranks.sum)}
 
-    def note(self, logs: dict[str, Any], step: int) -> None:
-        """Adds the pair metrics to a training log, averaged over all pairs of all ranks since the last one; keeps figures.
+    def note(self, logs: Mapping[str, Any], step: int) -> dict[str, Any]:
+        """Keeps the figures of a row that is about to be logged.
 
         Args:
-            logs: A row that is about to be logged; changed in place.
+            logs: The row.
             step: The run's global step.
+
+        Returns:
+            The row; a training log's with the pair metrics, averaged over all pairs of all ranks since the last one.
         """
-        record = self.record
-        if "loss" in logs:
-            logs.update(self.metrics.take(self._sum))
-            logs["spin/iteration"] = record.plan.iteration
+        record, row = self.record, dict(logs)
+        if "loss" in row:
+            row |= {**self.metrics.take(self._ranks.sum), "spin/iteration": record.plan.iteration}
             if "loss_first" not in record.figures:
-                record.figures["loss_first"] = self.metrics.first_loss(self._sum)
+                record.figures["loss_first"] = self.metrics.first_loss(self._ranks.sum)
                 self.write()
-        record.note(logs, step)
+        record.note(row, step)
+        return row
 
     def write(self) -> None:
         """Writes the iteration's `metrics.json` as far as it is known."""
-        if self._accelerator.is_main_process:
+        if self._ranks.main:
             write_json(self._directory.metrics(self.record.plan.iteration), self.record.to_json())
 
     def state(self) -> dict[str, Any]:
@@ -142,7 +145,7 @@ class Progress:
             "iteration": self.record.plan.iteration,
             "figures": self.record.to_json(),
             "evaluated_at": self.record.evaluated_at,
-            "metrics": self.metrics.state(self._sum),
+            "metrics": self.metrics.state(self._ranks.sum),
             "training_seconds": time.perf_counter() - self._started,
         }
 
@@ -155,8 +158,5 @@ class Progress:
         """
         self._record = IterationRecord(entry, state["figures"], state["evaluated_at"])
         self.metrics = PairMetrics(entry.first_step)
-        self.metrics.restore(state["metrics"], self._accelerator.device, self._accelerator.is_main_process)
+        self.metrics.restore(state["metrics"], self._ranks.device, self._ranks.main)
         self._started = time.perf_counter() - state["training_seconds"]
-
-    def _sum(self, value: Tensor) -> Tensor:
-        return self._accelerator.reduce(value, "sum")

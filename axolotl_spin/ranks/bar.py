@@ -3,40 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from tqdm import tqdm
 
-from axolotl_spin.ranks.peers import Peers
 
-
-class Tally:
+class Bar:
     """Counts answers and tokens of all ranks.
 
     Args:
-        peers: Whose numbers are shared.
+        add: Adds to a number that all ranks share and returns the sum; see `Peers.add`.
         shown: This rank shows the bar.
         interval: Seconds between two looks at the others' numbers.
     """
 
-    def __init__(self, peers: Peers, shown: bool, interval: float = 1.0):
-        self.peers, self.shown, self.interval = peers, shown, interval
+    def __init__(self, add: Callable[[str, int], int], shown: bool, interval: float = 1.0):
+        self._add, self._shown, self._interval = add, shown, interval
         self._bar: tqdm | None = None
         self._name = ""
         self._since = self._looked = time.monotonic()
 
     @contextmanager
-    def bar(self, name: str, description: str, total: int) -> Iterator[None]:
-        """Shows a bar for as long as the context lasts; every rank must enter it.
-
-        Args:
-            name: Of the phase, once in a launch.
-            description: Of the bar.
-            total: Answers that all ranks together make.
-        """
+    def shown(self, name: str, description: str, total: int) -> Iterator[None]:
+        """Shows a bar for as long as the context lasts; see `Ranks.answering`."""
         self._name = name
-        self._bar = tqdm(desc=description, total=total, unit="answer", disable=not self.shown)
+        self._bar = tqdm(desc=description, total=total, unit="answer", disable=not self._shown)
         self.start_clock()
         try:
             yield
@@ -50,22 +42,23 @@ class Tally:
         self._since = time.monotonic()
 
     def count(self, answers: int, tokens: int) -> None:
-        """Adds what this rank has made."""
-        self.peers.add(f"{self._name}/answers", answers)
-        self.peers.add(f"{self._name}/tokens", tokens)
+        """Adds what this rank has made; nothing where no bar is shown."""
+        if self._bar is None:
+            return
+        self._add(f"{self._name}/answers", answers)
+        self._add(f"{self._name}/tokens", tokens)
         self._show()
 
-    def pulse(self) -> None:
-        """Raises what another rank failed with, and keeps the bar moving by what the others make. Call it often."""
-        self.peers.check()
-        if time.monotonic() - self._looked > self.interval:
+    def look(self) -> None:
+        """Shows what the others have made since the last look, from time to time."""
+        if time.monotonic() - self._looked > self._interval:
             self._show()
 
     def _show(self) -> None:
-        if self._bar is None or not self.shown:
+        if self._bar is None or not self._shown:
             return
         self._looked = time.monotonic()
-        answers, tokens = (self.peers.add(f"{self._name}/{kind}", 0) for kind in ("answers", "tokens"))
+        answers, tokens = (self._add(f"{self._name}/{kind}", 0) for kind in ("answers", "tokens"))
         rate = tokens / max(time.monotonic() - self._since, 1e-9)
         self._bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
         self._bar.update(answers - self._bar.n)

@@ -99,10 +99,11 @@ class Peers:
         Raises:
             PeerFailedError: Another rank failed.
         """
-        arrived = self.add(f"meet/{name}", 1)
+        arrived, pause = self.add(f"meet/{name}", 1), self.interval / 200
         while self._store is not None and arrived < dist.get_world_size():
             self.check()
-            time.sleep(self.interval / 4)
+            time.sleep(pause)
+            pause = min(2 * pause, self.interval / 4)  # at once where the others are near, seldom where they are far
             arrived = self.add(f"meet/{name}", 0)
 
     def _tell(self, error: BaseException) -> None:

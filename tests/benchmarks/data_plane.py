@@ -122,9 +122,7 @@ def sft_rows(path: Path, count: int) -> Any:
 class OutOfTheAir:
     """A backend and a scorer without a model."""
 
-    figures: dict[str, float] = {}
-
-    def answer(self, model: Any, chunks: Any, iteration: int = 0) -> Iterator[tuple[Any, list[Any]]]:
+    def answer(self, model: Any, chunks: Any, keep: Any, iteration: int = 0) -> dict[str, float]:
         import numpy as np
 
         from axolotl_spin.generation.backend import Completion
@@ -132,7 +130,8 @@ class OutOfTheAir:
         for chunk in chunks:
             draw = np.random.default_rng(chunk.index)
             lengths = draw.integers(PART // 2, PART * 3 // 2, len(chunk.rows))
-            yield chunk, [Completion(draw.integers(300, 40_000, length).tolist(), "stop") for length in lengths]
+            keep(chunk, [Completion(draw.integers(300, 40_000, length).tolist(), "stop") for length in lengths])
+        return {}
 
     def logps(self, model: Any, pairs: Any, advance: Any) -> Any:
         import torch
@@ -152,8 +151,7 @@ def exercise(folder: Path, count: int) -> dict[str, Any]:
     from axolotl_spin.data.prompts import prompt_dataset
     from axolotl_spin.disk.directory import RunDirectory
     from axolotl_spin.game.self_play import SelfPlay
-    from axolotl_spin.ranks.bar import Tally
-    from axolotl_spin.ranks.peers import Peers
+    from axolotl_spin.ranks.main import Ranks
     from axolotl_spin.run.identity import Identity, _content_hash
     from axolotl_spin.run.plan import make_plan
     from axolotl_spin.run.prepare import Launch, SpinRun
@@ -186,10 +184,10 @@ def exercise(folder: Path, count: int) -> dict[str, Any]:
         run = SpinRun(
             settings=settings, prompts=prompts, plan=plan, directory=RunDirectory(work / "out"),
             identity=Identity({"data": content}, {}, [asdict(entry) for entry in plan.iterations]),
-            tokenizer=tokenizer, sequence_len=2048, seed=7, shuffle=True, eot_tokens=(), command="", adapter=None,
+            tokenizer=tokenizer, sequence_len=2048, seed=7, shuffle=True, eot_tokens=(),
             launch=Launch(1, None), sample_packing=None,
         )  # fmt: skip
-        play: Any = SelfPlay(run, accelerator, air, air, Peers(), Tally(Peers(), shown=False))  # type: ignore[arg-type]
+        play: Any = SelfPlay(run, Ranks(accelerator), air, air)  # type: ignore[arg-type]
         with timed("begin"):
             play.begin(plan.iterations[0], model)
         with timed("load"):

@@ -58,6 +58,7 @@ def compete(folder: Path, name: str, count: int, batch: int, most: int, repeats:
     from axolotl_spin.generation.chunks import Chunks, chunk_rows, chunk_size
     from axolotl_spin.generation.decoding import left_padded
     from axolotl_spin.generation.transformers import TransformersBackend
+    from axolotl_spin.ranks.main import Ranks
 
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     kind = torch.bfloat16 if torch.cuda.is_available() else torch.float32
@@ -66,7 +67,7 @@ def compete(folder: Path, name: str, count: int, batch: int, most: int, repeats:
     prompts = workload.prompts_of(folder, name, count)
     eos = model.generation_config.eos_token_id
     stop = tuple(eos) if isinstance(eos, list) else (eos,)
-    backend = TransformersBackend(accelerator, Sampling(1.0, 1.0, None, stop), stop[0], batch)
+    backend = TransformersBackend(Ranks(accelerator), Sampling(1.0, 1.0, None, stop), stop[0], batch)
     asked = Dataset.from_dict({"prompt_ids": prompts})
     cuts = chunk_rows(np.array([len(prompt) for prompt in prompts]), chunk_size(16 * 8 * batch, batch))
     sampling = GenerationConfig(
@@ -81,7 +82,9 @@ def compete(folder: Path, name: str, count: int, batch: int, most: int, repeats:
 
     def spin(seed: int) -> int:
         chunks = Chunks(asked, cuts, lambda _: most, seed)
-        return sum(len(answer.ids) for _, answers in backend.answer(model, chunks) for answer in answers)
+        made: list[int] = []
+        backend.answer(model, chunks, lambda _, answers: made.extend(len(answer.ids) for answer in answers))
+        return sum(made)
 
     @torch.no_grad()
     def plain(seed: int) -> int:

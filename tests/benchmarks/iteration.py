@@ -85,6 +85,7 @@ def measure_parts(file: Path, folder: Path, most: int) -> dict[str, float]:
     from axolotl_spin.generation.backend import Sampling
     from axolotl_spin.generation.chunks import Chunks, chunk_rows, chunk_size, iteration_seed
     from axolotl_spin.generation.transformers import TransformersBackend
+    from axolotl_spin.ranks.main import Ranks
     from axolotl_spin.training.batches import StepBatches, WeightedRows
     from axolotl_spin.training.layouts import PairCollator
     from axolotl_spin.training.logprobs import completion_logps
@@ -100,15 +101,16 @@ def measure_parts(file: Path, folder: Path, most: int) -> dict[str, float]:
     prompts, answers = table["prompt_ids"].to_pylist(), table["rejected_ids"].to_pylist()
     eos = model.generation_config.eos_token_id
     stop = tuple(sorted({tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}))
-    backend = TransformersBackend(accelerator, Sampling(1.0, 1.0, None, stop), tokenizer.pad_token_id, BATCH)
+    backend = TransformersBackend(Ranks(accelerator), Sampling(1.0, 1.0, None, stop), tokenizer.pad_token_id, BATCH)
     rows = chunk_rows(np.array([len(prompt) for prompt in prompts]), chunk_size(len(prompts), BATCH))
     asked = Dataset.from_dict({"prompt_ids": prompts})
     chunks = Chunks(asked, rows, lambda _: most, iteration_seed(workload.SEED, 0))
     seconds: dict[str, float] = {"answer": sum(map(len, answers)) / len(answers)}
     with frozen(model):
         with timed(seconds, "generation"):
-            drawn = list(backend.answer(model, chunks))
-        made = sum(len(answer.ids) for _, completions in drawn for answer in completions)
+            drawn: list[int] = []
+            backend.answer(model, chunks, lambda _, answers: drawn.extend(len(answer.ids) for answer in answers))
+        made = sum(drawn)
         if abs(made / sum(map(len, answers)) - 1) > 0.02:
             raise ValueError(f"{made} tokens were answered, but {sum(map(len, answers))} in {file}")
         collator = PairCollator(tokenizer.pad_token_id, "shared")

@@ -76,7 +76,7 @@ class Probe(TrainerCallback):
 
     def on_train_begin(self, *_: Any, model: Any = None, **__: Any) -> None:
         model.register_forward_pre_hook(self._count, with_kwargs=True)
-        self.play = getattr(self.trainer, "self_play", None)
+        self.play = getattr(getattr(self.trainer, "loop", None), "self_play", None)
         if self.play is not None:
             self.play.begin = self._timed(self.play.begin)
 

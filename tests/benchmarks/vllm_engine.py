@@ -70,8 +70,7 @@ def compete(folder: Path, name: str, count: int, most: int, repeats: int) -> dic
     from axolotl_spin.generation.vllm.backend import VllmBackend, sampling_arguments
     from axolotl_spin.generation.vllm.engine import environment
     from axolotl_spin.generation.vllm.served import ServedModel
-    from axolotl_spin.ranks.bar import Tally
-    from axolotl_spin.ranks.peers import Peers
+    from axolotl_spin.ranks.main import Ranks
 
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     on_gpu = torch.cuda.is_available()
@@ -95,14 +94,18 @@ def compete(folder: Path, name: str, count: int, most: int, repeats: int) -> dic
     writes, phases, tokens = [], [], []
     threads = {"OMP_NUM_THREADS": str(os.cpu_count())}
 
-    def answered(backend: Any, number: int) -> tuple[int, float]:
-        made, ended = 0, 0.0
-        for _, completions in backend.answer(model, chunks, number):
-            made += sum(len(completion.ids) for completion in completions)
-            ended = time.perf_counter()
-        return made, ended
+    def answered(backend: Any, number: int) -> tuple[int, float, dict[str, float]]:
+        made: list[int] = []
+        ended: list[float] = []
 
-    class Clock(Tally):
+        def keep(_: Any, completions: Any) -> None:
+            made.extend(len(completion.ids) for completion in completions)
+            ended.append(time.perf_counter())
+
+        figures = backend.answer(model, chunks, keep, number)
+        return sum(made), ended[-1], figures
+
+    class Clock(Ranks):
         started = 0.0
 
         def start_clock(self) -> None:
@@ -126,18 +129,18 @@ def compete(folder: Path, name: str, count: int, most: int, repeats: int) -> dic
             bare = json.loads((scratch / "bare.json").read_text())
             rates[mode].append(sum(bare["tokens"]) / sum(bare["seconds"]))
             starts[mode].append(bare["start"])
-        clock = Clock(Peers(), shown=False)
+        clock = Clock(accelerator)
         started = time.perf_counter()
-        backend = VllmBackend(accelerator, sampling, settings, served, RunDirectory(scratch), model.save_pretrained,
-                              lambda: None, clock)  # fmt: skip
-        made, ended = answered(backend, 0)
+        backend = VllmBackend(clock, sampling, settings, served, RunDirectory(scratch), model.save_pretrained,
+                              lambda: None)  # fmt: skip
+        made, ended, apart = answered(backend, 0)
         rates["spin"].append(made / (ended - clock.started))
-        starts["spin"].append(backend.figures["spin/engine_start_seconds"])
-        writes.append(backend.figures["spin/opponent_write_seconds"])
+        starts["spin"].append(apart["spin/engine_start_seconds"])
+        writes.append(apart["spin/opponent_write_seconds"])
         phases.append(time.perf_counter() - started)
         tokens.append(made)
         started = time.perf_counter()
-        made, ended = answered(TransformersBackend(accelerator, sampling, sampling.stop_token_ids[0], 32), 0)
+        made, ended, _ = answered(TransformersBackend(Ranks(accelerator), sampling, sampling.stop_token_ids[0], 32), 0)
         rates["transformers"].append(made / (ended - started))
     mean = sum(map(len, asked)) / len(asked)
     return {"rates": rates, "starts": starts, "writes": writes, "phase": median(phases), "prompt": mean,

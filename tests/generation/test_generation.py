@@ -16,6 +16,7 @@ from axolotl_spin.generation.backend import Sampling, cut
 from axolotl_spin.generation.chunks import Chunk, chunk_rows, chunk_size, iteration_seed, token_limit
 from axolotl_spin.generation.decoding import can_decode
 from axolotl_spin.generation.transformers import TransformersBackend
+from axolotl_spin.ranks.main import Ranks
 from axolotl_spin.training.policy import frozen
 
 
@@ -54,10 +55,12 @@ def test_cut() -> None:
 
 def answers(model, prompts, *, seed=1, limits=None, batch_size=32, **sampling):
     settings = Sampling(**{"temperature": 1.0, "top_p": 1.0, "top_k": None, "stop_token_ids": (6,), **sampling})
-    backend = TransformersBackend(Accelerator(cpu=True), settings, 0, batch_size)
+    backend = TransformersBackend(Ranks(Accelerator(cpu=True)), settings, 0, batch_size)
     limits = tuple(limits or [12] * len(prompts))
     chunk = Chunk(0, tuple(range(len(prompts))), tuple(prompts), limits, seed)
-    [(_, completions)] = list(backend.answer(model, [chunk]))
+    found = []
+    backend.answer(model, [chunk], lambda _, completions: found.append(completions))
+    [completions] = found
     return completions
 
 

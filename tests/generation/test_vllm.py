@@ -32,12 +32,11 @@ from warm import Ranks, Warm
 from axolotl_spin.args import VllmConfig
 from axolotl_spin.disk.directory import RunDirectory
 from axolotl_spin.generation.backend import Completion, Sampling
-from axolotl_spin.generation.chunks import Chunks, chunk_rows
+from axolotl_spin.generation.chunks import Chunk, Chunks, chunk_rows
 from axolotl_spin.generation.transformers import TransformersBackend
 from axolotl_spin.generation.vllm.backend import VllmBackend
 from axolotl_spin.generation.vllm.served import ServedModel
-from axolotl_spin.ranks.bar import Tally
-from axolotl_spin.ranks.peers import Peers
+from axolotl_spin.ranks import main as ranks_main
 
 pytestmark = [pytest.mark.vllm, pytest.mark.host]
 
@@ -230,22 +229,22 @@ class Both:
             lambda _: most,
             seed=7,
         )
-        accelerator = Accelerator(cpu=True)
-        backend: Any = TransformersBackend(accelerator, sampling, 2, 64)
+        ranks = ranks_main.Ranks(Accelerator(cpu=True))
+        backend: Any = TransformersBackend(ranks, sampling, 2, 64)
         if name == "vllm":
             longest = max(map(len, prompts)) + most
             served = ServedModel("none", None, False, "float32", None, False, longest)
-            tally = Tally(Peers(), shown=False)
-            tally.pulse = self.look  # type: ignore[method-assign]
+            ranks.check = self.look  # type: ignore[method-assign]
             engine = VllmConfig.model_validate(ENGINE)
             self.made += 1
             directory = RunDirectory(self.folder / str(self.made))
-            backend = VllmBackend(
-                accelerator, sampling, engine, served, directory, self.model.save_pretrained, lambda: None, tally
-            )
+            backend = VllmBackend(ranks, sampling, engine, served, directory, self.model.save_pretrained, lambda: None)
         found: dict[int, Completion] = {}
-        for chunk, completions in backend.answer(self.model, chunks):
-            found |= dict(zip(chunk.rows, completions, strict=True))
+
+        def keep(chunk: Chunk, completions: list[Completion]) -> None:
+            found.update(zip(chunk.rows, completions, strict=True))
+
+        backend.answer(self.model, chunks, keep)
         return [found[row] for row in range(len(prompts))]
 
     def look(self) -> None:

@@ -261,10 +261,8 @@ def test_engines_share_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
     led = {}
     for rank in range(8):
-        accelerator = SimpleNamespace(num_processes=8, process_index=rank)
-        backend = VllmBackend(
-            accelerator, SAMPLING, VllmConfig(tensor_parallel_size=2), *[None] * 3, optimizer=None, tally=None
-        )  # type: ignore[arg-type]
+        ranks = SimpleNamespace(count=8, rank=rank)
+        backend = VllmBackend(ranks, SAMPLING, VllmConfig(tensor_parallel_size=2), *[None] * 3, optimizer=None)  # type: ignore[arg-type]
         if backend.leads:
             led[rank] = [chunk for chunk in range(10) if chunk in backend.share(10)]
     assert led == {0: [0, 4, 8], 2: [1, 5, 9], 4: [2, 6], 6: [3, 7]}

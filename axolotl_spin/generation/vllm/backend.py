@@ -12,24 +12,23 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from accelerate.utils import broadcast_object_list
 from axolotl.utils.logging import get_logger
 
 from axolotl_spin.args import VllmConfig
 from axolotl_spin.disk.directory import RunDirectory
-from axolotl_spin.generation.backend import Completion, Sampling
+from axolotl_spin.generation.backend import Completion, Keep, Sampling
 from axolotl_spin.generation.chunks import Chunk, Chunks
 from axolotl_spin.generation.vllm.engine import KEY, Engine, EngineError
 from axolotl_spin.generation.vllm.offload import offloaded
 from axolotl_spin.generation.vllm.served import ServedModel
-from axolotl_spin.ranks.bar import Tally
+from axolotl_spin.ranks.main import Ranks
 
 LOG = get_logger(__name__)
 
@@ -41,84 +40,76 @@ class VllmBackend:
     """Answers chunks with vLLM engines.
 
     Args:
-        accelerator: The trainer's.
+        ranks: All of them: who has an engine, who fails, the bar.
         sampling: How answers are drawn.
         settings: The `spin.generation.vllm`.
         served: The model.
         directory: The run's.
         save: Writes the policy (the adapter alone, where there is one) to a folder; every rank calls it.
         optimizer: Returns the trainer's, as wrapped; its state can be offloaded.
-        tally: Shows the progress of all ranks, and knows them.
     """
 
     def __init__(
         self,
-        accelerator: Any,
+        ranks: Ranks,
         sampling: Sampling,
         settings: VllmConfig,
         served: ServedModel,
         directory: RunDirectory,
         save: Callable[[Path], None],
         optimizer: Callable[[], Any],
-        tally: Tally,
     ):
-        self.accelerator, self.sampling, self.settings, self.served = accelerator, sampling, settings, served
-        self.directory, self.save, self.optimizer, self.tally = directory, save, optimizer, tally
-        self.figures: dict[str, float] = {}
+        self.ranks, self.sampling, self.settings, self.served = ranks, sampling, settings, served
+        self.directory, self.save, self.optimizer = directory, save, optimizer
         group = settings.tensor_parallel_size
-        self.engines = accelerator.num_processes // group
-        self.engine, place = divmod(accelerator.process_index, group)
+        self.engines = ranks.count // group
+        self.engine, place = divmod(ranks.rank, group)
         self.leads = place == 0
 
     def share(self, chunks: int) -> range:
         """Returns the positions of the chunks that this rank's engine answers."""
         return range(self.engine, chunks, self.engines)
 
-    def answer(self, model: Any, chunks: Chunks, iteration: int = 0) -> Iterator[tuple[Chunk, list[Completion]]]:
+    def answer(self, model: Any, chunks: Chunks, keep: Keep, iteration: int = 0) -> dict[str, float]:
         """See `Backend.answer`.
 
         Raises:
             EngineError: An engine could not start, died, hung, or answered what it was not asked.
             PeerFailedError: That happened on another rank.
         """
-        self.figures = {}
         if not len(chunks):
-            return
-        opponent = self._write_opponent(iteration)
+            return {}
+        opponent, figures = self._write_opponent(iteration)
         roots = [model, self.optimizer()]
-        device = self.accelerator.device
+        device = self.ranks.device
         if device.type != "cpu":
             torch.accelerator.empty_cache()  # what training's allocator keeps in reserve
         with offloaded(roots, device) if self.settings.offload else nullcontext():
-            self.tally.peers.meet(f"opponent/{iteration}")  # its memory is free on every rank
+            self.ranks.meet(f"opponent/{iteration}")  # its memory is free on every rank
             mine = self.share(len(chunks))
             if self.leads and mine:
-                yield from self._follow(chunks, mine, iteration, opponent)
-            self.tally.peers.meet(f"engines/{iteration}")  # and is again, before any rank brings training back
-        if self.accelerator.is_main_process and opponent.name.startswith("."):
+                seconds = self._follow(chunks, mine, iteration, opponent, keep)
+                figures = {**figures, "spin/engine_start_seconds": seconds}
+            self.ranks.meet(f"engines/{iteration}")  # and is again, before any rank brings training back
+        if self.ranks.main and opponent.name.startswith("."):
             shutil.rmtree(opponent, ignore_errors=True)
+        return figures
 
-    def _write_opponent(self, iteration: int) -> Path:
-        """Returns the folder of the opponent: what the last iteration ended with, where that is on disk."""
+    def _write_opponent(self, iteration: int) -> tuple[Path, dict[str, float]]:
+        """Returns the folder of the opponent (what the last iteration ended with, where that is on disk), and figures."""
         kept = self.directory.model(iteration - 1) if iteration else None
-        box = [kept is not None and kept.exists()]
-        broadcast_object_list(box)
-        if kept is not None and box[0]:
-            return kept
+        if kept is not None and self.ranks.on_main(kept.exists):
+            return kept, {}
         started = time.perf_counter()
         folder = self.directory.opponent(iteration)
-        if self.accelerator.is_main_process:
-            shutil.rmtree(folder, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
+        self.ranks.on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
         self.save(folder)
-        seconds = self.figures["spin/opponent_write_seconds"] = time.perf_counter() - started
+        seconds = time.perf_counter() - started
         LOG.info(f"iteration {iteration}: the opponent was written for vLLM in {seconds:.1f} s")
-        return folder
+        return folder, {"spin/opponent_write_seconds": seconds}
 
-    def _follow(
-        self, chunks: Chunks, mine: Sequence[int], iteration: int, opponent: Path
-    ) -> Iterator[tuple[Chunk, list[Completion]]]:
-        """Has an engine answer some of the chunks."""
+    def _follow(self, chunks: Chunks, mine: Sequence[int], iteration: int, opponent: Path, keep: Keep) -> float:
+        """Has an engine answer some of the chunks; returns the seconds until it was ready."""
         folder = self.directory.engine(iteration, self.engine)
         adapter = self.served.lora_rank is not None
         engine_arguments = self.served.arguments(self.settings, None if adapter else opponent)
@@ -131,15 +122,15 @@ class VllmBackend:
         requests = (request(chunks[position]) for position in mine)
         positions = {chunks.index_at(position): position for position in mine}
         started = time.perf_counter()
-        answers = tokens = 0
+        answers, tokens, seconds = 0, 0, 0.0
         with Engine(self.settings.python, folder, job, requests, changes, self.settings.stall_seconds) as engine:
-            for event in engine.events(self.tally.pulse):
+            for event in engine.events(self.ranks.check):
                 if event["event"] == "ready":
-                    seconds = self.figures["spin/engine_start_seconds"] = time.perf_counter() - started
-                    self.tally.start_clock()
+                    seconds = time.perf_counter() - started
+                    self.ranks.start_clock()
                     LOG.info(f"iteration {iteration}: vLLM {event['version']} was ready after {seconds:.1f} s")
                 elif event["event"] == "progress":
-                    self.tally.count(event["answers"] - answers, event["tokens"] - tokens)
+                    self.ranks.made(event["answers"] - answers, event["tokens"] - tokens)
                     answers, tokens = event["answers"], event["tokens"]
                 elif event["event"] == "chunk":
                     position = positions.pop(event["index"], None)
@@ -150,14 +141,15 @@ class VllmBackend:
                         completions = checked(chunk, event["ids"], event["finish"], self.sampling)
                     except ValueError as error:
                         raise EngineError(engine.failure(f"answered wrongly: {error}")) from error
-                    yield chunk, completions
+                    keep(chunk, completions)
             if positions:
                 raise EngineError(engine.failure(f"ended with {len(positions)} chunks unanswered"))
+        return seconds
 
     def _fit(self, arguments: dict[str, Any]) -> dict[str, str]:
         """Gives the engine the memory that training leaves; returns the environment variables that name its devices."""
-        device = self.accelerator.device
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", self.accelerator.num_processes))
+        device = self.ranks.device
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks.count))
         engines = max(1, here // self.settings.tensor_parallel_size)
         if device.type == "cpu":
             sized = {"kv_cache_memory_bytes", "gpu_memory_utilization", "num_gpu_blocks_override"} & set(arguments)
