@@ -6,11 +6,19 @@ which the package is installed. `refusals.py` holds what SPIN cannot work with.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from axolotl_spin.refusals import refuse_unsupported
+
+# most tokens of an answer where `spin.generation.max_new_tokens` is not set
+DEFAULT_MAX_NEW_TOKENS = 512
+LossType = Literal["sigmoid", "hinge"]
+# the loss of a pair while policy and opponent are the same model: l(0)
+LOSS_AT_START: Mapping[str, float] = {"sigmoid": math.log(2), "hinge": 1.0}
 
 Beta = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 LearningRate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -89,7 +97,7 @@ class GenerationConfig(BaseModel):
         default=None,
         ge=1,
         description="Most tokens in an answer. Default: what `sequence_len` leaves after the "
-        "prompt, at most 512. An answer never goes beyond `sequence_len`.",
+        f"prompt, at most {DEFAULT_MAX_NEW_TOKENS}. An answer never goes beyond `sequence_len`.",
     )
     temperature: float = Field(
         default=1.0,
@@ -139,9 +147,7 @@ class SpinConfig(BaseModel):
         description="How many earlier iterations' generations are trained on again, 0 to "
         "iterations-1 (the paper keeps 1).",
     )
-    loss: Literal["sigmoid", "hinge"] = Field(
-        default="sigmoid", description="Logistic loss log(1+exp(-t)), or hinge relu(1-t)."
-    )
+    loss: LossType = Field(default="sigmoid", description="Logistic loss log(1+exp(-t)), or hinge relu(1-t).")
     sft_weight: float = Field(
         default=0.0,
         ge=0,

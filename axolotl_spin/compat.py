@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
@@ -25,14 +28,77 @@ def check_host_version() -> None:
         )
 
 
-class WithoutTokenPerplexity(Trainer):
-    """Drops the `ppl` that the host derives from the training loss, which is no token's negative log-likelihood here.
+def text_config(config: Any) -> Any:
+    """Returns a model's config (`transformers.PretrainedConfig`), or the part of it that is its language model's.
 
-    Hosts 0.19 and 0.20 always add it; 0.21 asks `reports_token_perplexity` (which would drop `eval_ppl` too, where it
-    does have a meaning). Belongs behind the host's trainer in the bases, so that it sees what that trainer logs. Can go
-    when the oldest supported host lets a trainer say that its training loss alone is not a perplexity.
+    Models with code of their own may bring a config that knows no parts.
+    """
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+@contextmanager
+def naming_val_set_size(cfg: Any) -> Iterator[None]:
+    """Names the key where `datasets` refuses a split in words of its own."""
+    try:
+        yield
+    except ValueError as error:
+        if "test_size" not in str(error):
+            raise
+        raise ValueError(f"`val_set_size: {cfg.val_set_size}` leaves nothing to train on: {error}") from error
+
+
+@contextmanager
+def rows_only() -> Iterator[None]:
+    """Has the host prepare rows without estimating an SFT run's steps from them.
+
+    The estimate runs through the packed dataset and refuses small held-out sets, which concerns packed SFT alone. The
+    host leaves it out for `axolotl preprocess`, which it tells by this variable (contract test:
+    test_host_contract.py::test_prepare_datasets_stops_before_counting_steps).
+    """
+    kept = os.environ.get("AXOLOTL_IS_PREPROCESS")
+    os.environ["AXOLOTL_IS_PREPROCESS"] = "1"
+    try:
+        yield
+    finally:
+        if kept is None:
+            os.environ.pop("AXOLOTL_IS_PREPROCESS", None)
+        else:
+            os.environ["AXOLOTL_IS_PREPROCESS"] = kept
+
+
+class PairTrainer(Trainer):
+    """What a trainer whose loss is a mean over pairs has to say to the host.
+
+    Belongs behind the host's trainer in the bases, so that it sees what that trainer logs.
+
+    Attributes:
+        loss_is_scaled_for_ga: None: the Trainer divides the loss by the accumulation steps. transformers 5.20 asks this;
+            before, the same follows from `_get_num_items_in_batch` giving None. Can go with host 0.21's transformers.
     """
 
+    loss_is_scaled_for_ga: bool | None = None
+
+    def resume_folder(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Returns the checkpoint among the arguments of `_init_training_state`, which the Trainer gives by place or name.
+
+        transformers 5.16 to 5.20 give it by place. Can go when the Trainer keeps the folder where one can ask for it.
+        """
+        return kwargs.get("resume_from_checkpoint", args[3] if len(args) > 3 else None)
+
+    @property
+    def averages_over_this_start(self) -> bool:
+        """Whether the Trainer's mean training loss counts from this start's first step (transformers 5.20), or from step 0.
+
+        Can go when the oldest supported host has transformers 5.20.
+        """
+        return hasattr(self, "_initial_global_step")
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Drops the `ppl` that the host derives from the training loss, which is no token's negative log-likelihood here.
+
+        Hosts 0.19 and 0.20 always add it; 0.21 asks `reports_token_perplexity` (which would drop `eval_ppl` too, where it
+        does have a meaning). Can go when the oldest supported host lets a trainer say that its training loss alone is not
+        a perplexity.
+        """
         logs.pop("ppl", None)
         super().log(logs, *args, **kwargs)

@@ -7,8 +7,7 @@ module level or when a config does not say `rl: spin`.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from axolotl.integrations.base import BasePlugin, PluginManager
@@ -64,6 +63,7 @@ class SpinPlugin(BasePlugin):
         from axolotl.loaders import load_tokenizer
         from axolotl.utils.data import prepare_datasets
 
+        from axolotl_spin.compat import naming_val_set_size, rows_only
         from axolotl_spin.data.heldout import refuse_missing_data
         from axolotl_spin.run.prepare import prepare_run
 
@@ -71,7 +71,7 @@ class SpinPlugin(BasePlugin):
         if not torch.cuda.is_available():
             cfg.device_map = None  # with several ranks the host sets an accelerator's index
         tokenizer = load_tokenizer(cfg)
-        with _rows_only(), _named(cfg):
+        with rows_only(), naming_val_set_size(cfg):
             train_dataset, eval_dataset, _, _ = prepare_datasets(cfg, tokenizer)
         self.run = prepare_run(cfg, settings, train_dataset, tokenizer, eval_dataset)
         if not preprocess:
@@ -89,6 +89,7 @@ class SpinPlugin(BasePlugin):
         return [name for name, plugin in plugins if plugin is not self and plugin.get_trainer_cls(cfg) is not None]
 
     def get_trainer_cls(self, cfg: Any) -> type | None:
+        """Returns the trainer of a config with `rl: spin`; the host takes the first plugin's that returns one."""
         if not is_on(cfg):
             return None
         if self.trainer_class is not None:
@@ -156,33 +157,3 @@ class SpinPlugin(BasePlugin):
 def _command(cfg: Any) -> str:
     """Returns how the user names this config on the command line."""
     return str(cfg.axolotl_config_path or "spin.yml")
-
-
-@contextmanager
-def _named(cfg: Any) -> Iterator[None]:
-    """Names the key where `datasets` refuses a split in words of its own."""
-    try:
-        yield
-    except ValueError as error:
-        if "test_size" not in str(error):
-            raise
-        raise ValueError(f"`val_set_size: {cfg.val_set_size}` leaves nothing to train on: {error}") from error
-
-
-@contextmanager
-def _rows_only() -> Iterator[None]:
-    """Has the host prepare rows without estimating an SFT run's steps from them.
-
-    The estimate runs through the packed dataset and refuses small held-out sets, which concerns packed SFT alone. The
-    host leaves it out for `axolotl preprocess`, which it tells by this variable (contract test:
-    test_host_contract.py::test_prepare_datasets_stops_before_counting_steps).
-    """
-    kept = os.environ.get("AXOLOTL_IS_PREPROCESS")
-    os.environ["AXOLOTL_IS_PREPROCESS"] = "1"
-    try:
-        yield
-    finally:
-        if kept is None:
-            os.environ.pop("AXOLOTL_IS_PREPROCESS", None)
-        else:
-            os.environ["AXOLOTL_IS_PREPROCESS"] = kept

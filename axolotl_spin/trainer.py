@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from axolotl_spin.compat import WithoutTokenPerplexity
+from axolotl_spin.compat import PairTrainer
 from axolotl_spin.game.loop import Loop
 from axolotl_spin.game.schedule import IterationSchedule, learning_rate_table
 from axolotl_spin.run.checkpoints import read_checkpoint
@@ -30,13 +30,10 @@ from axolotl_spin.run.saving import saving
 LOG = get_logger(__name__)
 
 
-class SpinTrainer(AxolotlTrainer, WithoutTokenPerplexity):
+class SpinTrainer(AxolotlTrainer, PairTrainer):
     """Trains by self-play once `attach` has given it a run; before that it is the host's trainer (for `evaluate`)."""
 
     loop: Loop | None = None
-    # the loss below is a mean over the pairs of a step; the Trainer divides it by the accumulation steps (transformers
-    # 5.20 asks this attribute; before, the same follows from `_get_num_items_in_batch` giving None)
-    loss_is_scaled_for_ga: bool | None = None
 
     def attach(self, run: SpinRun) -> None:
         """Gives the trainer its run. Called once, after the host has built the trainer.
@@ -79,7 +76,7 @@ class SpinTrainer(AxolotlTrainer, WithoutTokenPerplexity):
         if self.loop is None:
             return epochs, batches
         run = self.loop.run
-        folder = kwargs.get("resume_from_checkpoint", args[3] if len(args) > 3 else None)
+        folder = self.resume_folder(args, kwargs)
         self._resumed = read_checkpoint(Path(folder)).state if folder else None
         position = run.plan.locate(self.state.global_step)
         if self.accelerator.is_main_process:
@@ -180,7 +177,7 @@ class SpinTrainer(AxolotlTrainer, WithoutTokenPerplexity):
         self.args.eval_on_start = False  # the whole run's start is behind
         schedule: Any = self.lr_scheduler
         getattr(schedule, "scheduler", schedule).reapply()
-        if not hasattr(self, "_initial_global_step"):  # transformers 5.20 averages over the steps of one start
+        if not self.averages_over_this_start:
             self._total_loss_scalar = logged["total"]
         if loop.ended(entry):
             with loop.ranks:

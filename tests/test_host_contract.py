@@ -62,7 +62,7 @@ from transformers.training_args import OptimizerNames
 
 from axolotl_spin.args import SpinArgs, spin_config
 from axolotl_spin.callbacks import SaveAtIterationEnd
-from axolotl_spin.compat import FIRST_UNSUPPORTED, OLDEST, WithoutTokenPerplexity, check_host_version
+from axolotl_spin.compat import FIRST_UNSUPPORTED, OLDEST, PairTrainer, check_host_version
 from axolotl_spin.data.pairs import PairDataset, read_pairs
 from axolotl_spin.data.prompts import prompts_of_row
 from axolotl_spin.game.schedule import IterationSchedule, learning_rate_table, restart_optimizer
@@ -421,7 +421,7 @@ def test_warmup_rule_of_the_host(keys: dict[str, Any], steps: int) -> None:
 
 
 def test_prepare_datasets_stops_before_counting_steps(folder: Path) -> None:
-    """`plugin._rows_only` sets the variable of `axolotl preprocess`, so that no SFT run's steps are estimated."""
+    """`compat.rows_only` sets the variable of `axolotl preprocess`, so that no SFT run's steps are estimated."""
     cfg = loaded(sft(folder, val_set_size=2))
     tokenizer = load_tokenizer(cfg)
     train, evaluation, steps, _ = prepare_datasets(cfg, tokenizer)
@@ -525,7 +525,7 @@ def test_uclaml_type_refuses_rows(cfg: DictDefault) -> None:
 
 
 def test_datasets_have_lists_of_small_integers() -> None:
-    """`prompts.prompt_dataset` and `run._content_hash` read them as Arrow lists of int32."""
+    """`data.prompts.prompt_dataset` and `run.identity` read them as Arrow lists of int32."""
     rows = Dataset.from_dict({"ids": [[1, 2], []]}, features=Features({"ids": List(Value("int32"))}))
     column = next(rows.with_format("arrow").iter(batch_size=2))["ids"].combine_chunks()
     assert column.value_lengths().to_pylist() == [2, 0]
@@ -598,9 +598,9 @@ def run(folder: Path) -> SimpleNamespace:
 
 
 def pair_loader(run: SimpleNamespace) -> Any:
-    spin = run.trainer.run
+    spin = run.trainer.loop.run
     pairs = read_pairs(spin.directory.pairs(1), spin.identity.before(1), spin.plan.iterations[1].rows)
-    return run.trainer._pair_loader(PairDataset(pairs), epoch=0)
+    return run.trainer.loop.loader(PairDataset(pairs), epoch=0)
 
 
 def test_order_of_the_hosts_calls(run: SimpleNamespace) -> None:
@@ -652,7 +652,7 @@ def test_logs_have_no_perplexity_of_the_pair_loss(run: SimpleNamespace) -> None:
 
 
 def test_the_hosts_trainer_would_log_a_perplexity(run: SimpleNamespace) -> None:
-    """Why `compat.WithoutTokenPerplexity` exists; 0.21 can only switch both off."""
+    """Why `compat.PairTrainer` exists; 0.21 can only switch both off."""
     plain = copy.copy(run.trainer)
     plain.__class__ = AxolotlTrainer
     plain.state = TrainerState()
@@ -660,7 +660,7 @@ def test_the_hosts_trainer_would_log_a_perplexity(run: SimpleNamespace) -> None:
     assert plain.state.log_history[-1]["ppl"] == pytest.approx(math.e**2, abs=1e-4)
     assert hasattr(AxolotlTrainer, "reports_token_perplexity") == REGISTERS_BY_ENTRY_POINT
     bases = SpinTrainer.__mro__
-    assert bases.index(AxolotlTrainer) < bases.index(WithoutTokenPerplexity) == bases.index(Trainer) - 1
+    assert bases.index(AxolotlTrainer) < bases.index(PairTrainer) == bases.index(Trainer) - 1
 
 
 def test_the_host_resumes_from_the_last_checkpoint_and_ours_stay_out_of_its_way(run: SimpleNamespace) -> None:
@@ -732,7 +732,7 @@ def test_trainer_has_the_attributes_that_we_use(run: SimpleNamespace) -> None:
 def test_set_initial_training_values_in_this_order(run: SimpleNamespace) -> None:
     """Ours returns a tuple in the same order: epochs, steps an epoch, rows, rows in all, batch, micro-batches, steps."""
     plain = copy.copy(run.trainer)
-    plain.run, plain.args = None, copy.copy(run.trainer.args)
+    plain.loop, plain.args = None, copy.copy(run.trainer.args)
     plain.args.max_steps, plain.args.num_train_epochs = -1, 5
     loader = torch.utils.data.DataLoader(list(range(11)), batch_size=2)
     assert plain.set_initial_training_values(plain.args, loader) == (5, 3, 11, 55, 4, 6, 15)
@@ -742,7 +742,7 @@ def test_set_initial_training_values_in_this_order(run: SimpleNamespace) -> None
 def test_init_training_state_returns_epochs_and_micro_batches(run: SimpleNamespace) -> None:
     """A resume answers it with the plan's epoch and the micro-batches to skip in it."""
     plain = copy.copy(run.trainer)
-    plain.run = None
+    plain.loop = None
     given = dict(num_update_steps_per_epoch=3, num_train_epochs=5, resume_from_checkpoint=str(run.out / "checkpoint-4"))
     assert plain._init_training_state(max_steps=15, trial=None, **given) == (1, (4 - 3) * 2)
     resumed = copy.copy(run.trainer)
@@ -990,7 +990,7 @@ def test_reduce_takes_the_kind_of_reduction_second() -> None:
 
 
 def test_collectives_work_without_a_process_group(run: SimpleNamespace) -> None:
-    """On one rank, what rank 0 found is what there is (`SelfPlay._agree`), and a sum is itself."""
+    """On one rank, what rank 0 found is what there is (`Ranks.on_main`), and a sum is itself."""
     box = [{"done": [1, 2]}]
     broadcast_object_list(box)
     assert box == [{"done": [1, 2]}]
@@ -1009,10 +1009,31 @@ def test_fsdp_plugin_changes_its_state_dict_type_and_back() -> None:
 
 
 def test_fsdp2_modules_reshard() -> None:
-    """After a forward without backward the root's parameters stay gathered (`iteration._frozen`)."""
+    """After a forward without backward the root's parameters stay gathered (`training.policy.frozen`)."""
     from torch.distributed.fsdp import FSDPModule
 
     assert parameters(FSDPModule.reshard) == ["self"]
+
+
+def test_fsdp2_modules_stay_gathered_when_told() -> None:
+    """`ranks.gather` has every part gathered once, and not let go of by its own forward."""
+    from torch.distributed.fsdp import FSDPModule
+
+    assert parameters(FSDPModule.set_reshard_after_forward) == ["self", "reshard_after_forward", "recurse"]
+    assert parameters(FSDPModule.unshard)[0] == "self"
+
+
+def test_zero3_has_its_hooks_where_they_are_taken_off() -> None:
+    """`ranks.gather` gathers all weights once, and has no forward gather, let go of, or compare anything by itself."""
+    deepspeed = pytest.importorskip("deepspeed", reason="deepspeed is not installed here")
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from trl.models.utils import add_hooks, remove_hooks
+
+    assert parameters(deepspeed.zero.GatheredParameters.__init__)[:2] == ["self", "params"]
+    source = inspect.getsource(DeepSpeedZeRoOffload)
+    assert "self.fwd_pre_hook = self.module.register_forward_pre_hook(" in source
+    assert parameters(add_hooks) == parameters(remove_hooks) == ["model"]
+    assert "optimizer.parameter_offload" in inspect.getsource(remove_hooks)
 
 
 def test_optimizer_wrapper_shows_what_it_wraps(run: SimpleNamespace) -> None:

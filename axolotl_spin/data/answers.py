@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-Answers = tuple[np.ndarray, np.ndarray]  # the ids of all answers end to end, and how many each has
+FlatIds = tuple[np.ndarray, np.ndarray]  # the ids of all answers end to end, and how many each has
 
 
-def identical(chosen: Answers, rejected: Answers) -> np.ndarray:
+def identical(chosen: FlatIds, rejected: FlatIds) -> np.ndarray:
     """Returns (answers,) whether both have the same ids."""
     alike = chosen[1] == rejected[1]
     differs = chosen[0][np.repeat(alike, chosen[1])] != rejected[0][np.repeat(alike, rejected[1])]
@@ -20,7 +19,7 @@ def identical(chosen: Answers, rejected: Answers) -> np.ndarray:
     return alike & (np.bincount(row, weights=differs, minlength=len(alike)) == 0)
 
 
-def monotone(answers: Answers) -> np.ndarray:
+def monotone(answers: FlatIds) -> np.ndarray:
     """Returns (answers,) whether an answer says nothing but one token over and over (its end token aside)."""
     ids, lengths = answers
     starts = np.cumsum(lengths) - lengths
@@ -31,16 +30,23 @@ def monotone(answers: Answers) -> np.ndarray:
     return (lengths > 0) & (np.bincount(row, weights=differs, minlength=len(lengths)) == 0)
 
 
-def flat(lists: pa.ListArray) -> Answers:
-    lengths = pc.list_value_length(lists).to_numpy(zero_copy_only=False)
+def flat(lists: pa.ListArray) -> FlatIds:
+    """Returns lists of ids end to end; one that is null counts as empty."""
+    lengths = pc.list_value_length(lists).fill_null(0).to_numpy(zero_copy_only=False)
     return lists.flatten().to_numpy(zero_copy_only=False), lengths.astype(np.int64)
 
 
-def distinct_2(answers: Sequence[Sequence[int]]) -> float | None:
+def distinct_2(answers: Iterable[Sequence[int] | np.ndarray]) -> float | None:
     """Returns the share of different bigrams among all bigrams of the answers (distinct-2); None where there are none.
 
     Args:
-        answers: Token ids.
+        answers: Token ids of each.
     """
-    bigrams = [pair for ids in answers for pair in itertools.pairwise(ids)]
-    return len(set(bigrams)) / len(bigrams) if bigrams else None
+    bigrams = [_bigrams(np.asarray(ids, dtype=np.int64)) for ids in answers]
+    together = np.concatenate([np.zeros(0, dtype=np.int64), *bigrams])
+    return len(np.unique(together)) / len(together) if len(together) else None
+
+
+def _bigrams(ids: np.ndarray) -> np.ndarray:
+    """Returns every pair of neighbours as one number."""
+    return ids[:-1] << 32 | ids[1:]

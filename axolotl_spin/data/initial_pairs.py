@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from axolotl_spin.data.answers import identical
+from axolotl_spin.data.answers import flat, identical
 from axolotl_spin.data.pairs import BATCH_ROWS, SCHEMA
 from axolotl_spin.data.staging import STAGED
 
@@ -62,7 +62,7 @@ class GivenPairs:
         with naming(self.source):
             for batch in self._batches():
                 _check_rows(batch, rows, vocabulary, sequence_len)
-                chosen, rejected = (_flat(batch[name]) for name in ("chosen_ids", "rejected_ids"))
+                chosen, rejected = (flat(batch[name]) for name in ("chosen_ids", "rejected_ids"))
                 learnable |= not identical(chosen, rejected).all()
                 ended = pc.equal(batch["finish_reason"], "stop").to_numpy(zero_copy_only=False)
                 answered |= bool((rejected[1] > ended).any())
@@ -179,7 +179,7 @@ def _check_rows(batch: pa.RecordBatch, first: int, vocabulary: int, sequence_len
     refuse(~reasons, "has a finish_reason that is neither `stop` nor `length`")
     lengths = {}
     for name in IDS:
-        ids, lengths[name] = _flat(batch[name])
+        ids, lengths[name] = flat(batch[name])
         refuse(lengths[name] == 0, f"has no token in {name}")
         row = np.repeat(np.arange(len(batch)), lengths[name])
         wrong = np.bincount(row, weights=(ids < 0) | (ids >= vocabulary), minlength=len(batch)) > 0
@@ -196,12 +196,7 @@ def _check_rows(batch: pa.RecordBatch, first: int, vocabulary: int, sequence_len
 
 def _add(digest: Any, batch: pa.RecordBatch) -> None:
     for name in IDS:
-        ids, lengths = _flat(batch[name])
+        ids, lengths = flat(batch[name])
         digest.update(lengths.astype(np.int32).tobytes())
         digest.update(ids.tobytes())
     digest.update(pc.equal(batch["finish_reason"], "stop").to_numpy(zero_copy_only=False).tobytes())
-
-
-def _flat(lists: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
-    lengths = pc.list_value_length(lists).fill_null(0).to_numpy(zero_copy_only=False)
-    return lists.flatten().to_numpy(zero_copy_only=False), lengths.astype(np.int64)

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch.utils.data import Dataset
 
-from axolotl_spin.disk.atomic import DamagedFileError, ForeignFileError, write_whole
+from axolotl_spin.disk.atomic import MARK, DamagedFileError, ForeignFileError, write_whole
 
 _IDS = pa.list_(pa.int32())
 
@@ -37,8 +37,6 @@ LOGPS = ("opponent_chosen_logp", "opponent_rejected_logp")
 
 # rows that are held in memory at once while pairs are made, written or read; a row group of the file
 BATCH_ROWS = 8192
-
-_MARK = b"axolotl_spin"
 
 
 def record_batch(columns: Mapping[str, Any], schema: pa.Schema) -> pa.RecordBatch:
@@ -82,7 +80,7 @@ def write_pairs(path: Path, batches: Iterable[pa.RecordBatch], mark: str) -> Non
     """
 
     def write(aside: Path) -> None:
-        schema = SCHEMA.with_metadata({_MARK: mark.encode()})
+        schema = SCHEMA.with_metadata({MARK: mark.encode()})
         with pq.ParquetWriter(aside, schema, write_page_checksum=True) as file:
             for batch in batches:
                 file.write_batch(batch.replace_schema_metadata(schema.metadata))
@@ -113,7 +111,7 @@ def check_pairs(path: Path, mark: str, rows: int) -> None:
         schema, found_rows = file.schema_arrow, file.metadata.num_rows
     if not schema.equals(SCHEMA):
         raise DamagedFileError(f"{path} does not hold the columns of a pairs file")
-    found = (schema.metadata or {}).get(_MARK, b"").decode()
+    found = (schema.metadata or {}).get(MARK, b"").decode()
     if found != mark:
         raise ForeignFileError(
             f"{path} belongs to another run or iteration (it is marked {found[:12] or 'not at all'})"
@@ -179,6 +177,12 @@ class PairDataset(Dataset):
         return self.table.num_rows
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        """Returns a pair.
+
+        Returns:
+            `prompt_ids`, `chosen_ids` and `rejected_ids`, each (tokens,) int32 in the file's own memory; and, where they
+            are known, `opponent_chosen_logp` and `opponent_rejected_logp`, float64 in nats.
+        """
         batch = int(np.searchsorted(self._starts, index, side="right")) - 1
         at = index - self._starts[batch]
         row: dict[str, Any] = {}

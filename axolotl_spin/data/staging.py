@@ -1,6 +1,6 @@
 """An iteration's pairs between their making and their use, in files that are mapped into memory.
 
-    chunks of answers -> Answers (in the prompts' order) -> .pairs.arrow -> scored, written as pairs.parquet, trained on
+    chunks of answers -> AnswerStore (in the prompts' order) -> .pairs.arrow -> scored, written as pairs.parquet, trained on
     pairs.parquet of an earlier start                    -> .pairs.arrow -> trained on
 
 Every rank maps the same `.pairs.arrow`, so the pages of the file are all the memory that pairs take, and the ranks of a
@@ -29,7 +29,7 @@ STAGED = pa.schema(
 )
 
 
-class Answers:
+class AnswerStore:
     """An iteration's answers as they come from the chunks, to be read in the order of the prompts.
 
     Their ids lie in a file without a name; of each answer only its place, length and end are in memory.

@@ -123,6 +123,10 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
+# the key in a Parquet file's metadata under which lies what its content depends on
+MARK = b"axolotl_spin"
+
+
 class DamagedFileError(ValueError):
     """An artifact is cut, empty, corrupt, or not what its name says."""
 

@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from axolotl.utils.logging import get_logger
 from torch import Tensor
 
+from axolotl_spin.args import DEFAULT_MAX_NEW_TOKENS
 from axolotl_spin.data.answers import flat, identical, monotone
 from axolotl_spin.data.pairs import BATCH_ROWS
 
@@ -36,7 +37,7 @@ class Finding:
     fatal: bool
 
 
-def report(findings: list[Finding], main: bool) -> None:
+def act_on(findings: list[Finding], main: bool) -> None:
     """Logs warnings on one rank and raises the first fatal finding on all.
 
     Args:
@@ -172,7 +173,9 @@ def check_answers(
             "iteration, lower `learning_rate` or raise `spin.beta`",
         )
     elif cut >= _WARNED_SHARE and count >= _FEWEST:
-        limit = f"{max_new_tokens}" if max_new_tokens else "what `sequence_len` leaves, at most 512"
+        limit = (
+            f"{max_new_tokens}" if max_new_tokens else f"what `sequence_len` leaves, at most {DEFAULT_MAX_NEW_TOKENS}"
+        )
         find(
             False,
             f"{cut:.1%} of {count} answers were cut (mean {shares['spin/rejected_length']:.1f} tokens, human "

@@ -19,7 +19,7 @@ from axolotl.utils.logging import get_logger
 
 from axolotl_spin.data.answers import distinct_2
 from axolotl_spin.data.pairs import PairDataset
-from axolotl_spin.disk.atomic import write_whole
+from axolotl_spin.disk.atomic import MARK, write_whole
 from axolotl_spin.generation.backend import Completion, Sampling
 from axolotl_spin.generation.chunks import Chunk, Chunks, iteration_seed
 from axolotl_spin.generation.transformers import TransformersBackend
@@ -49,8 +49,6 @@ SCHEMA = pa.schema(
         ("row", pa.int64()),  # index of the source row among the held-out ones
     ]
 )
-_MARK = b"axolotl_spin"
-
 # mixed into the seed, so that these answers are drawn with other numbers than those that are trained against
 _STREAM = 0x4845_4C44
 
@@ -106,7 +104,7 @@ class HeldOutPlay:
         table, figures = self._play(f"iteration {entry.iteration}", entry.iteration + 1)
         if self.ranks.main:
             mark = self.run.identity.through(entry.iteration)
-            marked = table.replace_schema_metadata({_MARK: mark.encode()})
+            marked = table.replace_schema_metadata({MARK: mark.encode()})
             write_whole(
                 self.run.directory.heldout(entry.iteration),
                 lambda aside: pq.write_table(marked, aside, write_page_checksum=True),

@@ -15,8 +15,9 @@ from axolotl.utils.logging import get_logger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from axolotl_spin.args import LOSS_AT_START
 from axolotl_spin.data.pairs import PairDataset
-from axolotl_spin.game.health import check_loss, check_step_zero, check_weights, report
+from axolotl_spin.game.health import act_on, check_loss, check_step_zero, check_weights
 from axolotl_spin.game.heldout_play import HeldOutPlay
 from axolotl_spin.game.schedule import restart_optimizer
 from axolotl_spin.game.self_play import SelfPlay
@@ -31,7 +32,6 @@ from axolotl_spin.run.saving import save_whole
 from axolotl_spin.training.batches import pair_loader
 from axolotl_spin.training.layout_check import settle_layout
 from axolotl_spin.training.layouts import PairCollator
-from axolotl_spin.training.loss import LOSS_AT_START
 from axolotl_spin.training.policy import disable_dropout, nonfinite_weights
 from axolotl_spin.training.scoring import Scorer
 from axolotl_spin.training.step import pair_losses
@@ -117,7 +117,7 @@ class Loop:
             sft_weight=settings.sft_weight,
             in_head=self.collator.in_head,
         )
-        report(check_loss(found.spin.losses, found.logps, step=step, iteration=entry.iteration), main=True)
+        act_on(check_loss(found.spin.losses, found.logps, step=step, iteration=entry.iteration), main=True)
         if self._first_step_due:
             self._first_step_due = False
             arguments, real = self.trainer.args, found.weight > 0
@@ -129,7 +129,7 @@ class Loop:
                 tolerance=0.05 * max(1.0, entry.beta) if half else 1e-3,
                 iteration=entry.iteration,
             )
-            report(findings, main=True)
+            act_on(findings, main=True)
         chosen, rejected = found.logps.chunk(2)
         self.progress.metrics.add(step, found.spin, chosen, rejected, found.weight)
         return (found.losses * found.weight).sum()
@@ -175,7 +175,7 @@ class Loop:
     def refuse_nonfinite_weights(self) -> None:
         """Stops a run whose weights are no numbers, before they are saved."""
         bad = nonfinite_weights(self.ranks.accelerator.unwrap_model(self.trainer.model))
-        report(check_weights(bad, step=self.trainer.state.global_step), main=True)
+        act_on(check_weights(bad, step=self.trainer.state.global_step), main=True)
 
     def _settle_layout(self, model: Any) -> None:
         if self._layout_settled:

@@ -18,9 +18,9 @@ import pyarrow.compute as pc
 
 from axolotl_spin.data.initial_pairs import GivenPairs
 from axolotl_spin.data.pairs import LOGPS, SCHEMA, PairDataset, read_batches, read_pairs, with_texts, write_pairs
-from axolotl_spin.data.staging import STAGED, Answers, read_staged, write_staged
+from axolotl_spin.data.staging import STAGED, AnswerStore, read_staged, write_staged
 from axolotl_spin.disk.atomic import DamagedFileError, ForeignFileError
-from axolotl_spin.game.health import check_answers, check_opponent_logps, check_weights, count_answers, report
+from axolotl_spin.game.health import act_on, check_answers, check_opponent_logps, check_weights, count_answers
 from axolotl_spin.generation.backend import Backend, Completion
 from axolotl_spin.generation.chunk_files import ChunkFiles
 from axolotl_spin.generation.chunks import Chunk, Chunks, iteration_seed
@@ -93,7 +93,7 @@ class SelfPlay:
     def _make(self, entry: IterationPlan, model: Any) -> tuple[PairDataset, Figures]:
         """Answers, or takes what is given; scores; writes."""
         bad = nonfinite_weights(self.ranks.accelerator.unwrap_model(model), frozen=True)
-        report(check_weights(bad, step=entry.first_step), self.ranks.main)
+        act_on(check_weights(bad, step=entry.first_step), self.ranks.main)
         given = self.run.given if entry.iteration == 0 else None
         with frozen(model):
             pairs, made = self._take(given, entry) if given else self._generate(entry, model)
@@ -146,7 +146,7 @@ class SelfPlay:
 
     def _assemble(self, entry: IterationPlan, chunks: Chunks, files: ChunkFiles) -> Iterator[pa.RecordBatch]:
         """Yields the new pairs, in the order of the prompts, and those kept from the previous iteration."""
-        answers = Answers(self.run.directory.iteration(entry.iteration), entry.new_rows)
+        answers = AnswerStore(self.run.directory.iteration(entry.iteration), entry.new_rows)
         for index, of_chunk in chunks.rows():
             found = files.read(index, of_chunk)
             if found is None:
@@ -185,7 +185,7 @@ class SelfPlay:
             max_new_tokens=settings.generation.max_new_tokens,
             sample=self.run.tokenizer.decode(counts.first),
         )
-        report(findings, self.ranks.main)
+        act_on(findings, self.ranks.main)
         return counts.shares()
 
     # -- the opponent's pass ------------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ class SelfPlay:
         mine = -(-len(pairs) // self.ranks.count)
         with self.ranks.bar(f"iteration {entry.iteration}: scoring", mine, "pair") as bar:
             logps = self.scorer.logps(model, pairs, bar.update).numpy()
-        report(check_opponent_logps(logps, entry.iteration), self.ranks.main)
+        act_on(check_opponent_logps(logps, entry.iteration), self.ranks.main)
         seconds = time.perf_counter() - started
         self.ranks.say(f"iteration {entry.iteration}: scored {entry.rows} pairs in {seconds:.1f} s")
         return PairDataset(pairs.table, logps), {"spin/scoring_seconds": seconds}

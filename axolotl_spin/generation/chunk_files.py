@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from axolotl.utils.logging import get_logger
 
-from axolotl_spin.disk.atomic import write_whole
+from axolotl_spin.disk.atomic import MARK, write_whole
 from axolotl_spin.disk.directory import RunDirectory
 from axolotl_spin.generation.backend import Completion
 from axolotl_spin.generation.chunks import Chunk
@@ -18,7 +18,6 @@ from axolotl_spin.generation.chunks import Chunk
 LOG = get_logger(__name__)
 
 _SCHEMA = pa.schema([("row", pa.int64()), ("ids", pa.list_(pa.int32())), ("finish_reason", pa.string())])
-_MARK = b"axolotl_spin"
 
 
 class ChunkFiles:
@@ -50,7 +49,7 @@ class ChunkFiles:
             pa.array([completion.ids for completion in completions], type=_SCHEMA.field("ids").type),
             pa.array([completion.finish_reason for completion in completions], type=pa.string()),
         ]
-        table = pa.table(columns, schema=_SCHEMA).replace_schema_metadata({_MARK: self.mark.encode()})
+        table = pa.table(columns, schema=_SCHEMA).replace_schema_metadata({MARK: self.mark.encode()})
         write_whole(self._path(chunk.index), lambda aside: pq.write_table(table, aside, write_page_checksum=True))
 
     def read(self, index: int, rows: np.ndarray) -> pa.Table | None:
@@ -72,7 +71,7 @@ class ChunkFiles:
         except (pa.ArrowException, OSError) as error:
             LOG.warning(f"{path} is damaged ({error}): its prompts are answered again")
             return None
-        mark = (table.schema.metadata or {}).get(_MARK, b"").decode()
+        mark = (table.schema.metadata or {}).get(MARK, b"").decode()
         if not table.schema.equals(_SCHEMA) or mark != self.mark or not np.array_equal(table["row"], rows):
             LOG.warning(f"{path} is not of this run: its prompts are answered again")
             return None

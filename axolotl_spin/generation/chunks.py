@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from axolotl_spin.args import GenerationConfig
+from axolotl_spin.args import DEFAULT_MAX_NEW_TOKENS, GenerationConfig
 from axolotl_spin.data.prompts import token_counts
 
 
@@ -136,5 +136,5 @@ class Chunks(Sequence[Chunk]):
 
 
 def token_limit(prompt_length: int, *, max_new_tokens: int | None, sequence_len: int) -> int:
-    """Returns how many tokens an answer may have: what `sequence_len` leaves, at most `max_new_tokens` (512)."""
-    return max(1, min(sequence_len - prompt_length, max_new_tokens or 512))
+    """Returns how many tokens an answer may have: what `sequence_len` leaves, at most `max_new_tokens`."""
+    return max(1, min(sequence_len - prompt_length, max_new_tokens or DEFAULT_MAX_NEW_TOKENS))

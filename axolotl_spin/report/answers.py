@@ -17,6 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from axolotl_spin.data.answers import distinct_2
+from axolotl_spin.disk.atomic import MARK
 from axolotl_spin.report.reading import RunData
 
 # prompts in the page: spread evenly, and for each iteration the first and the last by each of the measures below
@@ -25,11 +27,10 @@ SPREAD, EXTREMES = 240, 6
 TEXT_BYTES, TEXT_CHARACTERS = 1_500_000, 4000
 # answers whose word pairs are counted
 _COUNTED = 1000
-_MARK = b"axolotl_spin"  # the key in a file's metadata under which the pairs' mark lies
 
 
 @dataclass
-class Answers:
+class IterationAnswers:
     """The answers that an iteration's opponent gave, one for each prompt, in the order of the prompts.
 
     Attributes:
@@ -81,7 +82,7 @@ class Sample:
     cut_at: int = TEXT_CHARACTERS
 
 
-def read_answers(run: RunData) -> list[Answers]:
+def read_answers(run: RunData) -> list[IterationAnswers]:
     """Reads the figures of every iteration that has pairs; one that cannot be read is named in the run's notes."""
     found = []
     for entry in run.iterations:
@@ -89,7 +90,7 @@ def read_answers(run: RunData) -> list[Answers]:
         if not path.exists():
             continue
         try:
-            mark = (pq.read_schema(path).metadata or {}).get(_MARK, b"").decode()
+            mark = (pq.read_schema(path).metadata or {}).get(MARK, b"").decode()
             if mark != run.mark(entry.iteration):
                 run.notes.append(f"{path} belongs to another run: left out.")
                 continue
@@ -99,10 +100,10 @@ def read_answers(run: RunData) -> list[Answers]:
     return found
 
 
-def _read(run: RunData, iteration: int) -> Answers:
+def _read(run: RunData, iteration: int) -> IterationAnswers:
     names = ("chosen_ids", "rejected_ids", "finish_reason", "generated_in", "opponent_chosen_logp")
     parts: list[tuple[np.ndarray, ...]] = []
-    bigrams: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    counted: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     start = 0
     wanted = max(1, run.iterations[iteration].new_rows // _COUNTED)
     for batch in _batches(run.directory.pairs(iteration), [*names, "opponent_rejected_logp"]):
@@ -115,11 +116,11 @@ def _read(run: RunData, iteration: int) -> Answers:
         logps = [batch[f"opponent_{name}_logp"].to_numpy() for name in ("rejected", "chosen")]
         parts.append((rows, *lengths, cut, logps[1], logps[0]))
         few = np.arange(0, len(batch), wanted)
-        for kept, name in zip(bigrams, ("rejected_ids", "chosen_ids"), strict=True):
-            kept.extend(_bigrams(batch[name].take(pa.array(few))))
+        for kept, name in zip(counted, ("rejected_ids", "chosen_ids"), strict=True):
+            kept.extend(np.asarray(ids) for ids in batch[name].take(pa.array(few)).to_pylist())
     columns = [np.concatenate(column) for column in zip(*parts, strict=True)] if parts else [np.zeros(0)] * 6
-    own_distinct, human_distinct = (_distinct(kept) for kept in bigrams)
-    return Answers(run, iteration, *columns, distinct_2=(own_distinct, human_distinct))
+    own_distinct, human_distinct = (distinct_2(kept) for kept in counted)
+    return IterationAnswers(run, iteration, *columns, distinct_2=(own_distinct, human_distinct))
 
 
 def _batches(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
@@ -127,18 +128,7 @@ def _batches(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         yield from file.iter_batches(8192, columns=list(columns))
 
 
-def _bigrams(lists: pa.ListArray) -> Iterator[np.ndarray]:
-    for ids in lists.to_pylist():
-        pair = np.asarray(ids, dtype=np.int64)
-        yield pair[:-1] << 32 | pair[1:]
-
-
-def _distinct(bigrams: list[np.ndarray]) -> float | None:
-    together = np.concatenate(bigrams) if bigrams else np.zeros(0, dtype=np.int64)
-    return len(np.unique(together)) / len(together) if len(together) else None
-
-
-def choose(answers: Sequence[Answers]) -> list[int]:
+def choose(answers: Sequence[IterationAnswers]) -> list[int]:
     """Picks prompts to show: spread evenly over all, and the extremes of each iteration.
 
     Args:
@@ -156,7 +146,7 @@ def choose(answers: Sequence[Answers]) -> list[int]:
     return sorted(picked)
 
 
-def sample(runs: Sequence[list[Answers]]) -> Sample:
+def sample(runs: Sequence[list[IterationAnswers]]) -> Sample:
     """Lays prompts and all their answers side by side.
 
     Args:
@@ -193,7 +183,7 @@ def sample(runs: Sequence[list[Answers]]) -> Sample:
     return made
 
 
-def _answer(answers: Answers, index: int, text: str) -> dict[str, Any]:
+def _answer(answers: IterationAnswers, index: int, text: str) -> dict[str, Any]:
     return {
         "text": text,
         "tokens": int(answers.rejected_length[index]),
@@ -204,7 +194,7 @@ def _answer(answers: Answers, index: int, text: str) -> dict[str, Any]:
     }
 
 
-def _texts(answers: Answers, indices: Sequence[int], columns: Sequence[str]) -> dict[int, dict[str, Any]]:
+def _texts(answers: IterationAnswers, indices: Sequence[int], columns: Sequence[str]) -> dict[int, dict[str, Any]]:
     """Returns columns of some answers by index; only the row groups that hold them are read, one at a time."""
     indices = [index for index in indices if index < len(answers.rows)]
     rows = answers.rows[indices] if indices else np.zeros(0, dtype=np.int64)
@@ -226,7 +216,7 @@ def _key(row: dict[str, Any]) -> bytes:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
-def _find(answers: Answers, keys: dict[bytes, int]) -> dict[int, int]:
+def _find(answers: IterationAnswers, keys: dict[bytes, int]) -> dict[int, int]:
     """Returns where another run has the prompts of a sample: its index for each of the sample's."""
     found: dict[int, int] = {}
     index = 0

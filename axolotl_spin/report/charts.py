@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from axolotl_spin.report.figures import LOSS_AT_START
+from axolotl_spin.args import LOSS_AT_START
 from axolotl_spin.report.reading import RunData, number
 
 # points of a metric's curves over all runs; of more rows, each point is the mean of several

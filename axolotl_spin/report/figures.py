@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from axolotl_spin.report.answers import Answers
+from axolotl_spin.args import LOSS_AT_START
+from axolotl_spin.report.answers import IterationAnswers
 from axolotl_spin.report.reading import RunData, number
-
-# the loss of the first step, where policy and opponent are one model
-LOSS_AT_START = {"sigmoid": math.log(2.0), "hinge": 1.0}
 
 
 @dataclass
@@ -43,10 +40,10 @@ class Figures:
         return None if reward is None or not beta or not length else reward / beta / length
 
 
-def collect(run: RunData, answers: Sequence[Answers]) -> list[Figures]:
+def collect(run: RunData, answers: Sequence[IterationAnswers]) -> list[Figures]:
     """Collects the figures of a run's iterations that have begun, in order."""
     distinct = {found.iteration: found.distinct_2 for found in answers}
-    first = LOSS_AT_START.get(run.loss_type, math.log(2.0))
+    first = LOSS_AT_START.get(run.loss_type, LOSS_AT_START["sigmoid"])
     return [
         Figures(
             iteration=entry.iteration,

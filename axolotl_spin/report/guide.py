@@ -62,7 +62,7 @@ class Rule:
     text: Callable[[Iterations, Iterations], str]
 
 
-def advise(figures: Iterations) -> list[Advice]:
+def judge(figures: Iterations) -> list[Advice]:
     """Returns what applies to a run, the gravest first.
 
     Args:

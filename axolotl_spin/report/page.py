@@ -21,7 +21,7 @@ from axolotl_spin.monitor.metrics import METRICS
 from axolotl_spin.report.answers import Sample, read_answers, sample
 from axolotl_spin.report.charts import Chart, curves
 from axolotl_spin.report.figures import collect
-from axolotl_spin.report.guide import Advice, advise
+from axolotl_spin.report.guide import Advice, judge
 from axolotl_spin.report.reading import RunData, number
 from axolotl_spin.report.summaries import iterations
 
@@ -132,7 +132,7 @@ def _view(run: RunData, answers: Sequence[Any]) -> RunView:
         )  # fmt: skip
     config = run.about.get("config")
     text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=100) if config else ""
-    return RunView(run, advise(collect(run, answers)), opponents, text)
+    return RunView(run, judge(collect(run, answers)), opponents, text)
 
 
 def _table(runs: Sequence[RunData]) -> tuple[list[dict[str, str]], list[list[str]]]:

@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from axolotl_spin.report.answers import Answers
+from axolotl_spin.report.answers import IterationAnswers
 from axolotl_spin.report.charts import LINE, Chart, line, short, styled
 from axolotl_spin.report.reading import RunData, number
 
 BINS = 40  # at most, in a distribution
 
 
-def iterations(runs: Sequence[RunData], answers: Sequence[list[Answers]]) -> list[Chart]:
+def iterations(runs: Sequence[RunData], answers: Sequence[list[IterationAnswers]]) -> list[Chart]:
     """Draws what each iteration is summed up in.
 
     Args:
@@ -106,14 +106,14 @@ def iterations(runs: Sequence[RunData], answers: Sequence[list[Answers]]) -> lis
     return [chart for chart in made if chart is not None]
 
 
-Measure = Callable[[Answers], np.ndarray]
+Measure = Callable[[IterationAnswers], np.ndarray]
 
 
 def _histogram(
     name: str,
     title: str,
     note: str,
-    answers: Sequence[list[Answers]],
+    answers: Sequence[list[IterationAnswers]],
     unit: str,
     shared: Sequence[tuple[str, str, Measure]],
     measure: Measure,

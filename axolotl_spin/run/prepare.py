@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from axolotl_spin.args import SpinConfig
+from axolotl_spin.compat import text_config
 from axolotl_spin.data.heldout import heldout_prompts
 from axolotl_spin.data.initial_pairs import GivenPairs, pairs_file, read_file
 from axolotl_spin.data.prompts import prompt_dataset, stop_token_ids, token_counts
@@ -174,7 +175,7 @@ def _vocabulary(cfg: Any, tokenizer: Any) -> int:
     from axolotl.loaders.utils import load_model_config
 
     config = load_model_config(cfg)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = text_config(config)
     return max(len(tokenizer), int(getattr(text, "vocab_size", 0) or 0))
 
 

@@ -21,6 +21,9 @@ def save_whole(trainer: Any, folder: Path) -> None:
     Args:
         trainer: The host's trainer; every rank must call.
         folder: Destination.
+
+    Raises:
+        OSError: The disk is full or the folder cannot be written to; nothing is left where the model was to appear.
     """
     main = trainer.accelerator.is_main_process
     present = [folder.exists()]

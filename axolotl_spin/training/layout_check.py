@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from axolotl.utils.logging import get_logger
 
+from axolotl_spin.compat import text_config
 from axolotl_spin.training.layouts import Layout, PairCollator
 from axolotl_spin.training.logprobs import completion_logps
 from axolotl_spin.training.policy import frozen
@@ -26,7 +27,7 @@ def preferred_layout(config: Any, *, sample_packing: bool | None, longest: int) 
     """
     if sample_packing is False:
         return "padded", "`sample_packing: false`"
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = text_config(config)
     attention = str(getattr(text, "_attn_implementation", None) or getattr(config, "_attn_implementation", None))
     if "flash" in attention:
         return "packed", f"{attention} separates sequences by their positions"
@@ -95,7 +96,7 @@ def settle_layout(
     """
     policy = accelerator.unwrap_model(model)
     layout, why = preferred_layout(policy.config, sample_packing=sample_packing, longest=longest)
-    text = policy.config.get_text_config() if hasattr(policy.config, "get_text_config") else policy.config
+    text = text_config(policy.config)
     collator.hidden_size = int(getattr(text, "hidden_size", None) or collator.hidden_size)
     rows, limit = _few_pairs(prompts), 0.05 if half or policy.dtype.itemsize < 4 else 1e-3
     head = policy.get_output_embeddings() is not None if hasattr(policy, "get_output_embeddings") else False

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LossType = Literal["sigmoid", "hinge"]
-
-# the loss of a pair while policy and opponent are the same model: l(0)
-LOSS_AT_START: dict[LossType, float] = {"sigmoid": math.log(2), "hinge": 1.0}
+from axolotl_spin.args import LossType
 
 
 class SpinLoss(NamedTuple):

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from axolotl_spin.args import LossType
 from axolotl_spin.training.logprobs import completion_logps
-from axolotl_spin.training.loss import LossType, SpinLoss, spin_loss
+from axolotl_spin.training.loss import SpinLoss, spin_loss
 
 
 class PairLosses(NamedTuple):

@@ -1,4 +1,4 @@
-"""Answers in the order of their prompts, and pairs that every rank maps: nothing of a run's size is held in memory."""
+"""AnswerStore in the order of their prompts, and pairs that every rank maps: nothing of a run's size is held in memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from axolotl_spin.data.pairs import PairDataset
 from axolotl_spin.data.prompts import token_counts
-from axolotl_spin.data.staging import STAGED, Answers, read_staged, write_staged
+from axolotl_spin.data.staging import STAGED, AnswerStore, read_staged, write_staged
 from axolotl_spin.generation.chunks import Chunks, chunk_rows
 
 
@@ -20,7 +20,7 @@ def answers_of(rows: list[int], ids: list[list[int]], reasons: list[str]) -> pa.
 
 
 def test_answers_come_in_the_order_of_the_prompts(tmp_path: Path) -> None:
-    answers = Answers(tmp_path / "iteration-0", 5)
+    answers = AnswerStore(tmp_path / "iteration-0", 5)
     answers.add(answers_of([3, 0], [[31, 32, 33], [1]], ["stop", "length"]))
     assert answers.missing().tolist() == [1, 2, 4]
     answers.add(answers_of([4, 1, 2], [[], [11, 12], [21]], ["length", "stop", "stop"]))

@@ -21,11 +21,11 @@ from warm import Warm
 from axolotl_spin.data.pairs import SCHEMA
 from axolotl_spin.game.health import (
     UnhealthyRunError,
+    act_on,
     check_answers,
     check_opponent_logps,
     check_step_zero,
     count_answers,
-    report,
 )
 
 END = 6
@@ -141,7 +141,7 @@ def test_a_fatal_finding_is_raised_on_every_rank() -> None:
     findings = check_opponent_logps(np.full((1, 2), np.nan), 0)
     for main in (True, False):
         with pytest.raises(UnhealthyRunError, match="NaN or infinite"):
-            report(findings, main)
+            act_on(findings, main)
 
 
 # -- in a run ---------------------------------------------------------------------------------------------------------

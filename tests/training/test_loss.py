@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from axolotl_spin.training.loss import LOSS_AT_START, spin_loss
+from axolotl_spin.args import LOSS_AT_START
+from axolotl_spin.training.loss import spin_loss
 
 START = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)  # the opponent p_t
 DATA = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)  # p_data

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from axolotl_spin.args import SpinConfig
+from axolotl_spin.args import DEFAULT_MAX_NEW_TOKENS, SpinConfig
 from axolotl_spin.run.plan import Plan
 
 
@@ -94,14 +94,14 @@ def _about_the_game(facts: Facts, say) -> None:
 
 def _about_data(facts: Facts, say) -> None:
     rows = len(facts.prompts)
-    limit = facts.settings.generation.max_new_tokens or 512
+    limit = facts.settings.generation.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
     beyond = int((facts.answers > facts.limits).sum())
     if beyond > 0.05 * rows:
         say(
             "spin.generation.max_new_tokens",
             f"{beyond} of {rows} human answers ({beyond / rows:.0%}) are longer than the opponent's may be, so it is cut "
             "where they go on and length tells the two apart: raise it"
-            + ("" if facts.settings.generation.max_new_tokens else " (512 where it is not set)"),
+            + ("" if facts.settings.generation.max_new_tokens else f" ({DEFAULT_MAX_NEW_TOKENS} where it is not set)"),
         )
     short = int((facts.limits < min(limit, 32)).sum())
     if short:

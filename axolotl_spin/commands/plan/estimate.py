@@ -10,11 +10,13 @@ from typing import Any
 import click
 import numpy as np
 
+from axolotl_spin.args import DEFAULT_MAX_NEW_TOKENS
 from axolotl_spin.commands.config import load_config
 from axolotl_spin.commands.plan.advice import Facts, advise
 from axolotl_spin.commands.plan.lengths import describe_lengths, limits, repeated
 from axolotl_spin.commands.plan.memory import Load, ModelSize, estimate_memory, model_size
 from axolotl_spin.commands.plan.timing import Measured, Rate, Tokens, estimate_time, measure
+from axolotl_spin.compat import text_config
 from axolotl_spin.data.prompts import token_counts
 from axolotl_spin.disk.atomic import DamagedFileError, read_json
 from axolotl_spin.run.prepare import SpinRun
@@ -60,6 +62,7 @@ def plan_run(config: str, given: Given) -> tuple[SpinRun, dict[str, Any]]:
     assert plugin.run is not None
     run = plugin.run
     prompts, answers = (token_counts(run.prompts, name) for name in ("prompt_ids", "chosen_ids"))
+    most = run.settings.generation.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
     longest = limits(prompts, max_new_tokens=run.settings.generation.max_new_tokens, sequence_len=run.sequence_len)
     measured = _with_given(measure(run.directory, run.plan), given)
     tokens = _tokens(run, prompts, answers, longest, measured.answer_tokens)
@@ -70,9 +73,9 @@ def plan_run(config: str, given: Given) -> tuple[SpinRun, dict[str, Any]]:
         "lengths": {"prompt": describe_lengths(prompts), "human_answer": describe_lengths(answers)},
         "cut": {
             "sequence_len": run.sequence_len,
-            "max_new_tokens": run.settings.generation.max_new_tokens or 512,
+            "max_new_tokens": most,
             "human_answers_beyond_limit": int((answers > longest).sum()),
-            "prompts_with_less_room": int((longest < (run.settings.generation.max_new_tokens or 512)).sum()),
+            "prompts_with_less_room": int((longest < most).sum()),
         },
         "memory": memory,
         "time": estimate_time(run.plan, tokens, measured),
@@ -149,7 +152,7 @@ def _trained_for(cfg: Any) -> int | None:
         config = load_model_config(cfg)
     except (OSError, ValueError):
         return None
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = text_config(config)
     return getattr(text, "max_position_embeddings", None)
 
 

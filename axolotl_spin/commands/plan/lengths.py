@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from axolotl_spin.args import DEFAULT_MAX_NEW_TOKENS
+
 
 def describe_lengths(lengths: np.ndarray) -> dict[str, Any]:
     """Returns figures of token counts, with a histogram whose bins double: 1, 2-3, 4-7, 8-15, ...
@@ -39,7 +41,7 @@ def limits(prompts: np.ndarray, *, max_new_tokens: int | None, sequence_len: int
         max_new_tokens: The `spin.generation.max_new_tokens`.
         sequence_len: The host's.
     """
-    return np.maximum(1, np.minimum(sequence_len - prompts, max_new_tokens or 512))
+    return np.maximum(1, np.minimum(sequence_len - prompts, max_new_tokens or DEFAULT_MAX_NEW_TOKENS))
 
 
 def repeated(prompts: Any) -> tuple[int, int]:

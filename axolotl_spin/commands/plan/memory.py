@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from axolotl.utils.dict import DictDefault
 
+from axolotl_spin.compat import text_config
+
 # buffers as large as the trained weights that an optimizer keeps
 _STATE = {"adam": 2, "rmsprop": 1, "lion": 1, "sgd": 0}
 # bytes that a layer keeps of a token without recomputation, times the hidden size, in half precision (arXiv 2205.05198)
@@ -59,7 +61,7 @@ def model_size(cfg: Any) -> ModelSize:
         raise ValueError(
             f"the model of `base_model: {cfg.base_model}` cannot be built from its config: {error}"
         ) from error
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = text_config(config)
     parameters = sum(weight.numel() for weight in model.parameters())
     head = model.get_output_embeddings()
     quantised = 0
@@ -159,10 +161,10 @@ def estimate_memory(size: ModelSize, cfg: Any, load: Load) -> dict[str, Any]:
         state /= load.ranks
     offload = _offloaded(cfg)
     if "optimizer" in offload and state is not None:
-        notes.append(f"the optimizer's {_gib(state)} are in main memory (offload)")
+        notes.append(f"the optimizer's {gib(state)} are in main memory (offload)")
         state = 0.0
     if "param" in offload:
-        notes.append(f"{_gib(weights)} of weights are in main memory (offload)")
+        notes.append(f"{gib(weights)} of weights are in main memory (offload)")
         weights = 0.0
     activations = _activations(size, load, bool(cfg.gradient_checkpointing), 2 if half else 4)
     notes.append("activations are rough (34 x hidden size bytes a token and layer; less with gradient checkpointing)")
@@ -218,5 +220,6 @@ def _activations(size: ModelSize, load: Load, checkpointing: bool, width: int) -
     return load.training_tokens * kept + load.answer_tokens * size.vocabulary * width
 
 
-def _gib(count: float) -> str:
-    return f"{count / 2**30:.1f} GiB"
+def gib(count: float | None, digits: int = 1) -> str:
+    """Returns bytes as people read them; unknown where there is no figure."""
+    return "unknown" if count is None else f"{count / 2**30:.{digits}f} GiB"

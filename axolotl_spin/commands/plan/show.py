@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from axolotl_spin.commands.plan.memory import gib
 from axolotl_spin.monitor.tables import plan_table
 from axolotl_spin.run.plan import Plan
 
@@ -54,12 +55,12 @@ def _memory(memory: dict[str, Any]) -> list[str]:
     if "missing" in memory:
         return [f"memory: unknown, {memory['missing']}"]
     names = ("weights", "gradients", "optimizer", "activations")
-    parts = ", ".join(f"{name} {_gib(memory[name])}" for name in names)
+    parts = ", ".join(f"{name} {gib(memory[name], 2)}" for name in names)
     layout = f"{memory['ranks']} rank(s), {memory['sharding'] or 'no sharding'}"
     return [
         f"memory on each rank, estimated ({layout}; {memory['parameters']:,} parameters, {memory['trainable']:,} trained):",
-        f"  training {_gib(memory['training'])}: {parts}",
-        f"  answering, beside the weights: {_gib(memory['answering'])} at the most",
+        f"  training {gib(memory['training'], 2)}: {parts}",
+        f"  answering, beside the weights: {gib(memory['answering'], 2)} at the most",
         *(f"  {note}" for note in memory["notes"]),
     ]
 
@@ -76,10 +77,6 @@ def _time(figures: dict[str, Any]) -> list[str]:
     if time["total_seconds"] is None:
         lines.append("  give --generation-tokens-per-second, --scoring-tokens-per-second, --training-tokens-per-second")
     return lines
-
-
-def _gib(count: int | None) -> str:
-    return "unknown" if count is None else f"{count / 2**30:.2f} GiB"
 
 
 def _span(seconds: list[float] | None) -> str:

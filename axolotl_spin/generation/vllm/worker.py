@@ -8,7 +8,7 @@ JOB is a JSON file, written by `engine.py`, where its keys are described. `reque
 `index`, `prompts` (lists of token ids), `limits` (tokens), `seeds`, one a prompt. `events` gets one object a line, answers
 on disk before the next:
 
-    {"event": "ready", "seconds": 41.2, "version": "0.32.0"}       the engine takes requests
+    {"event": "ready", "version": "0.32.0"}       the engine takes requests
     {"event": "progress", "answers": 12, "tokens": 3400}           so far; every second in which it is true
     {"event": "chunk", "index": 3, "ids": [...], "finish": [...]}  a chunk's answers, in order, with "stop" or "length"
     {"event": "done"}                                              all chunks are answered
@@ -108,7 +108,6 @@ def _minor(version: str) -> list[int]:
 
 def answer(job: dict[str, Any]) -> None:
     """Answers a job's requests; see the module's text for what it writes."""
-    started = time.monotonic()
     with open(job["events"], "a", encoding="utf-8") as events:
 
         def tell(event: str, **fields: Any) -> None:
@@ -120,7 +119,7 @@ def answer(job: dict[str, Any]) -> None:
         import vllm
 
         engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**job["engine"]))
-        tell("ready", seconds=time.monotonic() - started, version=str(vllm.__version__))
+        tell("ready", version=str(vllm.__version__))
         with open(job["requests"], encoding="utf-8") as requests:
             chunks = (json.loads(line) for line in requests)
             _answer_chunks(engine, chunks, job, tell)
