@@ -1,0 +1,48 @@
+"""`Ranks` on two real processes: what rank 0 does alone may take longer than a collective, and what it raises all raise."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import host
+import pytest
+
+SCRIPT = """
+import datetime, time, torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from axolotl_spin.ranks.main import Ranks
+
+timeout = InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=2), backend="gloo")
+ranks = Ranks(Accelerator(cpu=True, kwargs_handlers=[timeout]))
+assert (ranks.count, ranks.main) == (2, ranks.rank == 0)
+with ranks:
+    def work():
+        assert ranks.main
+        time.sleep(5)
+        return "done"
+
+    assert ranks.on_main(work) == "done"
+    assert ranks.sum(torch.tensor([ranks.rank + 1.0])).item() == 3.0
+    started = time.perf_counter()
+    for _ in range(20):
+        ranks.on_main(lambda: None)
+    assert time.perf_counter() - started < 2.5, "each wait is short where the work is"
+    try:
+        ranks.on_main(lambda: 1 / 0)
+    except ZeroDivisionError:
+        open(f"raised-{ranks.rank}", "w").close()
+"""
+
+
+@pytest.mark.ranks
+@pytest.mark.once
+def test_what_rank_0_does_alone_may_take_longer_than_a_collective(tmp_path: Path) -> None:
+    """A collective of these ranks times out after two seconds; the work takes five."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    arguments, marks = host.launcher("ddp")
+    launch, env = [sys.executable, *arguments, "script.py"], host.environment(**marks)
+    done = subprocess.run(launch, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert sorted(path.name for path in tmp_path.glob("raised-*")) == ["raised-0", "raised-1"]
