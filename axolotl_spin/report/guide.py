@@ -119,17 +119,14 @@ def _lengths_ratio(found: Figures) -> float | None:
 def _drifted(figures: Iterations) -> list[Figures]:
     """Own answers leave the human's length, further than at the start or to its other side."""
     start = _lengths_ratio(figures[0]) if figures else None
-    if start is None:
-        return []
-    hits = []
-    for found in figures[1:]:
-        now = _lengths_ratio(found)
-        if now is None:
-            continue
+
+    def drifted(now: float | None) -> bool:
+        if start is None or now is None:
+            return False
         off, before = abs(math.log(now)), abs(math.log(start))
-        if off > math.log(LENGTH_DRIFT) and (off > before or (now > 1) != (start > 1)):
-            hits.append(found)
-    return hits
+        return off > math.log(LENGTH_DRIFT) and (off > before or (now > 1) != (start > 1))
+
+    return [found for found in figures[1:] if drifted(_lengths_ratio(found))]
 
 
 def _saturated(figures: Iterations) -> list[Figures]:
@@ -168,12 +165,11 @@ def _best_before(figures: Iterations, place: int) -> float | None:
 
 def _risen(figures: Iterations) -> list[Figures]:
     """Held-out human answers are less likely than they were."""
-    hits = []
-    for place, found in enumerate(figures):
-        now, best = found.get("eval_loss"), _best_before(figures, place)
-        if now is not None and best is not None and now > best * (1 + HELDOUT_RISE):
-            hits.append(found)
-    return hits
+
+    def risen(now: float | None, best: float | None) -> bool:
+        return now is not None and best is not None and now > best * (1 + HELDOUT_RISE)
+
+    return [found for place, found in enumerate(figures) if risen(found.get("eval_loss"), _best_before(figures, place))]
 
 
 def _alike(figures: Iterations) -> list[Figures]:
