@@ -63,7 +63,8 @@ class SpinTrainer(AxolotlTrainer, PairTrainer):
         """Returns a loader of iteration 0's length, never iterated: its pairs do not exist before the model answers."""
         if self.loop is None:
             return super().get_train_dataloader()
-        return self.loop.loader(range(self.loop.run.plan.iterations[0].rows), epoch=0)
+        first = self.loop.run.plan.iterations[0]
+        return self.loop.loader(range(first.rows), first, epoch=0)
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple:
         """Returns the whole run's epochs and steps; see `transformers.Trainer`."""

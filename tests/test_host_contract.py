@@ -600,7 +600,7 @@ def run(folder: Path) -> SimpleNamespace:
 def pair_loader(run: SimpleNamespace) -> Any:
     spin = run.trainer.loop.run
     pairs = read_pairs(spin.directory.pairs(1), spin.identity.before(1), spin.plan.iterations[1].rows)
-    return run.trainer.loop.loader(PairDataset(pairs), epoch=0)
+    return run.trainer.loop.loader(PairDataset(pairs), spin.plan.iterations[1], epoch=0)
 
 
 def test_order_of_the_hosts_calls(run: SimpleNamespace) -> None:

@@ -21,7 +21,7 @@ from axolotl_spin.data.answers import distinct_2
 from axolotl_spin.data.pairs import PairDataset
 from axolotl_spin.disk.atomic import MARK, write_whole
 from axolotl_spin.generation.backend import Completion, Sampling
-from axolotl_spin.generation.chunks import Chunk, Chunks, iteration_seed
+from axolotl_spin.generation.chunks import Chunk, Chunks, chunk_rows, iteration_seed
 from axolotl_spin.generation.transformers import TransformersBackend
 from axolotl_spin.monitor.metrics import HELD_OUT, START
 from axolotl_spin.monitor.trackers import send_samples
@@ -133,7 +133,9 @@ class HeldOutPlay:
                     "rejected_ids": pa.array([answer.ids for answer in answers], type=_IDS),
                 }
             )
-            logps = self.scorer.logps(model, PairDataset(pairs)).numpy()
+            dataset = PairDataset(pairs)
+            batches = chunk_rows(dataset.padded_lengths(), self.trainer.args.per_device_train_batch_size)
+            logps = self.scorer.logps(model, dataset, batches).numpy()
         table = self._table(pairs, columns["row"], answers, logps)
         figures = measure(table, self.sampling.stop_token_ids)
         figures["spin/heldout_seconds"] = time.perf_counter() - started

@@ -29,7 +29,7 @@ from axolotl_spin.ranks.main import Ranks
 from axolotl_spin.run.plan import IterationPlan
 from axolotl_spin.run.prepare import SpinRun
 from axolotl_spin.run.saving import save_whole
-from axolotl_spin.training.batches import pair_loader
+from axolotl_spin.training.batches import MicroBatches, pair_loader
 from axolotl_spin.training.layout_check import settle_layout
 from axolotl_spin.training.layouts import PairCollator
 from axolotl_spin.training.policy import disable_dropout, nonfinite_weights
@@ -63,13 +63,12 @@ class Loop:
         ends = ", ".join(repr(tokenizer.decode([token])) for token in sampling.stop_token_ids)
         LOG.info(f"answers end with {ends or 'nothing'}")
         self.collator = PairCollator(pad)
-        micro_batch = trainer.args.per_device_train_batch_size
-        scorer = Scorer(self.ranks.accelerator, self.collator, micro_batch, generation.gather_weights, self.ranks.check)
+        scorer = Scorer(self.ranks, self.collator, generation.gather_weights)
         save, optimizer = partial(save_whole, trainer), lambda: trainer.optimizer
         backend = chosen_backend(
             generation, run.served, run.directory, self.ranks, sampling, pad, save=save, optimizer=optimizer
         )
-        self.self_play = SelfPlay(run, self.ranks, backend, scorer)
+        self.self_play = SelfPlay(run, self.ranks, backend, scorer, self.batches)
         self.held_out = HeldOutPlay(run, trainer, self.ranks, sampling, pad, scorer)
         self._pairs: PairDataset | None = None
         self._layout_settled = self._first_step_due = False
@@ -86,7 +85,7 @@ class Loop:
         with self.ranks:
             if self._pairs is None or epoch == self.run.plan.first_epoch(entry):
                 self.begin(entry, model)
-            train(self.loader(self._pairs, epoch), entry)
+            train(self.loader(self._pairs, entry, epoch), entry)
             if self.ended(entry):
                 self.end(entry)
 
@@ -159,18 +158,24 @@ class Loop:
 
     # -- what it is made of --------------------------------------------------------------------------------------------
 
-    def loader(self, pairs: Any, epoch: int) -> DataLoader:
-        """Returns a loader of this rank's micro-batches of an epoch; see `pair_loader`."""
-        return pair_loader(
-            pairs,
-            self.collator,
-            self.trainer.args,
-            ranks=self.ranks.count,
-            rank=self.ranks.rank,
+    def batches(self, pairs: Any, entry: IterationPlan) -> MicroBatches:
+        """Returns the micro-batches of an iteration, for the opponent's pass and every epoch alike."""
+        padded = self.collator.layout == "padded" and isinstance(pairs, PairDataset)
+        return MicroBatches(
+            len(pairs),
+            micro_batch=self.trainer.args.per_device_train_batch_size,
+            step=self.run.plan.global_batch,
             seed=self.run.seed,
-            epoch=epoch,
+            first_epoch=self.run.plan.first_epoch(entry),
             shuffle=self.run.shuffle,
+            lengths=pairs.padded_lengths() if padded else None,
         )
+
+    def loader(self, pairs: Any, entry: IterationPlan, epoch: int) -> DataLoader:
+        """Returns a loader of this rank's micro-batches of an epoch; see `pair_loader`."""
+        batches, arguments = self.batches(pairs, entry), self.trainer.args
+        how = {"ranks": self.ranks.count, "rank": self.ranks.rank, "epoch": epoch}
+        return pair_loader(pairs, batches, self.collator, arguments, **how)
 
     def refuse_nonfinite_weights(self) -> None:
         """Stops a run whose weights are no numbers, before they are saved."""

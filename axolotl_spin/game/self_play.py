@@ -9,7 +9,7 @@ log-probs are on disk before the first optimizer step.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,13 +43,22 @@ class SelfPlay:
         ranks: All of them.
         backend: Answers prompts.
         scorer: Scores pairs.
+        batches: Returns the micro-batches in which an iteration's pairs will be trained on.
     """
 
-    def __init__(self, run: SpinRun, ranks: Ranks, backend: Backend, scorer: Scorer):
+    def __init__(
+        self,
+        run: SpinRun,
+        ranks: Ranks,
+        backend: Backend,
+        scorer: Scorer,
+        batches: Callable[[PairDataset, IterationPlan], Sequence[np.ndarray]],
+    ):
         self.run = run
         self.ranks = ranks
         self.backend = backend
         self.scorer = scorer
+        self.batches = batches
 
     def begin(self, entry: IterationPlan, model: Any, fresh: bool = True) -> tuple[PairDataset, Figures]:
         """Freezes the policy as the opponent and makes the iteration's pairs, or reads those already made.
@@ -195,7 +204,7 @@ class SelfPlay:
         started = time.perf_counter()
         mine = -(-len(pairs) // self.ranks.count)
         with self.ranks.bar(f"iteration {entry.iteration}: scoring", mine, "pair") as bar:
-            logps = self.scorer.logps(model, pairs, bar.update).numpy()
+            logps = self.scorer.logps(model, pairs, self.batches(pairs, entry), bar.update).numpy()
         act_on(check_opponent_logps(logps, entry.iteration), self.ranks.main)
         seconds = time.perf_counter() - started
         self.ranks.say(f"iteration {entry.iteration}: scored {entry.rows} pairs in {seconds:.1f} s")

@@ -133,7 +133,7 @@ class OutOfTheAir:
             keep(chunk, [Completion(draw.integers(300, 40_000, length).tolist(), "stop") for length in lengths])
         return {}
 
-    def logps(self, model: Any, pairs: Any, advance: Any) -> Any:
+    def logps(self, model: Any, pairs: Any, batches: Any, advance: Any) -> Any:
         import torch
 
         return torch.full((len(pairs), 2), -100.0, dtype=torch.float64)
@@ -155,7 +155,7 @@ def exercise(folder: Path, count: int) -> dict[str, Any]:
     from axolotl_spin.run.identity import Identity, _content_hash
     from axolotl_spin.run.plan import make_plan
     from axolotl_spin.run.prepare import Launch, SpinRun
-    from axolotl_spin.training.batches import StepBatches
+    from axolotl_spin.training.batches import MicroBatches, StepBatches
 
     work = folder / "data-plane"
     shutil.rmtree(work, ignore_errors=True)
@@ -172,6 +172,9 @@ def exercise(folder: Path, count: int) -> dict[str, Any]:
         yield
         seconds[phase] = time.perf_counter() - started
 
+    def composed(pairs: Any, entry: Any) -> MicroBatches:
+        return MicroBatches(len(pairs), micro_batch=8, step=64, seed=7, first_epoch=entry.iteration)
+
     baseline = _anonymous()
     with anonymous_peak() as anonymous:
         with timed("attach"):
@@ -187,15 +190,13 @@ def exercise(folder: Path, count: int) -> dict[str, Any]:
             tokenizer=tokenizer, sequence_len=2048, seed=7, shuffle=True, eot_tokens=(),
             launch=Launch(1, None), sample_packing=None,
         )  # fmt: skip
-        play: Any = SelfPlay(run, Ranks(accelerator), air, air)  # type: ignore[arg-type]
+        play: Any = SelfPlay(run, Ranks(accelerator), air, air, composed)  # type: ignore[arg-type]
         with timed("begin"):
             play.begin(plan.iterations[0], model)
         with timed("load"):
             pairs, _ = play.begin(plan.iterations[0], model)
         with timed("shuffle"):
-            batches = StepBatches(
-                len(pairs), micro_batch=8, accumulation=8, ranks=1, rank=0, seed=7, epoch=0, shuffle=True
-            )  # fmt: skip
+            batches = StepBatches(composed(pairs, plan.iterations[0]), ranks=1, rank=0, epoch=0)
             tokens = sum(len(pairs[index]["rejected_ids"]) for batch in batches for index, _ in batch)
     assert tokens == pairs.lengths("rejected_ids").sum()
     shutil.rmtree(work)

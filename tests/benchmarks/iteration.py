@@ -86,7 +86,7 @@ def measure_parts(file: Path, folder: Path, most: int) -> dict[str, float]:
     from axolotl_spin.generation.chunks import Chunks, chunk_rows, chunk_size, iteration_seed
     from axolotl_spin.generation.transformers import TransformersBackend
     from axolotl_spin.ranks.main import Ranks
-    from axolotl_spin.training.batches import StepBatches, WeightedRows
+    from axolotl_spin.training.batches import MicroBatches, StepBatches, WeightedRows
     from axolotl_spin.training.layouts import PairCollator
     from axolotl_spin.training.logprobs import completion_logps
     from axolotl_spin.training.loss import spin_loss
@@ -115,13 +115,12 @@ def measure_parts(file: Path, folder: Path, most: int) -> dict[str, float]:
             raise ValueError(f"{made} tokens were answered, but {sum(map(len, answers))} in {file}")
         collator = PairCollator(tokenizer.pad_token_id, "shared")
         dataset = PairDataset(table)
+        micro = MicroBatches(len(dataset), micro_batch=BATCH, step=BATCH, seed=workload.SEED, first_epoch=0)
         with timed(seconds, "scoring"):
-            Scorer(accelerator, collator, BATCH, "auto", lambda: None).logps(model, dataset)
+            Scorer(Ranks(accelerator), collator, "auto").logps(model, dataset, micro)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=workload.LEARNING_RATE, weight_decay=0.0)
-    order = StepBatches(
-        len(dataset), micro_batch=BATCH, accumulation=1, ranks=1, rank=0, seed=workload.SEED, epoch=0, shuffle=True
-    )
+    order = StepBatches(micro, ranks=1, rank=0, epoch=0)
     weighted = WeightedRows(dataset)
     batches = [
         {name: tensor.to(accelerator.device) for name, tensor in collator([weighted[key] for key in keys]).items()}

@@ -9,7 +9,7 @@ import pytest
 
 from axolotl_spin.data.pairs import SCHEMA, PairDataset, read_pairs, write_pairs
 from axolotl_spin.disk.atomic import DamagedFileError, ForeignFileError, write_whole
-from axolotl_spin.training.batches import StepBatches, WeightedRows
+from axolotl_spin.training.batches import MicroBatches, StepBatches, WeightedRows
 from axolotl_spin.training.layouts import PairCollator
 
 
@@ -41,13 +41,10 @@ def test_opponent_logps_stay_in_double() -> None:
 
 def epoch_of(rows: int, ranks: int, micro: int, accumulation: int, **changes) -> list[list[list[tuple[int, float]]]]:
     """Returns each rank's micro-batches."""
-    settings = dict(seed=3, epoch=1, shuffle=True)
-    samplers = [
-        StepBatches(
-            rows, micro_batch=micro, accumulation=accumulation, ranks=ranks, rank=rank, **{**settings, **changes}
-        )
-        for rank in range(ranks)
-    ]
+    epoch = changes.pop("epoch", 1)
+    composed = {"seed": 3, "first_epoch": 0, **changes}
+    batches = MicroBatches(rows, micro_batch=micro, step=micro * accumulation * ranks, **composed)
+    samplers = [StepBatches(batches, ranks=ranks, rank=rank, epoch=epoch) for rank in range(ranks)]
     batches = [list(sampler) for sampler in samplers]
     assert [len(made) for made in batches] == [len(sampler) for sampler in samplers]
     return batches
@@ -89,8 +86,8 @@ def test_lengths_group_the_pairs_of_a_step_and_no_others() -> None:
     lengths = np.array([3, 50, 4, 49, 2, 48, 1, 51, 9, 8, 7])
     grouped = epoch_of(11, 2, 2, 2, shuffle=False, lengths=lengths)
     assert [[[i for i, _ in b] for b in rank] for rank in grouped] == [
-        [[7, 3], [2, 4], [8, 10]],
-        [[1, 5], [0, 6], [9]],
+        [[7, 1], [2, 0], [8, 9]],
+        [[3, 5], [4, 6], [10]],
     ]
     mixed = epoch_of(11, 2, 2, 2)
     grouped = epoch_of(11, 2, 2, 2, lengths=lengths)
@@ -103,10 +100,27 @@ def test_epochs_are_shuffled_differently_and_curriculum_not_at_all() -> None:
     def order(**changes) -> list[int]:
         return [i for b in epoch_of(16, 1, 4, 1, **changes)[0] for i, _ in b]
 
-    assert order(epoch=1) != order(epoch=2)
+    assert order(epoch=0) != order(epoch=1) != order(epoch=2)
     assert order(epoch=1) == order(epoch=1)
+    assert order(epoch=0, first_epoch=0) != order(epoch=2, first_epoch=2)
     assert order(seed=4) != order(seed=5)
-    assert order(shuffle=False) == list(range(16))
+    assert order(shuffle=False) == order(shuffle=False, epoch=2) == list(range(16))
+
+
+@pytest.mark.parametrize("lengths", [None, np.arange(37) % 5])
+def test_epochs_take_the_micro_batches_as_they_were_composed(lengths: np.ndarray | None) -> None:
+    """Whatever the epoch and the number of ranks, the same pairs stand together: what the opponent has scored them with."""
+
+    def together(ranks: int, accumulation: int, epoch: int) -> set[tuple[int, ...]]:
+        batches = epoch_of(37, ranks, 2, accumulation, epoch=epoch, lengths=lengths)
+        return {tuple(i for i, _ in b) for of_rank in batches for b in of_rank if b[0][1]}
+
+    scored = MicroBatches(37, micro_batch=2, step=8, seed=3, first_epoch=0, lengths=lengths)
+    expected = {tuple(rows.tolist()) for rows in scored}
+    assert len(expected) == 19
+    for ranks, accumulation in ((1, 4), (2, 2), (4, 1)):
+        for epoch in range(3):
+            assert together(ranks, accumulation, epoch) == expected
 
 
 def test_file_round_trip(tmp_path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import host
 import pytest
 
-from axolotl_spin.training.batches import StepBatches
+from axolotl_spin.training.batches import MicroBatches
 
 pytestmark = pytest.mark.host
 
@@ -26,8 +26,8 @@ def test_hinge_and_sft_weight_at_the_first_step(tmp_path: Path) -> None:
     assert len(losses) == 2 * 10
     for iteration in range(2):
         rows = run.pairs(iteration).to_pylist()
-        steps = StepBatches(len(rows), micro_batch=2, accumulation=2, ranks=1, rank=0, seed=7, epoch=iteration)
-        first = [index for batch in list(steps)[:2] for index, _ in batch]
+        batches = MicroBatches(len(rows), micro_batch=2, step=4, seed=7, first_epoch=iteration)
+        first = [index for batch in list(batches)[:2] for index in batch.tolist()]
         per_token = [-rows[i]["opponent_chosen_logp"] / len(rows[i]["chosen_ids"]) for i in first]
         assert losses[10 * iteration] == pytest.approx(1 + 0.5 * sum(per_token) / 4, abs=1e-5)
         assert run.metrics(iteration)["loss_first"] == pytest.approx(1.0, abs=1e-6)
