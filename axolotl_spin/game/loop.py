@@ -33,6 +33,7 @@ from axolotl_spin.training.batches import MicroBatches, pair_loader
 from axolotl_spin.training.layout_check import settle_layout
 from axolotl_spin.training.layouts import PairCollator
 from axolotl_spin.training.policy import disable_dropout, nonfinite_weights
+from axolotl_spin.training.quantised import compute_as_in_training
 from axolotl_spin.training.scoring import Scorer
 from axolotl_spin.training.step import pair_losses
 
@@ -57,6 +58,7 @@ class Loop:
         policy = self.ranks.accelerator.unwrap_model(trainer.model)
         if switched_off := disable_dropout(policy):
             LOG.info(f"dropout is off, so that policy and opponent agree at step 0: {', '.join(switched_off)}")
+        compute_as_in_training(policy)
         generation, tokenizer = run.settings.generation, run.tokenizer
         pad = (tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id) or 0
         sampling = Sampling(generation.temperature, generation.top_p, generation.top_k, run.stop_tokens(policy))

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from axolotl_spin.training.quantised import by_mode, packed
+
 
 def disable_dropout(model: torch.nn.Module) -> list[str]:
     """Sets every dropout of a model to 0, LoRA's and attention's included, as the host's preference trainers do.
@@ -35,14 +37,16 @@ def disable_dropout(model: torch.nn.Module) -> list[str]:
 @contextmanager
 def frozen(model: Any) -> Iterator[None]:
     """Puts the policy into `eval()` as the opponent, and each part of it back afterwards; gradient checkpointing is not
-    touched."""
-    training = [module for module in model.modules() if module.training]
+    touched, and quantised layers go on computing as in training."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
+    for module, _ in modes:
+        module.training = by_mode(module)
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module, training in modes:
+            module.training = training
         if hasattr(model, "reshard"):  # FSDP2: a forward without backward leaves the root's parameters gathered
             model.reshard()
 
@@ -52,15 +56,25 @@ def nonfinite_weights(model: torch.nn.Module, frozen: bool = False) -> list[str]
 
     Args:
         model: The policy, wrapped or not. Of a sharded parameter only this rank's shard is read.
-        frozen: Read those too that are not trained (quantised ones hold integers, which are never wrong).
+        frozen: Read those too that are not trained, but for quantised storage, which holds no numbers.
     """
     found = []
     for name, parameter in model.named_parameters():
         if not (parameter.requires_grad or (frozen and parameter.is_floating_point())):
             continue
-        held = getattr(parameter, "ds_tensor", parameter)  # ZeRO-3 leaves the parameter itself empty
-        held = held.to_local() if hasattr(held, "to_local") else held  # FSDP2's DTensor
-        plain = type(held.data) is torch.Tensor and held.dtype.itemsize > 1  # quantised ones cannot be asked
-        if plain and not torch.isfinite(held.data).all():
+        held = held_by_this_rank(parameter)
+        plain = type(held) is torch.Tensor and held.dtype.itemsize > 1  # else a quantised one's storage
+        if plain and not torch.isfinite(held).all() and not packed(_owner(model, name), parameter):
             found.append(name)
     return found
+
+
+def held_by_this_rank(parameter: torch.Tensor) -> torch.Tensor:
+    """Returns what this rank holds of a parameter: its shard where it is sharded, without a copy."""
+    held = getattr(parameter, "ds_tensor", parameter)  # ZeRO-3 leaves the parameter itself empty
+    held = held.to_local() if hasattr(held, "to_local") else held  # FSDP2's DTensor
+    return held.data
+
+
+def _owner(model: torch.nn.Module, name: str) -> torch.nn.Module:
+    return model.get_submodule(name.rpartition(".")[0])

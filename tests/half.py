@@ -1,0 +1,23 @@
+"""Test-only plugins: half precision on a CPU, and 4-bit weights on a CPU as a GPU keeps them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from axolotl.integrations.base import BasePlugin
+
+
+class HalfPlugin(BasePlugin):
+    """Has the host compute in bf16 on a CPU, which it refuses by itself; the YAML says `bfloat16: true`."""
+
+    def get_training_args(self, cfg: Any) -> dict[str, Any]:
+        return {"use_cpu": True, "bf16": True}
+
+
+class PlainBitsPlugin(BasePlugin):
+    """Has bitsandbytes take this processor for one without AVX512-BF16, so that it never packs weights anew."""
+
+    def pre_model_load(self, cfg: Any) -> None:
+        import bitsandbytes.nn.modules
+
+        bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
