@@ -51,15 +51,24 @@ def completion_logps(model: Any, batch: Mapping[str, Tensor], in_head: bool = Fa
 
     if in_head:
         head = _causal_model(model).get_output_embeddings()
+        taken: list[Tensor] = []
+
+        def take(_: Any, __: Any, logits: Tensor) -> Tensor:
+            taken.append(log_probs(logits[0]))
+            return taken[0][None, :, None]
+
         hooks = [
             head.register_forward_pre_hook(lambda _, hidden: (needed(hidden[0])[None], *hidden[1:])),
-            head.register_forward_hook(lambda _, __, logits: log_probs(logits[0])[None, :, None]),
+            head.register_forward_hook(take),
         ]
         try:
-            token_logps = model(**inputs, **some, use_cache=False).logits[0, :, 0]
+            given = model(**inputs, **some, use_cache=False).logits[0, :, 0]
         finally:
             for hook in hooks:
                 hook.remove()
+        # FSDP2's mixed precision rounds what a forward gives to bf16. The gradient must pass through it all the same: the
+        # hooks of wrappers that gather weights for the backward pass sit there
+        token_logps = taken[0] + 0.0 * given.float()
     else:
         token_logps = log_probs(needed(model(**inputs, **some, use_cache=False).logits))
     lengths = batch["completion_lengths"]

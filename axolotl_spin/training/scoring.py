@@ -69,7 +69,7 @@ class Scorer:
                     scored[index] += 1
                     advance(len(rows))
                 elif coupled:
-                    forward(batches[-1])
+                    forward(batches[0])
         logps, scored = ranks.sum(logps), ranks.sum(scored)
         wrong = torch.nonzero(scored != 1).flatten().tolist()
         assert not wrong, f"{len(wrong)} pairs were not scored exactly once, the first are {wrong[:5]}"
