@@ -76,4 +76,4 @@ check:
 	$$environment/bin/mypy --python-executable $$environment/bin/python
 
 docs:
-	environment=$$(bash .ci/environment $(HOST)) && $$environment/bin/python tests/documents.py
+	environment=$$(bash .ci/environment $(HOST)) && PYTHONPATH=$(CURDIR) $$environment/bin/python tests/documents.py

@@ -128,7 +128,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "spin.yml").touch()
     for name in ("OUTPUT_DIR", "RUN_A", "RUN_B"):
         (tmp_path / name).mkdir()
-    for name in ("example_configs", "tests", ".ci", "pyproject.toml", "quickstart"):
+    for name in ("example_configs", "tests", ".ci"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
