@@ -5,6 +5,7 @@
 # make test-hosts   contract and end-to-end tests on every pinned host, one rank and two
 # make bench        compares speed and memory with what one would use otherwise; prints a table; over an hour (BENCH=--quick: minutes)
 # make check        style and types; rewrites nothing
+# make docs         writes the generated tables of the documentation anew
 SHELL := /bin/bash
 HOST ?= 0.19.0
 HOSTS ?= 0.19.0 0.21.0
@@ -16,7 +17,7 @@ export HF_HUB_OFFLINE ?= 1
 export AXOLOTL_DO_NOT_TRACK ?= 1
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test test-faults test-vllm test-hosts bench check
+.PHONY: quickstart test test-faults test-vllm test-hosts bench check docs
 
 quickstart: .venv/complete
 	.venv/bin/python example_configs/quickstart/prepare.py
@@ -73,3 +74,6 @@ check:
 	environment=$$(bash .ci/environment $(HOST)) && \
 	$$environment/bin/ruff check . && $$environment/bin/ruff format --check . && \
 	$$environment/bin/mypy --python-executable $$environment/bin/python
+
+docs:
+	environment=$$(bash .ci/environment $(HOST)) && PYTHONPATH=$(CURDIR) $$environment/bin/python tests/documents.py

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+import pytest
 import tiny
 import yaml
 from packaging.version import Version
@@ -45,6 +46,9 @@ FSDP2 = {
         "reshard_after_forward": True,
     },
 }
+
+
+EIGHT_H100 = {"bf16": True, "fp8": True, "tf32": True, "n_gpu": 8, "compute_capability": "sm_90"}
 
 
 def config(folder: Path, rows: int = 37, **changes: Any) -> dict[str, Any]:
@@ -145,6 +149,20 @@ class Run:
 
     def losses(self) -> list[float]:
         return [row["loss"] for row in self.logs() if "loss" in row]
+
+
+def validate(text: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs the host's own registration of plugins and validation, as on a machine with eight GPUs."""
+    import torch
+    from axolotl.utils.config import prepare_plugins, validate_config
+    from axolotl.utils.dict import DictDefault
+
+    monkeypatch.chdir(ROOT)  # paths in the examples are relative to the repository
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    cfg = DictDefault(yaml.safe_load(text))
+    prepare_plugins(cfg)
+    version = str(torch.__version__).split("+")[0]
+    return validate_config(cfg, capabilities=EIGHT_H100, env_capabilities={"torch_version": version})
 
 
 def loaded_a_model(out: Path) -> bool:

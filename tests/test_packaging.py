@@ -58,3 +58,17 @@ def test_the_wheel_holds_everything_and_registers(python: Path) -> None:
 def test_the_commands_work_from_the_wheel(python: Path) -> None:
     assert "plan" in run(python, "-m", "axolotl_spin", "--help")
     assert "Self-Play" in run(python, "-m", "axolotl.cli.main", "spin", "--help")
+
+
+def test_pip_show_names_python_and_host_versions(python: Path) -> None:
+    shown = run(python, "-m", "pip", "show", "-v", "axolotl-spin")
+    summary = next(line for line in shown.splitlines() if line.startswith("Summary: "))
+    for named in ("0.19 (Python 3.11)", "0.20 and 0.21 (Python 3.12)"):
+        assert named in summary
+    for version in ("3.11", "3.12"):
+        assert f"  Programming Language :: Python :: {version}\n" in shown
+    code = (
+        "import importlib.metadata as m; found = m.metadata('axolotl-spin');"
+        "print(found['Requires-Python'], found['Description-Content-Type'], found['License-Expression'])"
+    )
+    assert run(python, "-c", code).split() == [">=3.11", "text/markdown", "Apache-2.0"]
