@@ -342,6 +342,7 @@ READ_KEYS = (
     "max_steps", "warmup_steps", "warmup_ratio", "output_dir", "sequence_len", "seed", "world_size", "eot_tokens",
     "curriculum_sampling", "adapter", "axolotl_config_path", "device_map", "saves_per_epoch", "save_steps",
     "evals_per_epoch", "eval_steps", "deepspeed", "chat_template", "chat_template_jinja", "fsdp_version", "fsdp_config",
+    "revision_of_model", "chat_template_kwargs", "test_datasets",
 )  # fmt: skip
 
 

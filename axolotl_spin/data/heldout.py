@@ -9,6 +9,7 @@ from axolotl.utils.logging import get_logger
 
 from axolotl_spin.args import SpinConfig
 from axolotl_spin.data.prompts import prompt_features, prompts_of_row
+from axolotl_spin.data.turns import NO_MARKS, Marks
 
 LOG = get_logger(__name__)
 
@@ -36,7 +37,7 @@ def refuse_missing_data(settings: SpinConfig, cfg: Any) -> None:
         )
 
 
-def heldout_prompts(dataset: Any, settings: SpinConfig) -> Any:
+def heldout_prompts(dataset: Any, settings: SpinConfig, marks: Marks = NO_MARKS) -> Any:
     """Takes prompts and human answers from the host's prepared evaluation dataset.
 
     Rows without a prompt or without a labelled token are left out: the host's `eval_loss` may use them, but there is
@@ -45,6 +46,7 @@ def heldout_prompts(dataset: Any, settings: SpinConfig) -> Any:
     Args:
         dataset: A `datasets.Dataset` with `input_ids` and `labels`, or None.
         settings: The `spin` block.
+        marks: See `prompts_of_row`.
 
     Returns:
         A `datasets.Dataset` with `prompt_ids`, `chosen_ids` (list<int32>) and `row` (index of the source row), of at most
@@ -63,7 +65,7 @@ def heldout_prompts(dataset: Any, settings: SpinConfig) -> Any:
     for row in np.random.Generator(np.random.Philox(key=_ORDER)).permutation(len(dataset)).tolist():
         source = dataset[row]
         try:
-            prompts = prompts_of_row(source["input_ids"], source["labels"], settings.turns)
+            prompts = prompts_of_row(source["input_ids"], source["labels"], settings.turns, marks)
         except ValueError:
             prompts = []
         unfit += not prompts

@@ -18,6 +18,7 @@ from filelock import FileLock
 
 from axolotl_spin import uclaml
 from axolotl_spin.data.initial_pairs import GivenPairs, naming
+from axolotl_spin.data.marks import declared_ends, special_tokens, turn_marks
 from axolotl_spin.data.pairs import BATCH_ROWS
 from axolotl_spin.data.prompts import Prompt, prompts_of_row
 
@@ -145,13 +146,13 @@ def _load(source: str) -> Any:
 def _tokenised(rows: Dataset, cfg: Any, tokenizer: Any) -> Dataset:
     """Tokenises the rows once; later starts, and other ranks, find the result in the cache of `datasets`."""
     entry = _template_entry(cfg)
-    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    special, marks = special_tokens(tokenizer), turn_marks(cfg, tokenizer, declared_ends(cfg, tokenizer))
     sequence_len = int(cfg.sequence_len)
     strategy = uclaml.load(tokenizer, cfg, entry)
 
     def tokenize(messages: list[dict[str, Any]]) -> Prompt | None:
         row = strategy.tokenize_prompt({"real": messages})
-        prompts = prompts_of_row(row["input_ids"], row["labels"])
+        prompts = prompts_of_row(row["input_ids"], row["labels"], marks=marks)
         return prompts[-1] if prompts else None
 
     def convert(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
@@ -169,7 +170,7 @@ def _tokenised(rows: Dataset, cfg: Any, tokenizer: Any) -> Dataset:
 
     names = [name for name in ("real", "generated", "finish_reason") if name in rows.column_names]
     template = strategy.prompter.chat_template
-    parts = (rows._fingerprint, _content(tokenizer), template, entry, sequence_len, cfg.eot_tokens, "version 1")
+    parts = (rows._fingerprint, _content(tokenizer), template, entry, sequence_len, cfg.eot_tokens, marks, "version 2")
     fingerprint = Hasher.hash(tuple(str(part) for part in parts))
     rows = rows.select_columns(names)
     folders = {Path(file["filename"]).parent for file in rows.cache_files}

@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from axolotl_spin.data.answers import flat, identical
+from axolotl_spin.data.endings import last_ids
 from axolotl_spin.data.pairs import BATCH_ROWS, SCHEMA
 from axolotl_spin.data.staging import STAGED
 
@@ -64,8 +65,9 @@ class GivenPairs:
                 _check_rows(batch, rows, vocabulary, sequence_len)
                 chosen, rejected = (flat(batch[name]) for name in ("chosen_ids", "rejected_ids"))
                 learnable |= not identical(chosen, rejected).all()
-                ended = pc.equal(batch["finish_reason"], "stop").to_numpy(zero_copy_only=False)
-                answered |= bool((rejected[1] > ended).any())
+                # one token is an empty answer's end where the human's ends with it too
+                alone = last_ids(batch["rejected_ids"]) == last_ids(batch["chosen_ids"])
+                answered |= bool((rejected[1] > alone).any())
                 _add(digest, batch)
                 tokens += sum(len(batch[name].flatten()) for name in IDS)
                 rows += len(batch)
@@ -177,10 +179,12 @@ def _check_rows(batch: pa.RecordBatch, first: int, vocabulary: int, sequence_len
         refuse(pc.is_null(batch[name]).to_numpy(zero_copy_only=False), f"has no {name}")
     reasons = pc.is_in(batch["finish_reason"], pa.array(["stop", "length"])).to_numpy(zero_copy_only=False)
     refuse(~reasons, "has a finish_reason that is neither `stop` nor `length`")
-    lengths = {}
+    stopped, lengths = pc.equal(batch["finish_reason"], "stop").to_numpy(zero_copy_only=False), {}
     for name in IDS:
         ids, lengths[name] = flat(batch[name])
-        refuse(lengths[name] == 0, f"has no token in {name}")
+        # an answer that is nothing but its end has no token where the human's has no end
+        empty = lengths[name] == 0
+        refuse(empty & ~stopped if name == "rejected_ids" else empty, f"has no token in {name}")
         row = np.repeat(np.arange(len(batch)), lengths[name])
         wrong = np.bincount(row, weights=(ids < 0) | (ids >= vocabulary), minlength=len(batch)) > 0
         refuse(

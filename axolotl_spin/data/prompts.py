@@ -1,20 +1,19 @@
 """The prompt strategy: rows of the host's SFT tokenisation become (prompt, human answer) pairs, token for token.
 
-The answer is a labelled span, the prompt all that stands before it, generation header included. So the prompt that the
-opponent answers is the one SFT trains on, and the answer keeps the end-of-turn token that SFT trains.
+The answer is a trained assistant turn, the prompt all that stands before it, generation header included. So the prompt
+that the opponent answers is the one SFT trains on, and the answer keeps the end-of-turn token that SFT trains.
 """
 
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-IGNORED = -100  # the label of tokens that SFT does not train (torch.nn.CrossEntropyLoss)
+from axolotl_spin.data.turns import NO_MARKS, Marks, UnclearTurnsError, answer_spans
 
 Turns = Literal["last", "all"]
 
@@ -26,36 +25,25 @@ class Prompt(NamedTuple):
     chosen_ids: list[int]
 
 
-def labelled_spans(labels: Sequence[int]) -> list[tuple[int, int]]:
-    """Returns the runs of labelled tokens as (start, end) with `end` exclusive, in order."""
-    spans: list[tuple[int, int]] = []
-    start: int | None = None
-    for position, label in enumerate(labels):
-        if label != IGNORED and start is None:
-            start = position
-        elif label == IGNORED and start is not None:
-            spans.append((start, position))
-            start = None
-    if start is not None:
-        spans.append((start, len(labels)))
-    return spans
-
-
-def prompts_of_row(input_ids: Sequence[int], labels: Sequence[int], turns: Turns = "last") -> list[Prompt]:
-    """Splits one SFT row at its labelled spans.
+def prompts_of_row(
+    input_ids: Sequence[int], labels: Sequence[int], turns: Turns = "last", marks: Marks = NO_MARKS
+) -> list[Prompt]:
+    """Splits one SFT row at its trained turns.
 
     Args:
         input_ids: The row's tokens.
         labels: As many labels, -100 where SFT does not train.
-        turns: `last` takes the last labelled span as the answer; `all` makes a pair of each.
+        turns: `last` takes the last trained turn as the answer; `all` makes a pair of each.
+        marks: By what turns are told apart; without any, each run of labels is one.
 
     Returns:
         The row's pairs, in order; none where nothing is labelled.
 
     Raises:
-        ValueError: A span starts at token 0, so there is no prompt before it.
+        UnclearTurnsError: The tokens do not tell which labels belong to one turn.
+        ValueError: A turn starts at token 0, so there is no prompt before it.
     """
-    spans = labelled_spans(labels)
+    spans = answer_spans(input_ids, labels, marks)
     if turns == "last":
         spans = spans[-1:]
     if spans and spans[0][0] == 0:
@@ -63,13 +51,14 @@ def prompts_of_row(input_ids: Sequence[int], labels: Sequence[int], turns: Turns
     return [Prompt(list(input_ids[:start]), list(input_ids[start:end])) for start, end in spans]
 
 
-def prompt_dataset(dataset: Any, *, turns: Turns, max_prompts: int | None = None) -> Any:
+def prompt_dataset(dataset: Any, *, turns: Turns, max_prompts: int | None = None, marks: Marks = NO_MARKS) -> Any:
     """Turns the host's prepared SFT dataset into prompts.
 
     Args:
         dataset: A `datasets.Dataset` with `input_ids` and `labels`.
         turns: See `prompts_of_row`.
         max_prompts: Keep only the first so many pairs.
+        marks: See `prompts_of_row`.
 
     Returns:
         A `datasets.Dataset` with `prompt_ids`, `chosen_ids` (list<int32>) and `row` (index of the source row).
@@ -86,13 +75,15 @@ def prompt_dataset(dataset: Any, *, turns: Turns, max_prompts: int | None = None
     if len(dataset) == 0:
         raise ValueError("the prepared dataset is empty: check `datasets:`, `sequence_len` and `val_set_size`")
     if turns == "last" and max_prompts is not None:
-        dataset = _first_with_labels(dataset, max_prompts)
+        dataset = _first_with_answers(dataset, max_prompts, marks)
 
     def split(batch: dict[str, list], rows: list[int]) -> dict[str, list]:
         columns: dict[str, list] = {"prompt_ids": [], "chosen_ids": [], "row": []}
         for row, input_ids, labels in zip(rows, batch["input_ids"], batch["labels"], strict=True):
             try:
-                prompts = prompts_of_row(input_ids, labels, turns)
+                prompts = prompts_of_row(input_ids, labels, turns, marks)
+            except UnclearTurnsError as error:
+                raise ValueError(f"row {row} of the prepared dataset: {error}") from None
             except ValueError as error:
                 raise ValueError(
                     f"row {row} of the prepared dataset: {error}. SPIN needs a prompt to answer: use a dataset `type` "
@@ -117,7 +108,7 @@ def prompt_dataset(dataset: Any, *, turns: Turns, max_prompts: int | None = None
     )
     if len(prompts) == 0:
         raise ValueError(
-            "no row of the prepared dataset has a labelled token, so there is no human answer to train on: check "
+            "no row of the prepared dataset has a labelled answer, so there is nothing to train on: check "
             "`roles_to_train`, `train_on_inputs` and the chat template"
         )
     return prompts.select(range(min(len(prompts), max_prompts or len(prompts))))
@@ -144,33 +135,14 @@ def token_counts(dataset: Any, column: str) -> np.ndarray:
     return np.concatenate([np.zeros(0, dtype=np.int64), *counts])
 
 
-def _first_with_labels(dataset: Any, count: int) -> Any:
-    """Cuts a dataset after its first `count` rows that have a label, so that the rest need not be read."""
+def _first_with_answers(dataset: Any, count: int, marks: Marks) -> Any:
+    """Cuts a dataset after its first `count` rows that have an answer, so that the rest need not be read."""
     found = 0
-    for index, labels in enumerate(dataset["labels"]):
-        found += any(label != IGNORED for label in labels)
+    for index, row in enumerate(dataset.select_columns(["input_ids", "labels"])):
+        try:
+            found += bool(answer_spans(row["input_ids"], row["labels"], marks))
+        except UnclearTurnsError:
+            found += 1  # which is refused when it is split
         if found == count:
             return dataset.select(range(index + 1))
     return dataset
-
-
-def stop_token_ids(
-    chosen_ids: Iterable[Sequence[int]], *, eos: Iterable[int], special: Iterable[int]
-) -> tuple[int, ...]:
-    """Returns the tokens that end an answer.
-
-    They are the model's and tokenizer's end-of-sequence tokens, and the special token with which most human answers
-    end (the template's end-of-turn token): a model trained on it must be able to stop with it.
-
-    Args:
-        chosen_ids: Human answers, or a sample of them.
-        eos: End-of-sequence ids of the model's generation config and the tokenizer.
-        special: The tokenizer's special and added token ids.
-    """
-    stop = set(eos)
-    last = Counter(ids[-1] for ids in chosen_ids if len(ids))
-    if last:
-        token, count = last.most_common(1)[0]
-        if token in set(special) and 2 * count > sum(last.values()):
-            stop.add(token)
-    return tuple(sorted(stop))

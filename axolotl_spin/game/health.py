@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from axolotl_spin.args import DEFAULT_MAX_NEW_TOKENS
 from axolotl_spin.data.answers import flat, identical, monotone
+from axolotl_spin.data.endings import last_ids
 from axolotl_spin.data.pairs import BATCH_ROWS
 
 LOG = get_logger(__name__)
@@ -95,12 +97,13 @@ class AnswerCounts:
         }
 
 
-def count_answers(pairs: pa.Table, iteration: int) -> AnswerCounts:
+def count_answers(pairs: pa.Table, iteration: int, stops: Sequence[int]) -> AnswerCounts:
     """Counts, a piece of the table at a time.
 
     Args:
         pairs: With `chosen_ids`, `rejected_ids`, `finish_reason` and `generated_in`.
         iteration: Whose opponent answered.
+        stops: Tokens that end an answer.
     """
     counts = np.zeros(8, dtype=np.int64)
     all_identical, first = True, None
@@ -108,6 +111,7 @@ def count_answers(pairs: pa.Table, iteration: int) -> AnswerCounts:
         new = pc.equal(batch["generated_in"], iteration).to_numpy(zero_copy_only=False)
         chosen, rejected = flat(batch["chosen_ids"]), flat(batch["rejected_ids"])
         ended = pc.equal(batch["finish_reason"], "stop").to_numpy(zero_copy_only=False)
+        end_alone = (rejected[1] == 1) & np.isin(last_ids(batch["rejected_ids"]), stops)
         alike = identical(chosen, rejected)
         all_identical &= bool(alike.all())
         counts += [
@@ -117,7 +121,7 @@ def count_answers(pairs: pa.Table, iteration: int) -> AnswerCounts:
                 rejected[1],
                 chosen[1],
                 ~ended,
-                rejected[1] - ended <= 0,  # nothing but its end token
+                (rejected[1] == 0) | end_alone,
                 alike,
                 monotone(rejected),
                 monotone(chosen),

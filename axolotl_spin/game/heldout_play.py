@@ -18,6 +18,7 @@ from accelerate.utils import gather_object
 from axolotl.utils.logging import get_logger
 
 from axolotl_spin.data.answers import distinct_2
+from axolotl_spin.data.endings import end_alike
 from axolotl_spin.data.pairs import PairDataset
 from axolotl_spin.disk.atomic import MARK, write_whole
 from axolotl_spin.generation.backend import Completion, Sampling
@@ -126,11 +127,13 @@ class HeldOutPlay:
         with frozen(model):
             answers = self._answer(model, name, number)
             columns = self.run.heldout.with_format("arrow")[:].combine_chunks()
+            own = pa.array([answer.ids for answer in answers], type=_IDS)
+            human = columns["chosen_ids"].combine_chunks()
             pairs = pa.table(
                 {
                     "prompt_ids": columns["prompt_ids"].combine_chunks(),
-                    "chosen_ids": columns["chosen_ids"].combine_chunks(),
-                    "rejected_ids": pa.array([answer.ids for answer in answers], type=_IDS),
+                    "chosen_ids": human,
+                    "rejected_ids": end_alike(human, own, self.sampling.stop_token_ids),
                 }
             )
             dataset = PairDataset(pairs)
@@ -201,18 +204,21 @@ def measure(table: pa.Table, stop_token_ids: Sequence[int]) -> dict[str, float]:
     own_ids = table["own_ids"].to_pylist()
     human_lengths = np.array([len(ids) for ids in table["human_ids"].to_pylist()])
     own_lengths = np.array([len(ids) for ids in own_ids])
-    human = table["human_logp"].to_numpy() / human_lengths
-    own = table["own_logp"].to_numpy() / own_lengths
+    answered = own_lengths > 0  # an empty answer whose end takes no part has no token to be likely
+    human = (table["human_logp"].to_numpy() / human_lengths)[answered]
+    own = table["own_logp"].to_numpy()[answered] / own_lengths[answered]
     figures = {
         "spin/heldout_length": float(own_lengths.mean()),
         "spin/heldout_human_length": float(human_lengths.mean()),
     }
-    if np.isfinite(human).all() and np.isfinite(own).all():
+    if not answered.any():
+        LOG.warning("held-out play: all own answers are empty, so there is no margin and no AUC")
+    elif np.isfinite(human).all() and np.isfinite(own).all():
         figures["spin/heldout_margin"] = float((human - own).mean())
         figures["spin/heldout_auc"] = auc(human, own)
     else:
         LOG.warning("held-out play: log-probs are NaN or infinite, so there is no margin and no AUC")
-    distinct = distinct_2([ids[:-1] if ids[-1] in stop_token_ids else ids for ids in own_ids])
+    distinct = distinct_2([ids[:-1] if ids and ids[-1] in stop_token_ids else ids for ids in own_ids])
     return figures if distinct is None else {**figures, "spin/heldout_distinct_2": distinct}
 
 

@@ -70,7 +70,7 @@ class Loop:
         backend = chosen_backend(
             generation, run.served, run.directory, self.ranks, sampling, pad, save=save, optimizer=optimizer
         )
-        self.self_play = SelfPlay(run, self.ranks, backend, scorer, self.batches)
+        self.self_play = SelfPlay(run, self.ranks, backend, scorer, self.batches, sampling.stop_token_ids)
         self.held_out = HeldOutPlay(run, trainer, self.ranks, sampling, pad, scorer)
         self._pairs: PairDataset | None = None
         self._layout_settled = self._first_step_due = False

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from axolotl_spin.data.endings import pairs_end_alike
 from axolotl_spin.data.initial_pairs import GivenPairs
 from axolotl_spin.data.pairs import LOGPS, SCHEMA, PairDataset, read_batches, read_pairs, with_texts, write_pairs
 from axolotl_spin.data.staging import STAGED, AnswerStore, read_staged, write_staged
@@ -44,6 +45,7 @@ class SelfPlay:
         backend: Answers prompts.
         scorer: Scores pairs.
         batches: Returns the micro-batches in which an iteration's pairs will be trained on.
+        stops: Tokens that end an answer.
     """
 
     def __init__(
@@ -53,12 +55,14 @@ class SelfPlay:
         backend: Backend,
         scorer: Scorer,
         batches: Callable[[PairDataset, IterationPlan], Sequence[np.ndarray]],
+        stops: Sequence[int],
     ):
         self.run = run
         self.ranks = ranks
         self.backend = backend
         self.scorer = scorer
         self.batches = batches
+        self.stops = stops
 
     def begin(self, entry: IterationPlan, model: Any, fresh: bool = True) -> tuple[PairDataset, Figures]:
         """Freezes the policy as the opponent and makes the iteration's pairs, or reads those already made.
@@ -166,7 +170,7 @@ class SelfPlay:
             answers.add(found)
         rows = 0
         for batch in answers.paired(self.run.prompts, entry.iteration):
-            yield batch
+            yield pairs_end_alike(batch, self.stops)
             rows += len(batch)
         if entry.kept_rows:
             for batch in self._kept(self.run.plan.iterations[entry.iteration - 1]):
@@ -177,7 +181,9 @@ class SelfPlay:
     def _take(self, given: GivenPairs, entry: IterationPlan) -> tuple[PairDataset, Figures]:
         """Takes the iteration's pairs from `spin.initial_pairs`, still without the opponent's log-probs."""
         staged = self.run.directory.staged(entry.iteration)
-        self.ranks.on_main(lambda: write_staged(staged, given.staged()))
+        self.ranks.on_main(
+            lambda: write_staged(staged, (pairs_end_alike(batch, self.stops) for batch in given.staged()))
+        )
         pairs = PairDataset(read_staged(staged))
         counts = self._count(pairs, entry)
         self.ranks.say(f"iteration {entry.iteration}: took {entry.new_rows} pairs from {given.source}")
@@ -186,7 +192,7 @@ class SelfPlay:
     def _count(self, pairs: PairDataset, entry: IterationPlan) -> Figures:
         """Returns lengths and fractions of the iteration's answers, after checking that they teach something."""
         settings = self.run.settings
-        counts = self.ranks.on_main(lambda: count_answers(pairs.table, entry.iteration))
+        counts = self.ranks.on_main(lambda: count_answers(pairs.table, entry.iteration, self.stops))
         findings = check_answers(
             counts,
             entry.iteration,

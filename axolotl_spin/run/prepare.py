@@ -5,16 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from axolotl.utils.logging import get_logger
+
 from axolotl_spin.args import SpinConfig
 from axolotl_spin.compat import text_config
+from axolotl_spin.data.endings import Endings, count_endings, describe_endings, refuse_endless, stop_token_ids
 from axolotl_spin.data.heldout import heldout_prompts
 from axolotl_spin.data.initial_pairs import GivenPairs, pairs_file, read_file
-from axolotl_spin.data.prompts import prompt_dataset, stop_token_ids, token_counts
+from axolotl_spin.data.marks import declared_ends, end_ids, special_tokens, turn_marks
+from axolotl_spin.data.prompts import prompt_dataset, token_counts
 from axolotl_spin.disk.atomic import write_json
 from axolotl_spin.disk.directory import RunDirectory
 from axolotl_spin.generation.vllm.served import ServedModel, served_model
 from axolotl_spin.run.identity import Identity, identify
 from axolotl_spin.run.plan import Plan, make_plan
+
+LOG = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,8 @@ class SpinRun:
         sequence_len: The host's, in tokens.
         seed: Of shuffling and, unless `spin.generation.seed` is set, of sampling.
         shuffle: False with the host's `curriculum_sampling`.
-        eot_tokens: The host's `eot_tokens`, which end an answer as well.
+        stops: Tokens that end an answer, as far as they are known before the model loads.
+        endings: How human answers end.
         launch: Ranks and sharding.
         sample_packing: The host's key; False asks for padded batches.
         served: What vLLM serves; None with another backend.
@@ -61,7 +68,8 @@ class SpinRun:
     sequence_len: int
     seed: int
     shuffle: bool
-    eot_tokens: tuple[str, ...]
+    stops: tuple[int, ...]
+    endings: Endings
     launch: Launch
     sample_packing: bool | None
     served: ServedModel | None = None
@@ -75,17 +83,12 @@ class SpinRun:
         return self.seed if seed is None else seed
 
     def stop_tokens(self, model: Any) -> tuple[int, ...]:
-        """Returns the tokens that end an answer (see `stop_token_ids`).
+        """Returns the tokens that end an answer.
 
         Args:
-            model: The policy, whose generation config may name more of them than the tokenizer.
+            model: The policy, whose generation config may name more of them than were known before it was loaded.
         """
-        eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-        eos = list(eos) if isinstance(eos, (list, tuple)) else [eos]
-        eos += [self.tokenizer.eos_token_id, *self.tokenizer.convert_tokens_to_ids(list(self.eot_tokens))]
-        sample = self.prompts.select(range(min(1000, len(self.prompts))))["chosen_ids"]
-        special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
-        return stop_token_ids(sample, eos=[token for token in eos if token is not None], special=special)
+        return tuple(sorted({*self.stops, *end_ids(getattr(model, "generation_config", None))}))
 
     def write_plan(self, completed: bool = False) -> None:
         """Writes `plan.json`. Call it on one rank.
@@ -112,9 +115,18 @@ def prepare_run(
         eval_dataset: The host's held-out rows, with the same columns, or None.
 
     Raises:
-        ValueError: The data leaves nothing to train on (see `prompt_dataset`), or the held-out rows nothing to play on.
+        ValueError: The data leaves nothing to train on (see `prompt_dataset`), no human answer has an end (see
+            `refuse_endless`), or the held-out rows leave nothing to play on.
     """
-    prompts = prompt_dataset(train_dataset, turns=settings.turns, max_prompts=settings.max_prompts)
+    ends, special = declared_ends(cfg, tokenizer), special_tokens(tokenizer)
+    marks = turn_marks(cfg, tokenizer, ends)
+    prompts = prompt_dataset(train_dataset, turns=settings.turns, max_prompts=settings.max_prompts, marks=marks)
+    known: dict[str, Any] = {"special": special, "sequence_len": int(cfg.sequence_len)}
+    stops = stop_token_ids(prompts, ends=ends, **known)
+    endings = count_endings(prompts, train_dataset, stops=stops, **known)
+    refuse_endless(endings, cfg, tokenizer, stops)
+    if line := describe_endings(endings, cfg, tokenizer):
+        LOG.warning(line)
     given = _given_pairs(cfg, settings, tokenizer)
     ranks = int(cfg.world_size or 1)
     global_batch = cfg.micro_batch_size * cfg.gradient_accumulation_steps * ranks
@@ -139,14 +151,15 @@ def prepare_run(
         sequence_len=int(cfg.sequence_len),
         seed=int(cfg.seed if cfg.seed is not None else 42),
         shuffle=not cfg.curriculum_sampling,
-        eot_tokens=tuple(cfg.eot_tokens or ()),
+        stops=stops,
+        endings=endings,
         launch=Launch(ranks, _sharding(cfg)),
         sample_packing=cfg.sample_packing,
         served=served_model(cfg, settings, token_counts(prompts, "prompt_ids"))
         if settings.generation.backend == "vllm"
         else None,
         given=given,
-        heldout=heldout_prompts(eval_dataset, settings),
+        heldout=heldout_prompts(eval_dataset, settings, marks),
     )
 
 

@@ -50,5 +50,5 @@ def pair_losses(
     losses = spin.losses
     if sft_weight:
         losses = losses - sft_weight * chosen / batch["completion_lengths"].chunk(2)[0]
-    drift = (logps.detach() - batch["opponent_logps"]).abs() / batch["completion_lengths"]
+    drift = (logps.detach() - batch["opponent_logps"]).abs() / batch["completion_lengths"].clamp(min=1)
     return PairLosses(spin, losses, logps, drift, batch["weight"].to(losses.dtype))

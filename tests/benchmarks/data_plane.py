@@ -148,6 +148,7 @@ def exercise(folder: Path, count: int) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     from axolotl_spin.args import SpinConfig
+    from axolotl_spin.data.endings import Endings
     from axolotl_spin.data.prompts import prompt_dataset
     from axolotl_spin.disk.directory import RunDirectory
     from axolotl_spin.game.self_play import SelfPlay
@@ -187,10 +188,10 @@ def exercise(folder: Path, count: int) -> dict[str, Any]:
         run = SpinRun(
             settings=settings, prompts=prompts, plan=plan, directory=RunDirectory(work / "out"),
             identity=Identity({"data": content}, {}, [asdict(entry) for entry in plan.iterations]),
-            tokenizer=tokenizer, sequence_len=2048, seed=7, shuffle=True, eot_tokens=(),
+            tokenizer=tokenizer, sequence_len=2048, seed=7, shuffle=True, stops=(2,), endings=Endings(count, 0, 0, None),
             launch=Launch(1, None), sample_packing=None,
         )  # fmt: skip
-        play: Any = SelfPlay(run, Ranks(accelerator), air, air, composed)  # type: ignore[arg-type]
+        play: Any = SelfPlay(run, Ranks(accelerator), air, air, composed, run.stops)  # type: ignore[arg-type]
         with timed("begin"):
             play.begin(plan.iterations[0], model)
         with timed("load"):

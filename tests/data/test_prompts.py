@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from datasets import Dataset
 
-from axolotl_spin.data.prompts import labelled_spans, prompt_dataset, prompts_of_row, stop_token_ids
+from axolotl_spin.data.prompts import prompt_dataset, prompts_of_row
+from axolotl_spin.data.turns import labelled_spans
 from axolotl_spin.uclaml import check_row
 
 X = -100
@@ -59,14 +60,6 @@ def test_dataset_of_prompts() -> None:
 def test_useless_datasets_are_refused(dataset: Dataset, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         prompt_dataset(dataset, turns="last")
-
-
-def test_stop_tokens() -> None:
-    """eos, and the special token with which most answers end; an ordinary last token does not stop generation."""
-    assert stop_token_ids([[5, 9], [6, 9], [7, 8]], eos=[2], special=[9]) == (2, 9)
-    assert stop_token_ids([[5, 9], [6, 9]], eos=[2], special=[]) == (2,)
-    assert stop_token_ids([[5, 9], [6, 7]], eos=[2], special=[9]) == (2,)
-    assert stop_token_ids([], eos=[2, 3], special=[9]) == (2, 3)
 
 
 def test_authors_rows_are_checked() -> None:

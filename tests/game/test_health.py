@@ -51,7 +51,7 @@ def pairs(rejected: list[list[int]], chosen: list[list[int]] | None = None, iter
 
 
 def found(table: pa.Table, iteration: int = 0, sft_weight: float = 0.0) -> list[tuple[bool, str]]:
-    counts = count_answers(table, iteration)
+    counts = count_answers(table, iteration, [END])
     findings = check_answers(counts, iteration, sft_weight=sft_weight, max_new_tokens=8, sample="some text")
     return [(finding.fatal, finding.text) for finding in findings]
 
@@ -102,7 +102,7 @@ def test_shares_are_those_of_a_plain_count() -> None:
     own[3] = [END]
     table = pairs(own, human)
     table = pa.concat_tables([table[:150], table[150:], pairs([[7, 7]] * 5, iteration=1)])
-    counts = count_answers(table, 0)
+    counts = count_answers(table, 0, [END])
     repeated = [[len(ids) > 0 and len(set(ids[:-1] or ids)) == 1 for ids in each] for each in (own, human)]
     assert (counts.pairs, counts.new, counts.all_identical, counts.first) == (405, 400, False, own[0])
     assert counts.rejected_tokens == sum(map(len, own)) and counts.chosen_tokens == sum(map(len, human))
@@ -111,7 +111,7 @@ def test_shares_are_those_of_a_plain_count() -> None:
     assert counts.empty == sum(ids in ([], [END]) for ids in own) > 1
     assert counts.cut == 399
     assert counts.shares()["spin/rejected_length"] == counts.rejected_tokens / 400
-    later = count_answers(table, 1)
+    later = count_answers(table, 1, [END])
     assert (later.new, later.rejected_monotone, later.first) == (5, 5, [7, 7])
 
 

@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 
-from axolotl_spin.training.layouts import PairCollator
+from axolotl_spin.training.layouts import Layout, PairCollator
 from axolotl_spin.training.logprobs import completion_logps
 from axolotl_spin.training.loss import spin_loss
 from axolotl_spin.training.policy import disable_dropout
@@ -46,6 +46,16 @@ def test_sums_over_the_completion_whatever_the_padding(pad: int) -> None:
     # a row's value does not depend on its neighbours
     alone = [completion_logps(model, PairCollator(pad)([row])).tolist() for row in rows]
     assert found.tolist() == pytest.approx([a[0] for a in alone] + [a[1] for a in alone], abs=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
+def test_an_empty_answer_has_a_log_prob_of_0(layout: Layout) -> None:
+    """An answer that is nothing but its end has no token where the end takes no part."""
+    model, rows = tiny.model(47).eval(), pairs()
+    rows[1]["rejected_ids"] = rows[4]["rejected_ids"] = []
+    expected = [plain_logp(model, r["prompt_ids"], r[kind]) for kind in ("chosen_ids", "rejected_ids") for r in rows]
+    assert expected[7] == expected[10] == 0
+    assert completion_logps(model, PairCollator(0, layout)(rows)).tolist() == pytest.approx(expected, abs=1e-4)
 
 
 def real_rows(tokenizer) -> list[dict]:

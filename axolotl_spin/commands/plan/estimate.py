@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from axolotl_spin.commands.plan.lengths import describe_lengths, limits, repeate
 from axolotl_spin.commands.plan.memory import Load, ModelSize, estimate_memory, model_size
 from axolotl_spin.commands.plan.timing import Measured, Rate, Tokens, estimate_time, measure
 from axolotl_spin.compat import text_config
+from axolotl_spin.data.endings import describe_endings
 from axolotl_spin.data.prompts import token_counts
 from axolotl_spin.disk.atomic import DamagedFileError, read_json
 from axolotl_spin.run.prepare import SpinRun
@@ -48,7 +49,7 @@ def plan_run(config: str, given: Given) -> tuple[SpinRun, dict[str, Any]]:
 
     Returns:
         The run, and everything that is known of it as plain JSON: `plan.json`'s content and `tokens`, `lengths`, `cut`,
-        `memory`, `time`, `folder` and `advice`.
+        `endings`, `memory`, `time`, `folder` and `advice`.
 
     Raises:
         click.ClickException: The config or its data is not valid.
@@ -77,6 +78,7 @@ def plan_run(config: str, given: Given) -> tuple[SpinRun, dict[str, Any]]:
             "human_answers_beyond_limit": int((answers > longest).sum()),
             "prompts_with_less_room": int((longest < most).sum()),
         },
+        "endings": {**asdict(run.endings), "text": describe_endings(run.endings, cfg, run.tokenizer)},
         "memory": memory,
         "time": estimate_time(run.plan, tokens, measured),
         "folder": _folder(run),

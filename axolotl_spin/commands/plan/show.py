@@ -21,7 +21,7 @@ def plan_lines(plan: Plan, figures: dict[str, Any]) -> list[Any]:
     parts: list[Any] = [plan_table(plan), ""]
     for name, lengths in figures["lengths"].items():
         parts += _histogram(name.replace("_", " "), lengths)
-    parts += ["", *_cut(figures["cut"]), ""]
+    parts += ["", *_cut(figures["cut"]), *filter(None, [figures["endings"]["text"]]), ""]
     parts += [*_memory(figures["memory"]), "", *_time(figures), ""]
     folder = figures["folder"]
     parts.append(f"output_dir {folder['output_dir']} holds {folder['holds']}" + (":" if "changes" in folder else ""))

@@ -1,0 +1,128 @@
+"""With which tokens answers end, and that both of a pair end alike."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import host
+import numpy as np
+import pyarrow as pa
+import pytest
+import tiny
+from datasets import Dataset
+from rows import jsonl, load
+
+from axolotl_spin.data.endings import Endings, count_endings, end_alike, stop_token_ids
+
+IDS = pa.list_(pa.int32())
+
+
+def test_both_end_alike_by_hand() -> None:
+    """The end 9 is taken off where the human has none; what was cut stays as it is; an answer may be empty then."""
+    human = pa.array([[5, 9], [5], [5], [5, 6], [5]], type=IDS)
+    own = pa.array([[6, 9], [6, 9], [6, 6], [9], []], type=IDS)
+    assert end_alike(human, own, [2, 9]).to_pylist() == [[6, 9], [6], [6, 6], [], []]
+    assert end_alike(human, own, []).to_pylist() == own.to_pylist()
+    assert end_alike(human[1:3], own[1:3], [9]).to_pylist() == [[6], [6, 6]]
+
+
+def prompts(answers: list[list[int]], prompt: int = 1) -> Dataset:
+    return Dataset.from_dict(
+        {"prompt_ids": [[4] * prompt] * len(answers), "chosen_ids": answers, "row": list(range(len(answers)))}
+    )
+
+
+def stops(answers: list[list[int]], special: list[int], sequence_len: int = 99) -> tuple[int, ...]:
+    return stop_token_ids(prompts(answers), ends=[2], special=special, sequence_len=sequence_len)
+
+
+def test_stop_tokens() -> None:
+    """Every special token that ends a noticeable share of the answers; an ordinary last token does not stop one."""
+    assert stops([[5, 9]] * 7 + [[5, 8]] * 3, [8, 9]) == (2, 8, 9)
+    assert stops([[5, 9]] * 7 + [[5, 8]] * 3, [9]) == (2, 9)
+    assert stops([[5, 9]] * 990 + [[5, 8]] * 10, [8, 9]) == (2, 8, 9)
+    assert stops([[5, 9]] * 995 + [[5, 8]] * 5, [8, 9]) == (2, 9)
+    assert stops([[5]], []) == (2,)
+
+
+def test_a_mark_inside_answers_stops_none() -> None:
+    """8 stands inside answers more often than at their end; and where an answer is cut, any token may be its last."""
+    assert stops([[5, 8, 5, 8, 5, 9]] * 9 + [[5, 8]] * 3, [8, 9]) == (2, 9)
+    assert stops([[5, 9]] * 9 + [[5, 5, 8]], [8, 9], sequence_len=4) == (2, 9)
+
+
+def test_endings_are_counted() -> None:
+    """Of six answers, two end, one is cut at five tokens, and behind the others 8 stands, or nothing special."""
+    answers = [[5, 9], [5, 9], [5, 5, 5, 5], [5], [5], [5]]
+    source = Dataset.from_dict(
+        {"input_ids": [[4, *ids, *tail] for ids, tail in zip(answers, [[], [], [], [7, 8], [8], [7]], strict=False)]}
+    )
+    found = count_endings(prompts(answers), source, stops=[2, 9], special={2, 8, 9}, sequence_len=5)
+    assert found == Endings(answers=6, without=4, cut=1, behind=8)
+
+
+# -- what the host prepares -------------------------------------------------------------------------------------------
+
+# a turn ends with a token that is special, but not the tokenizer's eos
+OTHER_END = tiny.TEMPLATE.replace("<|end|>", "<s>")
+
+
+def talk(folder: Path, rows: int = 8, words: int = 3, **entry: Any) -> list[dict[str, Any]]:
+    made = []
+    for i in range(rows):
+        answer = " ".join(f"w{(i + j) % 40}" for j in range(words))
+        made.append({"messages": [{"role": "user", "content": f"w{i}"}, {"role": "assistant", "content": answer}]})
+    return [{**jsonl(folder / f"{words}.jsonl", made), "type": "chat_template", **entry}]
+
+
+OTHER = {"chat_template": "jinja", "chat_template_jinja": OTHER_END}
+CUT = {"sequence_len": 20, "excess_length_strategy": "truncate"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words", "says"),
+    [
+        (OTHER, 3, r"8 of 8 human answers have no end .*`<s>` stands behind answers.*`eot_tokens: \['<s>'\]`"),
+        (CUT, 30, r"8 are cut by `sequence_len: 20`"),
+    ],
+)
+def test_data_without_any_end_are_refused(tmp_path: Path, changes: dict[str, Any], words: int, says: str) -> None:
+    with pytest.raises(ValueError, match=says) as refused:
+        load(tmp_path, datasets=talk(tmp_path, words=words), **changes)
+    assert "`train_on_eos: none` in each entry" in str(refused.value)
+
+
+def test_eot_tokens_mend_it(tmp_path: Path) -> None:
+    run, _, _ = load(tmp_path, datasets=talk(tmp_path), eot_tokens=["<s>"], **OTHER)
+    assert (run.endings.without, run.stops) == (0, (2, 6))
+
+
+def test_ends_that_are_meant_to_be_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = talk(tmp_path, train_on_eos="none")
+    run, _, _ = load(tmp_path, datasets=data)
+    assert (run.endings.answers, run.endings.without, run.endings.cut) == (8, 8, 0)
+    assert "8 of 8 human answers have no end token" in caplog.text and "`train_on_eos: turn` changes" in caplog.text
+
+
+def test_some_without_an_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Twelve rows are cut at the limit, eight are whole."""
+    data = [*talk(tmp_path), *talk(tmp_path, rows=12, words=30)]
+    run, _, _ = load(tmp_path, datasets=data, **CUT)
+    assert (run.endings.answers, run.endings.without, run.endings.cut) == (20, 12, 12)
+    assert "12 of 20 human answers have no end" in caplog.text and "raise it or leave them out" in caplog.text
+
+
+def test_the_models_generation_config_names_ends(tmp_path: Path) -> None:
+    host.config(tmp_path)
+    path = tmp_path / "model" / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": [6, 3]}))
+    run, _, _ = load(tmp_path)
+    assert run.stops == (3, 6)
+
+
+def test_lengths_of_numpy_columns() -> None:
+    """Ids come as int32 or int64, and in slices."""
+    both = pa.array([np.array([5, 9]), np.array([5, 7])], type=pa.list_(pa.int64()))
+    assert end_alike(both[1:], both[:1], [9]).to_pylist() == [[5]]
