@@ -26,11 +26,12 @@ from axolotl_spin.run.plan import IterationPlan
 from axolotl_spin.run.prepare import SpinRun
 from axolotl_spin.run.resume import set_aside
 from axolotl_spin.run.saving import saving
+from axolotl_spin.training.evaluation import TokenLoss
 
 LOG = get_logger(__name__)
 
 
-class SpinTrainer(AxolotlTrainer, PairTrainer):
+class SpinTrainer(TokenLoss, AxolotlTrainer, PairTrainer):
     """Trains by self-play once `attach` has given it a run; before that it is the host's trainer (for `evaluate`)."""
 
     loop: Loop | None = None

@@ -129,7 +129,7 @@ DATA: dict[str, tuple[Change, str]] = {
         "roles_to_train",
     ),
     "no prompt": (rows(tokens([7, 8, 6]), type=None), "there is no prompt before the answer"),
-    "nothing labelled": (rows(tokens([-100] * 3), type=None), "no row of the prepared dataset has a labelled token"),
+    "nothing labelled": (rows(tokens([-100] * 3), type=None), "no row of the prepared dataset has a labelled answer"),
     "completion data": (rows({"text": "w1 w2"}, type="completion"), "there is no prompt before the answer"),
     "rows that do not fit": ({"sequence_len": 2}, "sequence_len"),
     "no prompt held out": (

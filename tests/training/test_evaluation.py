@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from pathlib import Path
@@ -46,7 +47,8 @@ def test_eval_loss_is_nll_per_token(tmp_path: Path, kind: str, batch: int, reque
     )  # fmt: skip
     by: Warm | Ranks = request.getfixturevalue("warm" if kind == "single" else "warm_ranks")
     run = host.train(settings, kind, by=by)
-    found = [row for row in run.logs() if "eval_loss" in row]
+    logged = [json.loads(line) for line in (run.out / "spin" / "log.jsonl").read_text().splitlines()]
+    found = [row for row in logged if "eval_loss" in row]
     for row, model in zip([found[0], found[-1]], [tmp_path / "model", run.out], strict=True):
         expected = nll_per_token(model, talks)
         assert row["eval_loss"] == pytest.approx(expected, abs=1e-4)
