@@ -5,7 +5,7 @@ Files are written and read a batch of rows at a time, so that memory does not gr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch.utils.data import Dataset
 
+from axolotl_spin.data.texts import Decode, answer_texts
 from axolotl_spin.disk.atomic import MARK, DamagedFileError, ForeignFileError, write_whole
 
 _IDS = pa.list_(pa.int32())
@@ -50,7 +51,7 @@ def record_batch(columns: Mapping[str, Any], schema: pa.Schema) -> pa.RecordBatc
     return pa.record_batch([as_array(columns[field.name], field.type) for field in schema], schema=schema)
 
 
-def with_texts(pairs: PairDataset, decode: Callable[[list[list[int]]], list[str]]) -> Iterator[pa.RecordBatch]:
+def with_texts(pairs: PairDataset, decode: Decode) -> Iterator[pa.RecordBatch]:
     """Yields scored pairs with their texts, batches of `SCHEMA` for `write_pairs`.
 
     Args:
@@ -62,10 +63,14 @@ def with_texts(pairs: PairDataset, decode: Callable[[list[list[int]]], list[str]
     for batch in pairs.table.to_batches(max_chunksize=BATCH_ROWS):
         logps = pairs.logps[start : start + len(batch)]
         start += len(batch)
+        prompts = batch["prompt_ids"].to_pylist()
         columns = {
             **{name: batch[name] for name in batch.schema.names},
             **{name: logps[:, column] for column, name in enumerate(LOGPS)},
-            **{name: decode(batch[f"{name}_ids"].to_pylist()) for name in ("prompt", "chosen", "rejected")},
+            "prompt": decode(prompts),
+            **{
+                name: answer_texts(prompts, batch[f"{name}_ids"].to_pylist(), decode) for name in ("chosen", "rejected")
+            },
         }
         yield record_batch(columns, SCHEMA)
 

@@ -20,6 +20,7 @@ from axolotl.utils.logging import get_logger
 from axolotl_spin.data.answers import distinct_2
 from axolotl_spin.data.endings import end_alike
 from axolotl_spin.data.pairs import PairDataset
+from axolotl_spin.data.texts import answer_texts
 from axolotl_spin.disk.atomic import MARK, write_whole
 from axolotl_spin.generation.backend import Completion, Sampling
 from axolotl_spin.generation.chunks import Chunk, Chunks, chunk_rows, iteration_seed
@@ -168,8 +169,10 @@ class HeldOutPlay:
 
     def _table(self, pairs: pa.Table, rows: Any, answers: Sequence[Completion], logps: np.ndarray) -> pa.Table:
         ids = {"prompt": pairs["prompt_ids"], "human": pairs["chosen_ids"], "own": pairs["rejected_ids"]}
+        decode, prompts = self.run.tokenizer.batch_decode, pairs["prompt_ids"].to_pylist()
         columns = {
-            **{name: self.run.tokenizer.batch_decode(values.to_pylist()) for name, values in ids.items()},
+            "prompt": decode(prompts),
+            **{name: answer_texts(prompts, ids[name].to_pylist(), decode) for name in ("human", "own")},
             **{f"{name}_ids": values for name, values in ids.items()},
             "human_logp": logps[:, 0],
             "own_logp": logps[:, 1],

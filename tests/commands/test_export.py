@@ -225,7 +225,7 @@ def test_an_empty_answer_is_not_left_to_dpo_readers(tmp_path: Path) -> None:
     out = run_with(tmp_path, tokenizer, [pair(tokenizer, [ASK], "w1", "")])
     assert "  1: the opponent's answer is empty" in refused(export(out, "dpo", tmp_path / "set"))
     done(export(out, "dpo-text", tmp_path / "set"))
-    assert load_dataset(str(tmp_path / "set"), split="train")[0]["rejected"] == "<|end|>"
+    assert load_dataset(str(tmp_path / "set"), split="train")[0]["rejected"] == " <|end|>"
 
 
 def test_what_cannot_be_written_is_said_at_once(tmp_path: Path) -> None:
@@ -286,3 +286,64 @@ def test_a_killed_runs_iterations_can_be_exported(warm: Warm, shared: Path, tmp_
     text = done(export(tmp_path / "out", "uclaml", tmp_path / "real", "--inexact", "drop", iteration=1))
     exact = load_dataset(str(tmp_path / "real"), split="train")
     assert f"{len(exact)} pairs of iteration 1" in text and len(exact) > 16
+
+
+# -- as the reader reads ----------------------------------------------------------------------------------------------
+
+
+def trl_reads(tokenizer: Any, row: dict[str, Any]) -> dict[str, list[int]]:
+    """Has TRL's DPO prepare a row of text."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    trainer = DPOTrainer.__new__(DPOTrainer)
+    trainer._tokenizer, trainer._is_vision_dataset = tokenizer, False
+    settings = DPOConfig(use_cpu=True, bf16=False, max_length=None, report_to=[])
+    made = trainer._prepare_dataset(Dataset.from_list([row]), tokenizer, settings, "train")
+    return {name: made[0][name] for name in IDS}
+
+
+def with_begin(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Has a tokenizer set a begin token before each text."""
+    from tokenizers.processors import TemplateProcessing
+
+    begin = "<|endoftext|>"
+    post = TemplateProcessing(single=f"{begin} $A", special_tokens=[(begin, tokenizer.convert_tokens_to_ids(begin))])
+    tokenizer.backend_tokenizer.post_processor = post
+    tokenizer.bos_token = begin
+    tokenizer.chat_template = "{{ bos_token }}" + CHATML
+    return tokenizer
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_what_is_called_exact_is_read_so_by_trl(begins: bool, tmp_path: Path) -> None:
+    """Rows whose tokens reach over the border between prompt and answer, and prompts that begin with a begin token."""
+    tokenizer = with_begin(bpe()) if begins else bpe()
+    ask = say("user", "who is there?")
+    sound = [pair(tokenizer, [ask], f"hello{'o' * i}", "world there") for i in range(4)]
+    over = pair(tokenizer, [ask], "hello", "world")
+    # the prompt ends in the midst of a word: its last token and the answer's first are one to a reader
+    over["prompt_ids"] = [*over["prompt_ids"], *tokenizer("he", add_special_tokens=False)["input_ids"]]
+    over["chosen_ids"] = tokenizer("llo<|im_end|>", add_special_tokens=False)["input_ids"]
+    out = run_with(tmp_path, tokenizer, [*sound, over])
+    assert "1 of 5 pairs cannot be kept" in refused(export(out, "dpo-text", tmp_path / "all"))
+    done(export(out, "dpo-text", tmp_path / "set", "--inexact", "drop"))
+    rows = load_dataset(str(tmp_path / "set"), split="train").to_list()
+    assert [trl_reads(tokenizer, row) for row in rows] == [{name: made[name] for name in IDS} for made in sound]
+
+
+def test_what_is_called_exact_is_read_so_by_the_hosts_dpo(tmp_path: Path) -> None:
+    """The host looks for the answer's words in a rendered turn: it finds those of `user` in the template."""
+    tokenizer = bpe()
+    pairs = [pair(tokenizer, [say("user", "who?")], answer, "there") for answer in ("hello", "user", "world")]
+    out = run_with(tmp_path, tokenizer, pairs)
+    assert "1 of 3 pairs" in refused(export(out, "dpo", tmp_path / "all"))
+    done(export(out, "dpo", tmp_path / "set", "--inexact", "drop"))
+    rows = load_dataset(str(tmp_path / "set"), split="train").to_list()
+    assert [row["chosen"][0]["content"] for row in rows] == ["hello", "world"]
+
+
+def test_a_begin_token_that_readers_add_again(tmp_path: Path) -> None:
+    tokenizer = with_begin(bpe())
+    out = run_with(tmp_path, tokenizer, [pair(tokenizer, [say("user", "who?")], "hello", "there")] * 3)
+    assert "3 of 3 pairs" in refused(export(out, "dpo", tmp_path / "set"))

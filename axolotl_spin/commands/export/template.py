@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from axolotl_spin.data.texts import answer_texts
+
 Message = dict[str, str]
 
 
@@ -137,8 +139,14 @@ class TemplateReader:
             read = (self._conversation(text, loose) for loose in (False, True))
             prompts = [turns for turns in read if turns is not None]
         for turns in prompts:
-            for content in self._contents(self.decode(pair.answer_ids), pair.cut):
+            for content in self._possible_contents(pair):
                 yield [*turns, message("assistant", content)]
+
+    def _possible_contents(self, pair: Answered) -> list[str]:
+        """Returns what an answer may say, read by itself and behind its prompt, which may say a space more."""
+        behind = answer_texts([pair.prompt_ids], [pair.answer_ids], lambda lists: [self.decode(ids) for ids in lists])
+        read = [self._contents(text, pair.cut) for text in (self.decode(pair.answer_ids), behind[0])]
+        return list(dict.fromkeys(content for contents in read for content in contents))
 
     def _contents(self, answer: str, cut: bool) -> list[str]:
         """Returns what an answer's message may say, the most literal first."""
