@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import axolotl.cli  # noqa: F401 (sets up logging, so before a test listens)
 import host
 import numpy as np
 import pyarrow as pa

@@ -13,8 +13,20 @@ from axolotl_spin.data.texts import answer_texts
 
 def word_marks() -> PreTrainedTokenizerFast:
     """Words carry the space before them, and bytes stand in for what is not in the vocabulary, as in Llama 2."""
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁hello", "▁who", "there", "▁there"]
-    backend = Tokenizer(models.BPE({piece: place for place, piece in enumerate(pieces)}, [], byte_fallback=True, unk_token="<unk>"))
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "▁",
+        "▁hello",
+        "▁who",
+        "there",
+        "▁there",
+    ]
+    backend = Tokenizer(
+        models.BPE({piece: place for place, piece in enumerate(pieces)}, [], byte_fallback=True, unk_token="<unk>")
+    )
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]

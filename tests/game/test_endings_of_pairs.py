@@ -15,6 +15,7 @@ from warm import Warm
 # four tokens end an answer, so that a model of random weights often ends one, and sometimes at once
 ENDS = ["<|end|>", "<pad>", "<unk>", "<s>"]
 STOPS = {6, 0, 1, 2}
+ANSWERS = ("chosen", "rejected")
 
 
 def settings(folder: Path) -> dict[str, Any]:
@@ -42,7 +43,16 @@ def test_both_answers_of_a_pair_end_alike(tmp_path: Path, warm: Warm) -> None:
         assert {pair["finish_reason"] for pair in left_open} == {"stop", "length"}
         empty = [pair for pair in left_open if not pair["rejected_ids"]]
         assert all(pair["opponent_rejected_logp"] == 0 for pair in empty) and empty
+        texts = [
+            (pair["prompt"] + pair[name], pair["prompt_ids"] + pair[f"{name}_ids"])
+            for pair in pairs
+            for name in ANSWERS
+        ]
+        assert [text for text, _ in texts] == tiny.tokenizer().batch_decode([ids for _, ids in texts])
     heldout = run.heldout(0).to_pylist()
+    assert all(
+        row["prompt"] + row["human"] == tiny.tokenizer().decode(row["prompt_ids"] + row["human_ids"]) for row in heldout
+    )
     assert all(
         not row["own_ids"] or row["own_ids"][-1] not in STOPS or row["human_ids"][-1] in STOPS for row in heldout
     )
