@@ -82,9 +82,7 @@ def _run(request: dict[str, Any]) -> None:
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
-        import traceback
-
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())  # as the interpreter does it
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
