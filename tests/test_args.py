@@ -11,7 +11,6 @@ from pydantic import ValidationError, create_model
 from axolotl_spin.args import SpinArgs, SpinConfig, spin_config
 from axolotl_spin.refusals import REFUSED, refuse_loaded
 
-
 # the host's keys, without its checks
 HostKeys = create_model("HostKeys", **{key: (Any, None) for key in AxolotlInputConfig.model_fields})
 

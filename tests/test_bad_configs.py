@@ -188,7 +188,8 @@ def test_stops_at_once_and_names_the_key(
     code, output = warm.run("axolotl.cli.train", "wrong.yml", env=env, cwd=tmp_path, timeout=60)
     assert code == 1, output[-3000:]
     assert "Traceback" not in output and output.count(SAID) == 1, output[-3000:]
-    end = output[output.index(SAID) :]
-    assert message in end and len(end.splitlines()) <= 4, end
+    said, _, rest = output.split(SAID)[1].partition("\n\n")
+    assert message in said, said
+    assert not rest.strip() or "resource_tracker" in rest, rest  # of the fork, which leaves by another way
     assert not host.loaded_a_model(tmp_path / "out")
     assert not list((tmp_path / "out").glob("spin/iteration-*"))

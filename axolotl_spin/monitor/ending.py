@@ -86,7 +86,7 @@ class _Ending:
             time.sleep(_RANK_0_FIRST)
         if not _told_launcher(text):
             sys.stdout.flush()
-            sys.stderr.write(f"\naxolotl-spin: {text}\n")
+            sys.stderr.write(f"\naxolotl-spin: {text}\n\n")
 
 
 def _to_debug_log(text: str) -> None:
@@ -102,12 +102,15 @@ def _told_launcher(text: str) -> bool:
     Returns:
         Whether there is such a launcher; accelerate on one rank is none, and shows its own traceback last.
     """
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if not path:
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
         return False
+    path = Path(os.environ["TORCHELASTIC_ERROR_FILE"])
+    if any(path.parents[1].glob(f"*/{path.name}")):  # another rank of this machine has said it
+        return True
+    # the launcher shows the call stack of this form alone
     extra = {"py_callstack": f"axolotl-spin: {text}", "timestamp": str(int(time.time()))}
     try:
-        Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}), encoding="utf-8")
+        path.write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}), encoding="utf-8")
     except OSError:
         return False
     return True
