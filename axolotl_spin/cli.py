@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import click
+
+from axolotl_spin.commands.output import prints_result
+from axolotl_spin.monitor.ending import end_plainly
 
 _RATE = click.FloatRange(min=0, min_open=True)
 
@@ -14,18 +17,25 @@ _RATE = click.FloatRange(min=0, min_open=True)
 @click.group()
 def spin() -> None:
     """Self-Play Fine-Tuning: see what a config will do, and what a run did."""
+    end_plainly()
 
 
 @spin.command()
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=str))
-@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print the plan as JSON, after Axolotl's banner; `python -m axolotl_spin plan` prints it alone.",
+)
 @click.option("--ranks", type=click.IntRange(min=1), default=1, show_default=True, help="Ranks (GPUs) of the launch.")
 @click.option("--generation-tokens-per-second", "generation", type=_RATE, help="Tokens drawn, over all ranks.")
 @click.option(
     "--scoring-tokens-per-second", "scoring", type=_RATE, help="Tokens of pairs, forward only, over all ranks."
 )
 @click.option("--training-tokens-per-second", "training", type=_RATE, help="Tokens of pairs, over all ranks.")
-def plan(config: str, as_json: bool, **given: Any) -> None:
+@prints_result
+def plan(config: str, as_json: bool, result: TextIO, **given: Any) -> None:
     """Validate CONFIG, tokenise its data, and tell what the run will do and need. Loads no model weights.
 
     Times follow from given tokens per second, or from what a run in the same output_dir has measured.
@@ -36,9 +46,14 @@ def plan(config: str, as_json: bool, **given: Any) -> None:
 
     run, figures = plan_run(config, Given(**given))
     if as_json:
-        click.echo(json.dumps(figures, indent=2))
+        if click.get_current_context().find_root().command is not spin:
+            click.echo(
+                f"Axolotl's banner stands before the JSON; without: python -m axolotl_spin plan {config} --json",
+                err=True,
+            )
+        click.echo(json.dumps(figures, indent=2), file=result)
     else:
-        print_wide(*plan_lines(run.plan, figures))
+        print_wide(*plan_lines(run.plan, figures), file=result)
 
 
 @spin.command()
@@ -70,18 +85,20 @@ def generate(config: str) -> None:
     "--test-rows", type=click.IntRange(min=0), default=0, help="So many pairs at the end become the split `test`."
 )
 @click.option("--tokenizer", default="", help="Name or path of the run's tokenizer. Default: the one in OUTPUT_DIR.")
-def export(**options: Any) -> None:
+@prints_result
+def export(result: TextIO, **options: Any) -> None:
     """Write the pairs of one iteration of the run in OUTPUT_DIR, going on, stopped or finished, as a dataset."""
     from axolotl_spin.commands.export.export import Export, describe, export_pairs
 
     asked = Export(**options)
     for line in describe(asked, export_pairs(asked)):
-        click.echo(line)
+        click.echo(line, file=result)
 
 
 @spin.command()
 @click.argument("output_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
-def table(output_dir: Path) -> None:
+@prints_result
+def table(output_dir: Path, result: TextIO) -> None:
     """Print the table of iterations of the run in OUTPUT_DIR, finished or not."""
     from axolotl_spin.disk.atomic import DamagedFileError, read_json
     from axolotl_spin.disk.directory import RunDirectory
@@ -94,7 +111,8 @@ def table(output_dir: Path) -> None:
         iterations = len(read_json(directory.plan)["iterations"])
     except (DamagedFileError, KeyError) as error:
         raise click.ClickException(f"{directory.plan} is damaged: {error}") from error
-    print_wide(iteration_table(read_metrics(directory.metrics(iteration) for iteration in range(iterations))))
+    metrics = read_metrics(directory.metrics(iteration) for iteration in range(iterations))
+    print_wide(iteration_table(metrics), file=result)
 
 
 @spin.command()
@@ -104,20 +122,23 @@ def table(output_dir: Path) -> None:
     type=click.Path(dir_okay=False, path_type=Path),
     help="Where to write the page. Default: OUTPUT_DIR/spin/report.html; for a comparison, ./spin-comparison.html.",
 )
-def report(output_dirs: tuple[Path, ...], output: Path | None) -> None:
+@prints_result
+def report(output_dirs: tuple[Path, ...], output: Path | None, result: TextIO) -> None:
     """Write a page that shows the run in OUTPUT_DIR, complete or not; of several runs, one that compares them."""
     from axolotl_spin.disk.directory import RunDirectory
-    from axolotl_spin.report import write_report
+    from axolotl_spin.report import INSTALL, write_report
     from axolotl_spin.report.reading import NoRunError
 
     if output is None:
         output = RunDirectory(output_dirs[0]).report if len(output_dirs) == 1 else Path("spin-comparison.html")
     try:
         size = write_report(output_dirs, output)
+    except ImportError as error:
+        raise click.ClickException(f"no page without Plotly and Jinja ({error}): {INSTALL}") from error
     except NoRunError as error:
         raise click.ClickException(str(error)) from error
     except OSError as error:
         raise click.ClickException(
             f"the page could not be written; name another place with --output: {error}"
         ) from error
-    click.echo(f"{output} ({size / 1e6:.1f} MB): open it in a browser; it needs no network")
+    click.echo(f"{output} ({size / 1e6:.1f} MB): open it in a browser; it needs no network", file=result)

@@ -37,14 +37,25 @@ def text_config(config: Any) -> Any:
 
 
 @contextmanager
-def naming_val_set_size(cfg: Any) -> Iterator[None]:
-    """Names the key where `datasets` refuses a split in words of its own."""
+def naming_data_keys(cfg: Any) -> Iterator[None]:
+    """Names the keys where the host and `datasets` fail on the data in words of their own, deep in a map over processes.
+
+    Raises:
+        ValueError: In place of whatever they raised.
+    """
     try:
         yield
-    except ValueError as error:
-        if "test_size" not in str(error):
-            raise
-        raise ValueError(f"`val_set_size: {cfg.val_set_size}` leaves nothing to train on: {error}") from error
+    except Exception as error:
+        if "test_size" in str(error):
+            raise ValueError(f"`val_set_size: {cfg.val_set_size}` leaves nothing to train on: {error}") from error
+        words = str(error).strip()
+        if not isinstance(error, ValueError) or not words:
+            words = f"{type(error).__name__}: {words}".removesuffix(": ")
+        hint = " (a file without a row?)" if isinstance(error, StopIteration) else ""
+        raise ValueError(
+            f"the host could not prepare the data: {words}{hint}\nLook at `path`, `type` and the fields under `datasets:` "
+            f"and `test_datasets:`; the traceback is in {cfg.output_dir}/debug.log"
+        ) from error
 
 
 @contextmanager

@@ -35,6 +35,10 @@ class SpinPlugin(BasePlugin):
     def register(self, cfg: dict) -> None:
         """Refuses an untested host and an `output_dir` that cannot be written to, before the config is even parsed."""
         self._concerned = cfg.get("rl") == "spin" or cfg.get("spin") is not None
+        if self._concerned:
+            from axolotl_spin.monitor.ending import end_plainly
+
+            end_plainly()
         if cfg.get("rl") == "spin":
             from axolotl_spin.compat import check_host_version
             from axolotl_spin.disk.directory import check_output_dir
@@ -63,7 +67,7 @@ class SpinPlugin(BasePlugin):
         from axolotl.loaders import load_tokenizer
         from axolotl.utils.data import prepare_datasets
 
-        from axolotl_spin.compat import naming_val_set_size, rows_only
+        from axolotl_spin.compat import naming_data_keys, rows_only
         from axolotl_spin.data.heldout import refuse_missing_data
         from axolotl_spin.run.prepare import prepare_run
 
@@ -71,10 +75,11 @@ class SpinPlugin(BasePlugin):
         if not torch.cuda.is_available():
             cfg.device_map = None  # with several ranks the host sets an accelerator's index
         tokenizer = load_tokenizer(cfg)
-        with rows_only(), naming_val_set_size(cfg):
+        with rows_only(), naming_data_keys(cfg):
             train_dataset, eval_dataset, _, _ = prepare_datasets(cfg, tokenizer)
         self.run = prepare_run(cfg, settings, train_dataset, tokenizer, eval_dataset)
         if not preprocess:
+            from axolotl_spin.report import warn_without_report
             from axolotl_spin.run.resume import settle_start
 
             (self.settle or settle_start)(self.run, cfg)
@@ -82,6 +87,8 @@ class SpinPlugin(BasePlugin):
                 from axolotl_spin.generation.vllm.served import check_serving
 
                 check_serving(self.run.served, settings.generation.vllm)
+            if _is_main():
+                warn_without_report(self.run.directory)
         return TrainDatasetMeta(train_dataset, eval_dataset, self.run.plan.total_steps)
 
     def _other_trainers(self, cfg: Any) -> list[str]:
@@ -140,7 +147,7 @@ class SpinPlugin(BasePlugin):
 
     def post_train_unload(self, cfg: Any) -> None:
         """Notes that the run is complete and prints the table of iterations, behind everything that the host says."""
-        if self._trained and self.run is not None and int(os.environ.get("RANK", "0")) == 0:
+        if self._trained and self.run is not None and _is_main():
             from axolotl_spin.monitor.about import note_end
             from axolotl_spin.monitor.tables import print_table
             from axolotl_spin.report import report_at_end
@@ -152,6 +159,10 @@ class SpinPlugin(BasePlugin):
             keeps = self.run.settings.save_iterations
             print_table(self.run.directory, self.run.plan, _command(cfg), cfg.adapter or None, keeps)
         self._trained = False
+
+
+def _is_main() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _command(cfg: Any) -> str:

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
-from pydantic import ValidationError
+from axolotl.utils.schemas.config import AxolotlInputConfig
+from pydantic import ValidationError, create_model
 
 from axolotl_spin.args import SpinArgs, SpinConfig, spin_config
 from axolotl_spin.refusals import REFUSED, refuse_loaded
+
+# the host's keys, without its checks
+HostKeys = create_model("HostKeys", **{key: (Any, None) for key in AxolotlInputConfig.model_fields})
+
+
+class Config(HostKeys, SpinArgs):  # type: ignore[valid-type]
+    """As the host merges its schema and ours."""
 
 
 def claim(**config) -> dict:
     """Validates a config as the host does: ours is one of the bases of its schema."""
     data = {"rl": "spin", **config}
-    return {**data, **SpinArgs.model_validate(data).model_dump(exclude_none=True), "rl": data["rl"]}
+    return {**data, **Config.model_validate(data).model_dump(exclude_none=True), "rl": data["rl"]}
 
 
 def test_rl_spin_becomes_sft_with_an_active_block() -> None:
@@ -54,8 +64,8 @@ def test_numbers_per_iteration() -> None:
 @pytest.mark.parametrize(
     ("block", "message"),
     [
-        ({"iteration": 2}, "iteration\n"),
-        ({"generation": {"max_tokens": 3}}, "max_tokens"),
+        ({"iteration": 2}, "did you mean `spin.iterations`"),
+        ({"generation": {"max_tokens": 3}}, "did you mean `spin.generation.max_new_tokens`"),
         ({"iterations": 0}, "greater than or equal to 1"),
         ({"beta": 0}, "greater than 0"),
         ({"beta": -1}, "greater than 0"),

@@ -66,8 +66,11 @@ def output_is_the_start(folder: Path) -> dict[str, Any]:
 
 
 SPIN: dict[str, tuple[Any, str]] = {
-    "unknown key": ({"iteration": 2}, "spin.iteration\n"),
-    "unknown generation key": ({"generation": {"max_tokens": 3}}, "spin.generation.max_tokens"),
+    "unknown key": ({"iteration": 2}, "there is no key `spin.iteration`: did you mean `spin.iterations`?"),
+    "unknown generation key": ({"generation": {"max_tokens": 3}}, "did you mean `spin.generation.max_new_tokens`?"),
+    "a key one level too high": ({"max_new_tokens": 3}, "write `spin.generation.max_new_tokens`"),
+    "a key one level too low": ({"generation": {"iterations": 3}}, "write `spin.iterations`"),
+    "a key of the host's": ({"num_epochs": 3}, "write the host's `num_epochs`, at the top"),
     "no iterations": ({"iterations": 0}, "spin.iterations"),
     "iterations as a word": ({"iterations": "three"}, "spin.iterations"),
     "fractional iterations": ({"iterations": 2.5}, "spin.iterations"),
@@ -107,6 +110,8 @@ SPIN: dict[str, tuple[Any, str]] = {
 HOST: dict[str, tuple[Change, str]] = {
     "block without the switch": ({"rl": None, "spin": {"iterations": 2}}, "write `rl: spin`"),
     "block with another rl": ({"rl": "dpo", "spin": {"iterations": 2}}, "write `rl: spin`"),
+    "a key at the top": ({"iterations": 3}, "`iterations` stands at the top of the config, where nothing reads it"),
+    "a block at the top": ({"generation": {"max_new_tokens": 3}}, "write `spin.generation`"),
     "fsdp 1": ({"fsdp_version": 1, "fsdp_config": {"fsdp_version": 1}}, "set `fsdp_version: 2`"),
     "no epochs": ({"num_epochs": 0}, "num_epochs"),
     "unknown optimizer": ({"optimizer": "adamm"}, "`optimizer: adamm` is none of"),
@@ -158,6 +163,7 @@ def test_there_are_enough() -> None:
     assert len(CASES) >= 60
 
 
+SAID = "\naxolotl-spin: "  # where our message stands: at the end, and once
 OURS = ("spin: ", "refused: ")  # found by our own schema and checks
 
 
@@ -181,7 +187,9 @@ def test_stops_at_once_and_names_the_key(
     env = host.environment(ACCELERATE_USE_CPU="true")
     code, output = warm.run("axolotl.cli.train", "wrong.yml", env=env, cwd=tmp_path, timeout=60)
     assert code == 1, output[-3000:]
-    end = output[output.rindex("Traceback") :] if "Traceback" in output else output[-3000:]
-    assert message in end, end
+    assert "Traceback" not in output and output.count(SAID) == 1, output[-3000:]
+    said, _, rest = output.split(SAID)[1].partition("\n\n")
+    assert message in said, said
+    assert not rest.strip() or "resource_tracker" in rest, rest  # of the fork, which leaves by another way
     assert not host.loaded_a_model(tmp_path / "out")
     assert not list((tmp_path / "out").glob("spin/iteration-*"))

@@ -15,7 +15,20 @@ PACKAGE = Path(__file__).parents[1] / "axolotl_spin"
 
 # a file imports from its own room and from rooms to its left
 ORDER = [
-    *("uclaml", "refusals", "compat", "args", "disk", "ranks", "data", "generation", "training", "run", "monitor"),
+    *(
+        "uclaml",
+        "keys",
+        "refusals",
+        "compat",
+        "args",
+        "disk",
+        "ranks",
+        "data",
+        "generation",
+        "training",
+        "run",
+        "monitor",
+    ),
     *("report", "game", "callbacks", "trainer", "plugin", "commands", "cli"),
 ]
 # the package itself, whose lazy attribute and `python -m` look up

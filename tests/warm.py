@@ -70,11 +70,13 @@ def _run(request: dict[str, Any]) -> None:
         os.setsid()
         os.environ.clear()
         os.environ.update(request["env"])
+        path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        sys.path[:0] = [folder for folder in path if folder and folder not in sys.path]
         os.chdir(request["cwd"])
         log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(log, 1)
-        os.dup2(log, 2)
+        os.dup2(os.open(request["errors"], os.O_WRONLY | os.O_CREAT | os.O_APPEND) if request["errors"] else log, 2)
         module, *arguments = request["module"]
         sys.argv = [module, *arguments]
         runpy.run_module(module, run_name="__main__", alter_sys=True)
@@ -82,9 +84,7 @@ def _run(request: dict[str, Any]) -> None:
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
-        import traceback
-
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())  # as the interpreter does it
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -122,7 +122,9 @@ class Warm:
         self._server.stdin.flush()
         return int(self._server.stdout.readline())
 
-    def start(self, *module: str, env: dict[str, str], cwd: Path, log: Path | None = None) -> Fork:
+    def start(
+        self, *module: str, env: dict[str, str], cwd: Path, log: Path | None = None, errors: Path | None = None
+    ) -> Fork:
         """Starts a module in a fork.
 
         Args:
@@ -130,21 +132,25 @@ class Warm:
             env: Its whole environment.
             cwd: Its working folder.
             log: What it prints is appended to this file, or to one of its own.
+            errors: What it prints to standard error is appended to this file instead.
         """
         log = log or cwd / f"warm-{time.monotonic_ns()}.log"
-        return Fork(self, self._ask({"module": module, "env": env, "cwd": str(cwd), "log": str(log)}), log)
+        request = {"module": module, "env": env, "cwd": str(cwd), "log": str(log), "errors": errors and str(errors)}
+        return Fork(self, self._ask(request), log)
 
-    def run(self, *module: str, env: dict[str, str], cwd: Path, timeout: float = 300) -> tuple[int, str]:
+    def run(
+        self, *module: str, env: dict[str, str], cwd: Path, timeout: float = 300, errors: Path | None = None
+    ) -> tuple[int, str]:
         """Runs a module in a fork, to its end.
 
         Args:
-            module, env, cwd: See `start`.
+            module, env, cwd, errors: See `start`.
             timeout: Seconds after which it counts as hung.
 
         Returns:
             Its exit code (negative: the signal that ended it) and what it printed.
         """
-        fork = self.start(*module, env=env, cwd=cwd)
+        fork = self.start(*module, env=env, cwd=cwd, errors=errors)
         code = fork.wait(timeout)
         return code, fork.output()
 

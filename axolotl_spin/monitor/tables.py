@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from axolotl.utils.logging import get_logger
 from rich import box
@@ -83,9 +83,14 @@ def plan_table(plan: Plan) -> Table:
     return table
 
 
-def print_wide(*parts: Any) -> None:
-    """Prints to the terminal without breaking paths and tables that a narrow or absent terminal would break."""
-    console = Console(soft_wrap=True)
+def print_wide(*parts: Any, file: TextIO | None = None) -> None:
+    """Prints without breaking paths and tables that a narrow or absent terminal would break.
+
+    Args:
+        parts: Tables and lines.
+        file: Where to. Default: standard output.
+    """
+    console = Console(file=file, soft_wrap=True)
     console.width = max(console.width, 160)
     for part in parts:
         console.print(part, highlight=False)

@@ -31,10 +31,12 @@ DATA = host.SHARED / "data"
 
 
 def planned(warm: Warm, settings: dict[str, Any], *options: str) -> dict[str, Any]:
+    """Returns the plan, which is all that the command prints to standard output."""
     path = host.write(settings)
-    code, output = warm.run("axolotl_spin", "plan", str(path), "--json", *options, env=ENV, cwd=path.parent)
+    command = ("axolotl_spin", "plan", str(path), "--json", *options)
+    code, output = warm.run(*command, env=ENV, cwd=path.parent, errors=path.parent / "plan.err")
     assert code == 0, output[-5000:]
-    return json.loads(output[output.index('{\n  "global_batch"') :])
+    return json.loads(output)
 
 
 def agrees(plan: dict[str, Any], run: host.Run) -> None:
@@ -69,6 +71,8 @@ def test_what_is_planned_is_what_is_run(warm: Warm, tmp_path: Path) -> None:
     settings["spin"]["initial_pairs"] = str(ids_file(tmp_path / "given.parquet", [PAIR] * 9))
     plan = planned(warm, settings)
     assert [entry["rows"] for entry in plan["iterations"]] == [9, 46, 83]
+    said = (tmp_path / "plan.err").read_text()
+    assert "[axolotl.cli.config] config:" in said and "Tokenizing Prompts" in said and '"global_batch"' not in said
     assert plan["folder"]["holds"] == "no run" and not host.loaded_a_model(tmp_path / "out")
     assert plan["time"]["total_seconds"] is None
     run = host.train(settings, by=warm)

@@ -15,12 +15,11 @@ from click.testing import CliRunner
 from recovery import settings_in
 from warm import Ranks, Warm
 
-from axolotl_spin import report
 from axolotl_spin.cli import spin
 from axolotl_spin.disk.directory import RunDirectory
 from axolotl_spin.monitor.about import LEFT_OUT, note_end, note_start, without_secrets
 from axolotl_spin.monitor.log import append_row, read_log, restart_log
-from axolotl_spin.report import report_at_end
+from axolotl_spin.report import page, report_at_end
 from axolotl_spin.report.reading import read_run
 
 ENV = host.environment(ACCELERATE_USE_CPU="true")
@@ -120,10 +119,28 @@ def test_a_report_that_fails_leaves_the_run_as_it_is(
 
     finished.make(tmp_path)
     directory = RunDirectory(tmp_path)
-    monkeypatch.setattr(report, "render", broken)
+    monkeypatch.setattr(page, "render", broken)
     report_at_end(directory)
     assert not directory.report.exists()
     assert "ZeroDivisionError: a bug of ours" in caplog.text and "axolotl spin report" in caplog.text
     monkeypatch.undo()
     report_at_end(directory)
     assert directory.report.exists()
+
+
+@pytest.mark.host
+def test_a_run_without_what_makes_its_report_says_so_at_its_start_and_ends_well(warm: Warm, tmp_path: Path) -> None:
+    """As after an upgrade that took the package away, or left one that does not fit."""
+    (tmp_path / "path" / "plotly").mkdir(parents=True)
+    (tmp_path / "path" / "plotly" / "__init__.py").write_text("raise ImportError('no plotly here')")
+    env = {"PYTHONPATH": str(tmp_path / "path")}
+    settings = host.config(tmp_path, rows=8, spin={"iterations": 1, "generation": {"max_new_tokens": 4}})
+    run = host.train(settings, by=warm, env=env)
+    said = (
+        f"this run will leave no {run.out}/spin/report.html (ImportError: no plotly here): install what makes it with"
+    )
+    log = (run.out / "debug.log").read_text()
+    assert run.output.count(said) == 1 and log.index(said) < log.index("Loading model")
+    assert "could not be made (ImportError" in run.output and "report, for a browser" not in run.output
+    assert "Self-play iterations" in run.output and not (run.out / "spin" / "report.html").exists()
+    assert read_run(run.out).state == "complete"
