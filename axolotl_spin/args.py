@@ -193,22 +193,20 @@ class SpinConfig(BaseModel):
     @classmethod
     def _numbers(cls, value: Any) -> Any:
         """Reads `5e-7`, which YAML 1.1 leaves a string, and says what was expected instead of a union's errors."""
-
-        def number(item: Any) -> Any:
-            if isinstance(item, bool):
-                raise ValueError(f"expected a number, got {item!r}")
-            try:
-                return float(item)
-            except (TypeError, ValueError):
-                raise ValueError(f"expected a number or a list of numbers, got {item!r}") from None
-
         if value is None:
             return None
-        numbers = [number(item) for item in value] if isinstance(value, (list, tuple)) else number(value)
-        bad = [n for n in (numbers if isinstance(numbers, list) else [numbers]) if not 0 < n < float("inf")]
-        if bad:
-            raise ValueError(f"must be greater than 0 and finite, got {bad[0]}")
-        return numbers
+        numbers = []
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            try:
+                number = math.nan if isinstance(item, bool) else float(item)
+            except (TypeError, ValueError):
+                number = math.nan
+            if math.isnan(number):
+                raise ValueError(f"expected a number or a list of numbers, got {item!r}")
+            if not 0 < number < math.inf:
+                raise ValueError(f"must be greater than 0 and finite, got {number}")
+            numbers.append(number)
+        return numbers if isinstance(value, (list, tuple)) else numbers[0]
 
     @model_validator(mode="after")
     def _lengths(self) -> SpinConfig:
