@@ -81,8 +81,9 @@ class TokenLoss(Trainer):
             found = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         finally:
             self._mean = None
-        if f"{metric_key_prefix}_loss" in found.metrics:
-            found.metrics[f"{metric_key_prefix}_loss"] = mean.result()
+        metrics = found.metrics or {}
+        if f"{metric_key_prefix}_loss" in metrics:
+            metrics[f"{metric_key_prefix}_loss"] = mean.result()
         return found
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
