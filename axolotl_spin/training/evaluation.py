@@ -81,7 +81,7 @@ class TokenLoss(Trainer):
             found = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         finally:
             self._mean = None
-        metrics: dict[str, float] = found.metrics or {}
+        metrics = found.metrics or {}
         if f"{metric_key_prefix}_loss" in metrics:
             metrics[f"{metric_key_prefix}_loss"] = mean.result()
         return found
