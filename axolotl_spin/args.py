@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from axolotl_spin.keys import refuse_misplaced
+from axolotl_spin.keys import levels, refuse_misplaced
 from axolotl_spin.refusals import refuse_unsupported
 
 # most tokens of an answer where `spin.generation.max_new_tokens` is not set
@@ -239,14 +239,6 @@ def _per_iteration(value: float | list[float], iterations: int) -> list[float]:
     return list(value) if isinstance(value, list) else [value] * iterations
 
 
-# the keys that users write, by the path of their block
-LEVELS = {
-    "spin": sorted(SpinConfig.model_fields.keys() - {"active"}),
-    "spin.generation": sorted(GenerationConfig.model_fields),
-    "spin.generation.vllm": sorted(VllmConfig.model_fields),
-}
-
-
 class SpinArgs(BaseModel):
     """What the plugin adds to the host's config schema: the `spin:` block, switched on by `rl: spin`."""
 
@@ -269,7 +261,7 @@ class SpinArgs(BaseModel):
             block = block.model_dump()
         if data.get("rl") == "spin":
             # the class has the fields of the host's schema and of every other plugin's
-            refuse_misplaced(data, LEVELS, cls.model_fields.keys())
+            refuse_misplaced(data, levels(SpinConfig), cls.model_fields.keys())
             if block is not None and not isinstance(block, dict):
                 raise ValueError(f"spin: expected a block of keys, got {block!r}")
             data["rl"] = None

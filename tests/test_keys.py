@@ -8,8 +8,10 @@ import pytest
 import yaml
 from axolotl.utils.schemas.config import AxolotlConfigWCapabilities, AxolotlInputConfig
 
-from axolotl_spin.args import LEVELS
-from axolotl_spin.keys import refuse_misplaced
+from axolotl_spin.args import SpinConfig
+from axolotl_spin.keys import levels, refuse_misplaced
+
+LEVELS = levels(SpinConfig)
 
 HOST = AxolotlInputConfig.model_fields.keys() | {"spin"}
 # names of ours that the host has at the top of a config, with a meaning of its own
@@ -23,6 +25,15 @@ def refusal(text: str) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def test_the_blocks_of_ours() -> None:
+    assert list(LEVELS) == ["spin", "spin.generation", "spin.generation.vllm"]
+    assert (
+        "iterations" in LEVELS["spin"]
+        and "top_k" in LEVELS["spin.generation"]
+        and "python" in LEVELS["spin.generation.vllm"]
+    )
 
 
 def test_the_host_shares_these_names_of_ours_and_no_others() -> None:
