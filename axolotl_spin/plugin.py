@@ -28,7 +28,8 @@ class SpinPlugin(BasePlugin):
         # `axolotl spin generate` sets both: it starts elsewhere, and stops earlier
         self.trainer_class: type | None = None
         self.settle: Callable[[SpinRun, Any], None] | None = None
-        self._trained = False
+        self._trainer: Any = None
+        self._reached: int | None = None  # the step at which training returned
         self._concerned = True
         self._written: dict[str, Any] | None = None
 
@@ -133,25 +134,32 @@ class SpinPlugin(BasePlugin):
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         if self.run is not None:
+            self._trainer = trainer
             trainer.attach(self.run)
 
     def post_train(self, cfg: Any, model: Any) -> None:
-        self._trained = self.run is not None
+        if self._trainer is not None:  # the host calls a second time, once the model is saved
+            self._reached, self._trainer = self._trainer.state.global_step, None
 
     def post_train_unload(self, cfg: Any) -> None:
-        """Notes that the run is complete and prints the table of iterations, behind everything that the host says."""
-        if self._trained and self.run is not None and int(os.environ.get("RANK", "0")) == 0:
+        """Notes how far the run came and prints the table of iterations, behind everything that the host says.
+
+        It is complete where it took its last step: the host may end it before, for reasons of its own.
+        """
+        reached, self._reached = self._reached, None
+        if reached is not None and self.run is not None and int(os.environ.get("RANK", "0")) == 0:
             from axolotl_spin.monitor.about import note_end
             from axolotl_spin.monitor.tables import print_table
             from axolotl_spin.report import report_at_end
 
-            note_end(self.run.directory.about)
+            complete = reached == self.run.plan.total_steps
+            note_end(self.run.directory.about, reached, complete)
             # before the run counts as complete, so that a kill leaves none without it
-            report_at_end(self.run.directory)
-            self.run.write_plan(completed=True)
+            report_at_end(self.run.directory, complete)
+            if complete:
+                self.run.write_plan(completed=True)
             keeps = self.run.settings.save_iterations
-            print_table(self.run.directory, self.run.plan, _command(cfg), cfg.adapter or None, keeps)
-        self._trained = False
+            print_table(self.run.directory, self.run.plan, _command(cfg), cfg.adapter or None, keeps, reached)
 
 
 def _command(cfg: Any) -> str:

@@ -11,9 +11,11 @@ from typing import Any
 import host
 import pytest
 import yaml
+from click.testing import CliRunner
 from recovery import differences, outcome, settings_in
 from warm import Warm
 
+from axolotl_spin.cli import spin as spin_command
 from axolotl_spin.disk.atomic import read_json, write_json
 from axolotl_spin.run.checkpoints import Checkpoint, read_checkpoint
 from axolotl_spin.run.identity import Identity
@@ -152,6 +154,37 @@ def test_a_checkpoint_without_an_optimizer_is_not_resumed_from(start: Start, tmp
     assert start("iteration 1/first epoch", save_only_model=True)[0] != 0
     code, output = start(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-8"))
     assert code == 1 and "saved with `save_only_model: true`, without the optimizer's state" in output
+
+
+WATCHDOG = {"loss_watchdog_threshold": 0.1, "loss_watchdog_patience": 2}  # ln 2 at step 2: seen after steps 3 and 4
+
+
+def test_a_run_that_the_host_ends_early_is_not_complete(start: Start, whole: dict, tmp_path: Path) -> None:
+    """Nothing of it is lost: it goes on from the step at which it was ended, and ends as one that never was."""
+    out = tmp_path / "out"
+    output = completes(start(**WATCHDOG))
+    end = output[output.rindex("Self-play iterations") :]
+    assert "the host ended training at step 4 of 24" in end and f"goes on from {out / 'checkpoint-4'}, and nothing" in end
+    assert f"model of step 4: {out}" in end and "go on: axolotl train run.yml" in end and "final model" not in end
+    assert read_json(out / "spin" / "plan.json")["completed_steps"] is None
+    about = read_json(out / "spin" / "about.json")
+    assert about["completed"] is None and about["stopped"]["step"] == 4
+    assert "stopped: step 4 of 24" in (out / "spin" / "report.html").read_text()
+    shown = CliRunner().invoke(spin_command, ["table", str(out)])
+    assert shown.exit_code == 0 and "stopped: step 4 of 24" in shown.output
+    output = completes(start())
+    assert "going on from" in output and "checkpoint-4 (step 4 of 24)" in output
+    assert not differences(outcome(out), whole)
+    about = read_json(out / "spin" / "about.json")
+    assert about["completed"] and about["stopped"] is None
+    assert "complete: 24 steps" in CliRunner().invoke(spin_command, ["table", str(out)]).output
+
+
+@pytest.mark.once
+def test_an_early_end_without_checkpoints_says_what_is_lost(start: Start, tmp_path: Path) -> None:
+    output = completes(start(**WATCHDOG, save_strategy="no", save_steps=None))
+    assert "there is no checkpoint to go on from, so the next start begins at step 0" in output
+    assert read_json(tmp_path / "out" / "spin" / "plan.json")["completed_steps"] is None
 
 
 # -- without a host ---------------------------------------------------------------------------------------------------
