@@ -50,6 +50,6 @@ def report_at_end(directory: RunDirectory, complete: bool) -> None:
         write_report([directory.root.parent], directory.report, complete=complete)
     except Exception as error:  # whatever it is, the trained model is worth more than its report
         LOG.warning(
-            f"{directory.report} could not be made ({type(error).__name__}: {error}); nothing of the run itself is lost. Try "
+            f"{directory.report} could not be made ({type(error).__name__}: {error}); the run itself is as it was. Try "
             f"`axolotl spin report {directory.root.parent}`"
         )

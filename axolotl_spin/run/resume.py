@@ -82,12 +82,12 @@ def stopped_early(directory: RunDirectory, plan: Plan, step: int) -> str:
         step: Optimizer steps at which it was ended.
     """
     line = (
-        f"the host ended training at step {step} of {plan.total_steps} (as `loss_watchdog_threshold` and callbacks that "
-        "stop a run do), so the run is not complete"
+        f"the host ended training at step {step} of {plan.total_steps} (as `loss_watchdog_threshold` and "
+        "callbacks that stop a run do), so the run is not complete"
     )
     sound = [found for found in read_checkpoints(directory.root.parent) if not found.fault and found.step <= step]
     if not sound:
-        return f"{line}: there is no checkpoint to go on from, so the next start begins at step 0 (set `save_strategy: steps`)"
+        return f"{line}: there is no checkpoint to go on from, so the next start begins at step 0"
     lost = step - sound[-1].step
     again = f", and takes the {lost} step(s) since again" if lost else ", and nothing is lost"
     return f"{line}: the next start goes on from {sound[-1].folder}{again}"
