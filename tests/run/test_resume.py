@@ -164,7 +164,9 @@ def test_a_run_that_the_host_ends_early_is_not_complete(start: Start, whole: dic
     out = tmp_path / "out"
     output = completes(start(**WATCHDOG))
     end = output[output.rindex("Self-play iterations") :]
-    assert "the host ended training at step 4 of 24" in end and f"goes on from {out / 'checkpoint-4'}, and nothing" in end
+    assert (
+        "the host ended training at step 4 of 24" in end and f"goes on from {out / 'checkpoint-4'}, and nothing" in end
+    )
     assert f"model of step 4: {out}" in end and "go on: axolotl train run.yml" in end and "final model" not in end
     assert read_json(out / "spin" / "plan.json")["completed_steps"] is None
     about = read_json(out / "spin" / "about.json")
