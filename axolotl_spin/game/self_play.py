@@ -122,13 +122,11 @@ class SelfPlay:
         iteration, settings = entry.iteration, self.run.settings.generation
         files = ChunkFiles(self.run.directory, iteration, self.run.identity.before(iteration))
         seed = iteration_seed(self.run.sampling_seed, iteration)
-        chunks = Chunks.of(self.run.prompts, settings, self.run.sequence_len, seed)
-        done = self.ranks.on_main(
-            lambda: {index for index, rows in chunks.rows() if files.read(index, rows) is not None}
-        )
-        todo = chunks.without(done)
-        if done:
-            self.ranks.say(f"iteration {iteration}: {len(done)} of {len(chunks)} chunks are already answered")
+        finished = self.ranks.on_main(lambda: files.finished(entry.new_rows))
+        todo = Chunks.of(self.run.prompts, settings, self.run.sequence_len, seed).left(finished)
+        if finished.chunks:
+            done = int(finished.answered.sum())
+            self.ranks.say(f"iteration {iteration}: {done} of {entry.new_rows} prompts are already answered")
 
         def keep(chunk: Chunk, completions: list[Completion]) -> None:
             files.write(chunk, completions)
@@ -139,31 +137,35 @@ class SelfPlay:
             apart = self.backend.answer(model, todo, keep, iteration)
             self.ranks.meet(f"generated/{iteration}")
         staged = self.run.directory.staged(iteration)
-        self.ranks.on_main(lambda: write_staged(staged, self._assemble(entry, chunks, files)))
+        self.ranks.on_main(lambda: write_staged(staged, self._assemble(entry, files)))
         pairs = PairDataset(read_staged(staged))
         counts = self._count(pairs, entry)
         seconds, apart = time.perf_counter() - started, self.ranks.on_main(lambda: apart)
-        rate = counts["spin/rejected_length"] * entry.new_rows / max(seconds - sum(apart.values()), 1e-9)
+        made = ~finished.answered  # an earlier start's answers took none of this one's seconds
+        drawn = int(pairs.lengths("rejected_ids")[: entry.new_rows][made].sum())
+        rate = drawn / max(seconds - sum(apart.values()), 1e-9)
+        count = f"{entry.new_rows}" if made.all() else f"{made.sum()} of {entry.new_rows}"
         self.ranks.say(
-            f"iteration {iteration}: generated {entry.new_rows} answers in {seconds:.1f} s ({rate:.0f} tokens/s; mean "
+            f"iteration {iteration}: generated {count} answers in {seconds:.1f} s ({rate:.0f} tokens/s; mean "
             f"{counts['spin/rejected_length']:.1f} tokens, human {counts['spin/chosen_length']:.1f}; "
             f"{counts['spin/truncated']:.1%} cut, {counts['spin/empty']:.1%} empty, "
             f"{counts['spin/identical']:.1%} identical to the human's)"
         )
-        phase = {"spin/generation_seconds": seconds, "spin/generation_tokens_per_second": rate}
+        phase = {"spin/generation_seconds": seconds}
+        if drawn:
+            phase["spin/generation_tokens_per_second"] = rate
         return pairs, {**counts, **apart, **phase}
 
-    def _assemble(self, entry: IterationPlan, chunks: Chunks, files: ChunkFiles) -> Iterator[pa.RecordBatch]:
+    def _assemble(self, entry: IterationPlan, files: ChunkFiles) -> Iterator[pa.RecordBatch]:
         """Yields the new pairs, in the order of the prompts, and those kept from the previous iteration."""
         answers = AnswerStore(self.run.directory.iteration(entry.iteration), entry.new_rows)
-        for index, of_chunk in chunks.rows():
-            found = files.read(index, of_chunk)
-            if found is None:
-                raise FileNotFoundError(
-                    f"chunk {index} of iteration {entry.iteration} is missing after generation: `output_dir` must be "
-                    "on a filesystem that all nodes share"
-                )
-            answers.add(found)
+        for _, table in files.tables(entry.new_rows):
+            answers.add(table)
+        if len(missing := answers.missing()):
+            raise FileNotFoundError(
+                f"{len(missing)} answers of iteration {entry.iteration} are missing after generation, the first to prompts "
+                f"{missing[:5].tolist()}: `output_dir` must be on a filesystem that all nodes share"
+            )
         rows = 0
         for batch in answers.paired(self.run.prompts, entry.iteration):
             yield batch

@@ -156,6 +156,24 @@ def test_a_checkpoint_without_an_optimizer_is_not_resumed_from(start: Start, tmp
     assert code == 1 and "saved with `save_only_model: true`, without the optimizer's state" in output
 
 
+def test_a_smaller_batch_loses_no_answer_and_changes_none(start: Start, whole: dict, tmp_path: Path) -> None:
+    """What is advised where memory runs out: two chunks of four answers are there, the other eight come in threes."""
+    assert start("generate/chunk whole")[0] != 0
+    chunks = tmp_path / "out" / "spin" / "iteration-0" / "chunks"
+    assert [path.name for path in sorted(chunks.glob("0*"))] == [f"00000{index}.parquet" for index in range(3)]
+    output = completes(start(spin=spin(generation={"max_new_tokens": 8, "batch_size": 3})))
+    assert "12 of 16 prompts are already answered" in output and "iteration 0: generated 4 of 16 answers" in output
+    assert not differences(outcome(tmp_path / "out"), whole)
+    [rate] = [
+        row["spin/generation_tokens_per_second"]
+        for row in host.Run(0, "", tmp_path / "out").logs()
+        if "spin/generation_seconds" in row and row["spin/iteration"] == 0
+    ]
+    drawn = sum(map(len, whole["pairs 0"]["rejected_ids"]))
+    seconds = host.Run(0, "", tmp_path / "out").metrics(0)["spin/generation_seconds"]
+    assert rate * seconds < drawn / 2  # tokens of this start alone
+
+
 WATCHDOG = {"loss_watchdog_threshold": 0.1, "loss_watchdog_patience": 2}  # ln 2 at step 2: seen after steps 3 and 4
 
 
