@@ -55,11 +55,12 @@ def whole_weights(model: Any, accelerator: Any, gather: Gather) -> Iterator[bool
         gather = not bool(accelerator.reduce(short, "sum").item())
         gib = f"they take {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free on rank 0"
         LOG.info(f"sharded weights {'are gathered for the phase' if gather else 'stay sharded'}: {gib}")
-    if not gather:
+    if accelerator.distributed_type == DistributedType.FSDP:
+        # the root's own weights are gathered in any case: its forward leaves them so, and `generate` may call a part of it
+        with _fsdp_whole(model, accelerator, recurse=bool(gather)):
+            yield not gather
+    elif not gather:
         yield True
-    elif accelerator.distributed_type == DistributedType.FSDP:
-        with _fsdp_whole(model, accelerator):
-            yield False
     else:
         with _zero3_whole(model):
             yield False
@@ -81,10 +82,10 @@ def _free_bytes(accelerator: Any) -> float:
 
 
 @contextmanager
-def _fsdp_whole(model: Any, accelerator: Any) -> Iterator[None]:
+def _fsdp_whole(model: Any, accelerator: Any, recurse: bool) -> Iterator[None]:
     from torch.distributed.fsdp import FSDPModule
 
-    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule) and (recurse or module is model)]
     kept = accelerator.state.fsdp_plugin.reshard_after_forward
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
