@@ -85,6 +85,13 @@ class SpinPlugin(BasePlugin):
                 check_serving(self.run.served, settings.generation.vllm)
         return TrainDatasetMeta(train_dataset, eval_dataset, self.run.plan.total_steps)
 
+    def pre_model_load(self, cfg: Any) -> None:
+        """Seeds what the host draws while it loads a model (rows of added tokens, an adapter), as host 0.21 does itself."""
+        if self.run is not None:
+            from transformers import set_seed
+
+            set_seed(self.run.seed)
+
     def _other_trainers(self, cfg: Any) -> list[str]:
         plugins = PluginManager.get_instance().plugins.items()
         return [name for name, plugin in plugins if plugin is not self and plugin.get_trainer_cls(cfg) is not None]

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from axolotl_spin.data.initial_pairs import GivenPairs
 from axolotl_spin.data.pairs import LOGPS, SCHEMA, PairDataset, read_batches, read_pairs, with_texts, write_pairs
 from axolotl_spin.data.staging import STAGED, AnswerStore, read_staged, write_staged
-from axolotl_spin.disk.atomic import DamagedFileError, ForeignFileError
+from axolotl_spin.disk.atomic import DamagedFileError, ForeignFileError, StaleFileError
 from axolotl_spin.game.health import act_on, check_answers, check_opponent_logps, check_weights, count_answers
 from axolotl_spin.generation.backend import Backend, Completion
 from axolotl_spin.generation.chunk_files import ChunkFiles
@@ -28,7 +28,7 @@ from axolotl_spin.ranks.main import Ranks
 from axolotl_spin.run.checkpoints import lost_pairs
 from axolotl_spin.run.plan import IterationPlan
 from axolotl_spin.run.prepare import SpinRun
-from axolotl_spin.training.policy import frozen, nonfinite_weights
+from axolotl_spin.training.policy import frozen, nonfinite_weights, weights_digest
 from axolotl_spin.training.scoring import Scorer
 
 # under their public names
@@ -59,6 +59,7 @@ class SelfPlay:
         self.backend = backend
         self.scorer = scorer
         self.batches = batches
+        self._weights = ""  # digest of the opponent's, where this start has them
 
     def begin(self, entry: IterationPlan, model: Any, fresh: bool = True) -> tuple[PairDataset, Figures]:
         """Freezes the policy as the opponent and makes the iteration's pairs, or reads those already made.
@@ -76,6 +77,7 @@ class SelfPlay:
             ValueError: The pairs of an iteration that has begun are missing or damaged.
             UnhealthyRunError: Nothing can be learnt from the answers, or the log-probs are not numbers.
         """
+        self._weights = weights_digest(model, self.ranks.accelerator) if fresh else ""
         found = self.ranks.on_main(lambda: self._stage_file(entry))
         if isinstance(found, ForeignFileError):
             raise ForeignFileError(f"{found}: choose another `output_dir`, or move the file away")
@@ -85,7 +87,8 @@ class SelfPlay:
             raise ValueError(lost_pairs(found, self.run, entry.iteration))
         else:
             if isinstance(found, DamagedFileError):
-                self.ranks.say(f"{found}: they are made again, by the same opponent")
+                by = "these" if isinstance(found, StaleFileError) else "the same opponent"
+                self.ranks.say(f"{found}: they are made again, by {by}")
             pairs, figures = self._make(entry, model)
         kept = f" ({entry.kept_rows} kept from before)" if entry.kept_rows else ""
         self.ranks.say(
@@ -120,7 +123,7 @@ class SelfPlay:
         """
         started = time.perf_counter()
         iteration, settings = entry.iteration, self.run.settings.generation
-        files = ChunkFiles(self.run.directory, iteration, self.run.identity.before(iteration))
+        files = ChunkFiles(self.run.directory, iteration, self.run.identity.before(iteration), self._weights)
         seed = iteration_seed(self.run.sampling_seed, iteration)
         finished = self.ranks.on_main(lambda: files.finished(entry.new_rows))
         todo = Chunks.of(self.run.prompts, settings, self.run.sequence_len, seed).left(finished)
@@ -216,7 +219,7 @@ class SelfPlay:
 
     def _stage_file(self, entry: IterationPlan) -> Exception | None:
         """Stages an iteration's pairs where they are on disk and whole; else returns what is wrong with them."""
-        batches = (batch.select(STAGED.names) for batch in self._read(entry))
+        batches = (batch.select(STAGED.names) for batch in self._read(entry, weights=self._weights))
         try:
             write_staged(self.run.directory.staged(entry.iteration), batches)
         except (FileNotFoundError, DamagedFileError, ForeignFileError) as error:
@@ -243,7 +246,7 @@ class SelfPlay:
 
     def _read(self, entry: IterationPlan, columns: Sequence[str] = tuple(SCHEMA.names)) -> Iterator[pa.RecordBatch]:
         mark = self.run.identity.before(entry.iteration)
-        return read_batches(self.run.directory.pairs(entry.iteration), mark, entry.rows, columns)
+        return read_batches(self.run.directory.pairs(entry.iteration), mark, entry.rows, columns, weights)
 
     def _kept(self, entry: IterationPlan) -> Iterator[pa.RecordBatch]:
         """Yields those pairs of the iteration before that are trained on again."""

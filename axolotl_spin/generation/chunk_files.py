@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from axolotl.utils.logging import get_logger
 
-from axolotl_spin.disk.atomic import MARK, write_whole
+from axolotl_spin.disk.atomic import MARK, WEIGHTS, write_whole
 from axolotl_spin.disk.directory import RunDirectory
 from axolotl_spin.generation.backend import Completion
 from axolotl_spin.generation.chunks import Chunk, Finished
@@ -27,12 +27,13 @@ class ChunkFiles:
         directory: The run's.
         iteration: Whose chunks they are.
         mark: What the answers depend on (`Identity.before`); each file carries it.
+        weights: Digest of the weights that answer, likewise.
     """
 
-    def __init__(self, directory: RunDirectory, iteration: int, mark: str):
+    def __init__(self, directory: RunDirectory, iteration: int, mark: str, weights: str = ""):
         self.directory = directory
         self.iteration = iteration
-        self.mark = mark
+        self.mark, self.weights = mark, weights
 
     def _path(self, index: int) -> Path:
         return self.directory.chunk(self.iteration, index)
@@ -49,7 +50,8 @@ class ChunkFiles:
             pa.array([completion.ids for completion in completions], type=_SCHEMA.field("ids").type),
             pa.array([completion.finish_reason for completion in completions], type=pa.string()),
         ]
-        table = pa.table(columns, schema=_SCHEMA).replace_schema_metadata({MARK: self.mark.encode()})
+        marks = {MARK: self.mark.encode(), WEIGHTS: self.weights.encode()}
+        table = pa.table(columns, schema=_SCHEMA).replace_schema_metadata(marks)
         write_whole(self._path(chunk.index), lambda aside: pq.write_table(table, aside, write_page_checksum=True))
 
     def finished(self, prompts: int) -> Finished:
@@ -67,8 +69,8 @@ class ChunkFiles:
     def tables(self, prompts: int) -> Iterator[tuple[int, pa.Table]]:
         """Yields each file's chunk and its answers, with `row`, `ids` and `finish_reason`; no row comes twice.
 
-        A file that is damaged, or another run's, is left out: its prompts are answered again, by an opponent that is still
-        the same.
+        A file that is damaged, another run's, or of other weights, is left out: its prompts are answered again, by the
+        opponent that this start has.
 
         Args:
             prompts: The iteration's.
@@ -91,9 +93,14 @@ class ChunkFiles:
         except (pa.ArrowException, OSError) as error:
             LOG.warning(f"{path} is damaged ({error}): its prompts are answered again")
             return None
-        mark = (table.schema.metadata or {}).get(MARK, b"").decode()
+        mark, weights = ((table.schema.metadata or {}).get(name, b"").decode() for name in (MARK, WEIGHTS))
         if not table.schema.equals(_SCHEMA) or mark != self.mark:
             LOG.warning(f"{path} is not of this run: its prompts are answered again")
+            return None
+        if weights and self.weights and weights != self.weights:
+            LOG.warning(
+                f"{path} was answered by other weights than the model has at this start: its prompts are answered again"
+            )
             return None
         return table
 

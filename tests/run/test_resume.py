@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -172,6 +173,43 @@ def test_a_smaller_batch_loses_no_answer_and_changes_none(start: Start, whole: d
     drawn = sum(map(len, whole["pairs 0"]["rejected_ids"]))
     seconds = host.Run(0, "", tmp_path / "out").metrics(0)["spin/generation_seconds"]
     assert rate * seconds < drawn / 2  # tokens of this start alone
+
+
+NEW = {
+    "tokens": ["<new-1>", "<new-2>"],
+    "plugins": ["faults.FaultPlugin", "drawn.UnseededPlugin", *host.OURS],
+}
+
+
+def test_rows_of_added_tokens_are_the_same_at_every_start(start: Start, shared: Path, tmp_path: Path) -> None:
+    """Host 0.19 draws them unseeded: after a kill the rest of the answers would be another model's."""
+    assert start("generate/chunk whole", **NEW)[0] != 0
+    output = completes(start(**NEW))
+    assert "12 of 16 prompts are already answered" in output
+    stopped = outcome(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    completes(start(**NEW))
+    assert not differences(stopped, outcome(tmp_path / "out"))
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("kill", "message"),
+    [
+        ("generate/all chunks whole", "000003.parquet was answered by other weights than the model has at this start"),
+        (
+            "train/first micro-batch",
+            "pairs.parquet was made by other weights than the model has at this start: they are",
+        ),
+    ],
+)
+def test_what_other_weights_have_made_is_made_again(kill: str, message: str, start: Start, tmp_path: Path) -> None:
+    """Weights that come back at no start, such as an unseeded plugin's: no answer of theirs is kept, and it is said."""
+    plugins = ["faults.FaultPlugin", "drawn.DrawnPlugin", *host.OURS]
+    assert start(kill, plugins=plugins)[0] != 0
+    output = completes(start(plugins=plugins))
+    assert message in output and "iteration 0: generated 16 answers" in output
+    assert host.Run(0, "", tmp_path / "out").metrics(0)["loss_first"] == pytest.approx(math.log(2), abs=1e-5)
 
 
 WATCHDOG = {"loss_watchdog_threshold": 0.1, "loss_watchdog_patience": 2}  # ln 2 at step 2: seen after steps 3 and 4
