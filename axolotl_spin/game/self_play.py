@@ -241,10 +241,14 @@ class SelfPlay:
     def _write(self, entry: IterationPlan, pairs: PairDataset) -> None:
         """Writes the iteration's pairs with their log-probs and texts. Call it on one rank."""
         directory, mark = self.run.directory, self.run.identity.before(entry.iteration)
-        write_pairs(directory.pairs(entry.iteration), with_texts(pairs, self.run.tokenizer.batch_decode), mark)
+        write_pairs(
+            directory.pairs(entry.iteration), with_texts(pairs, self.run.tokenizer.batch_decode), mark, self._weights
+        )
         ChunkFiles(directory, entry.iteration, mark).remove()
 
-    def _read(self, entry: IterationPlan, columns: Sequence[str] = tuple(SCHEMA.names)) -> Iterator[pa.RecordBatch]:
+    def _read(
+        self, entry: IterationPlan, columns: Sequence[str] = tuple(SCHEMA.names), weights: str = ""
+    ) -> Iterator[pa.RecordBatch]:
         mark = self.run.identity.before(entry.iteration)
         return read_batches(self.run.directory.pairs(entry.iteration), mark, entry.rows, columns, weights)
 

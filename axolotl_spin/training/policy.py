@@ -92,15 +92,15 @@ def weights_digest(model: torch.nn.Module, accelerator: Any) -> str:
     """
     total = torch.zeros((), dtype=torch.int64, device=accelerator.device)
     parts = False
-    for parameter in model.parameters():
-        held = parameter.data
-        if hasattr(parameter, "ds_tensor"):  # ZeRO-3's shard, which is filled up at its end
-            shard: Any = parameter
-            start = shard.ds_tensor.ds_numel * accelerator.process_index
-            held, parts = shard.ds_tensor.data.flatten()[: max(0, shard.ds_numel - start)], True
-        elif hasattr(held, "to_local"):  # FSDP2's DTensor
-            held, parts = held.to_local(), True
-        if type(held) is torch.Tensor and held.is_floating_point() and held.dtype.itemsize > 1:
+    for name, parameter in model.named_parameters():
+        held = held_by_this_rank(parameter)
+        if hasattr(parameter, "ds_tensor"):  # ZeRO-3's last shards are filled up
+            filled: Any = parameter
+            before = filled.ds_tensor.ds_numel * accelerator.process_index
+            held = held.flatten()[: max(0, filled.ds_numel - before)]
+        parts = parts or hasattr(parameter, "ds_tensor") or hasattr(parameter, "to_local")
+        plain = type(held) is torch.Tensor and held.is_floating_point() and held.dtype.itemsize > 1
+        if plain and not packed(_owner(model, name), parameter):
             for piece in held.flatten().split(1 << 24):  # fp32 holds every half-precision number exactly
                 total += piece.float().view(torch.int32).sum(dtype=torch.int64).to(total.device)
     return f"{(accelerator.reduce(total, 'sum') if parts else total).item():x}"
