@@ -40,8 +40,10 @@ class SpinPlugin(BasePlugin):
             from axolotl_spin.compat import check_host_version
             from axolotl_spin.disk.directory import check_output_dir
             from axolotl_spin.monitor.about import plain_config
+            from axolotl_spin.ranks.build_lock import watch_builds
 
             check_host_version()
+            watch_builds()  # DeepSpeed's extensions, from here on
             self._written = plain_config(cfg)
             if isinstance(cfg.get("output_dir"), str):
                 check_output_dir(cfg["output_dir"])

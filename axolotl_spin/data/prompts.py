@@ -6,13 +6,14 @@ opponent answers is the one SFT trains on, and the answer keeps the end-of-turn 
 
 from __future__ import annotations
 
-import os
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+
+from axolotl_spin.data.row_cache import map_rows
 
 IGNORED = -100  # the label of tokens that SFT does not train (torch.nn.CrossEntropyLoss)
 
@@ -104,16 +105,13 @@ def prompt_dataset(dataset: Any, *, turns: Turns, max_prompts: int | None = None
                 columns["row"].append(row)
         return columns
 
-    caches = {Path(file["filename"]).parent for file in dataset.cache_files}
-    prompts = dataset.map(
+    prompts = map_rows(
+        dataset,
         split,
-        batched=True,
-        with_indices=True,
-        remove_columns=dataset.column_names,
+        code=[sys.modules[__name__]],
+        settings=[turns],
         features=prompt_features(),
         desc="Splitting rows into prompts and human answers",
-        # beside the host's prepared rows, unless that folder is shared read-only
-        keep_in_memory=not all(os.access(folder, os.W_OK) for folder in caches),
     )
     if len(prompts) == 0:
         raise ValueError(

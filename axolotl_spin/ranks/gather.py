@@ -74,11 +74,18 @@ def _whole_bytes(model: nn.Module) -> int:
 def _free_bytes(accelerator: Any) -> float:
     """Returns the memory that this rank may take: its accelerator's, or its part of the machine's."""
     device = accelerator.device
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-    return psutil.virtual_memory().available / ranks_here
+    if device.type == "cpu":
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+        return psutil.virtual_memory().available / ranks_here
+    try:
+        free, _ = torch.accelerator.get_memory_info(device)
+        return free + torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
+    except (RuntimeError, NotImplementedError, AttributeError) as error:  # not every kind of device tells
+        LOG.warning(
+            f"{device} does not tell how much of its memory is free ({error}), so sharded weights stay sharded; where they "
+            "fit, `spin.generation.gather_weights: true` is faster"
+        )
+        return 0.0
 
 
 @contextmanager
