@@ -16,7 +16,8 @@ from axolotl_spin.run.prepare import Launch
 
 
 class SaveAtIterationEnd(TrainerCallback):
-    """Asks for a checkpoint at each iteration's last step, whatever the host's interval, so that a resume can start there.
+    """Asks for a checkpoint at each iteration's last step, whatever the host's interval, so that a resume can start there;
+    and where the host ends training before its last step (`loss_watchdog_threshold`, say), so that nothing is lost.
 
     Args:
         plan: The run's.
@@ -27,7 +28,8 @@ class SaveAtIterationEnd(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         saved = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}").exists()
-        if args.save_strategy != SaveStrategy.NO and state.global_step in self._ends and not saved:
+        due = state.global_step in self._ends or control.should_training_stop
+        if args.save_strategy != SaveStrategy.NO and due and not saved:
             control.should_save = True
         return control
 

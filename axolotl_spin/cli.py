@@ -99,20 +99,16 @@ def export(result: TextIO, **options: Any) -> None:
 @click.argument("output_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @prints_result
 def table(output_dir: Path, result: TextIO) -> None:
-    """Print the table of iterations of the run in OUTPUT_DIR, finished or not."""
-    from axolotl_spin.disk.atomic import DamagedFileError, read_json
-    from axolotl_spin.disk.directory import RunDirectory
+    """Print the table of iterations of the run in OUTPUT_DIR, finished or not, and where it stands."""
     from axolotl_spin.monitor.tables import iteration_table, print_wide, read_metrics
+    from axolotl_spin.report.reading import NoRunError, read_run
 
-    directory = RunDirectory(output_dir)
-    if not directory.plan.exists():
-        raise click.ClickException(f"{output_dir} holds no SPIN run: there is no {directory.plan}")
     try:
-        iterations = len(read_json(directory.plan)["iterations"])
-    except (DamagedFileError, KeyError) as error:
-        raise click.ClickException(f"{directory.plan} is damaged: {error}") from error
-    metrics = read_metrics(directory.metrics(iteration) for iteration in range(iterations))
-    print_wide(iteration_table(metrics), file=result)
+        run = read_run(output_dir)
+    except NoRunError as error:
+        raise click.ClickException(str(error)) from error
+    metrics = read_metrics(run.directory.metrics(entry.iteration) for entry in run.iterations)
+    print_wide(iteration_table(metrics), run.standing, file=result)
 
 
 @spin.command()

@@ -28,7 +28,8 @@ class SpinPlugin(BasePlugin):
         # `axolotl spin generate` sets both: it starts elsewhere, and stops earlier
         self.trainer_class: type | None = None
         self.settle: Callable[[SpinRun, Any], None] | None = None
-        self._trained = False
+        self._trainer: Any = None
+        self._reached: int | None = None  # the step at which training returned
         self._concerned = True
         self._written: dict[str, Any] | None = None
 
@@ -43,8 +44,10 @@ class SpinPlugin(BasePlugin):
             from axolotl_spin.compat import check_host_version
             from axolotl_spin.disk.directory import check_output_dir
             from axolotl_spin.monitor.about import plain_config
+            from axolotl_spin.ranks.build_lock import watch_builds
 
             check_host_version()
+            watch_builds()  # DeepSpeed's extensions, from here on
             self._written = plain_config(cfg)
             if isinstance(cfg.get("output_dir"), str):
                 check_output_dir(cfg["output_dir"])
@@ -90,6 +93,13 @@ class SpinPlugin(BasePlugin):
             if _is_main():
                 warn_without_report(self.run.directory)
         return TrainDatasetMeta(train_dataset, eval_dataset, self.run.plan.total_steps)
+
+    def pre_model_load(self, cfg: Any) -> None:
+        """Seeds what the host draws while it loads a model (rows of added tokens, an adapter), as host 0.21 does itself."""
+        if self.run is not None:
+            from transformers import set_seed
+
+            set_seed(self.run.seed)
 
     def _other_trainers(self, cfg: Any) -> list[str]:
         plugins = PluginManager.get_instance().plugins.items()
@@ -140,25 +150,32 @@ class SpinPlugin(BasePlugin):
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         if self.run is not None:
+            self._trainer = trainer
             trainer.attach(self.run)
 
     def post_train(self, cfg: Any, model: Any) -> None:
-        self._trained = self.run is not None
+        if self._trainer is not None:  # the host calls a second time, once the model is saved
+            self._reached, self._trainer = self._trainer.state.global_step, None
 
     def post_train_unload(self, cfg: Any) -> None:
-        """Notes that the run is complete and prints the table of iterations, behind everything that the host says."""
-        if self._trained and self.run is not None and _is_main():
+        """Notes how far the run came and prints the table of iterations, behind everything that the host says.
+
+        It is complete where it took its last step: the host may end it before, for reasons of its own.
+        """
+        reached, self._reached = self._reached, None
+        if reached is not None and self.run is not None and _is_main():
             from axolotl_spin.monitor.about import note_end
             from axolotl_spin.monitor.tables import print_table
             from axolotl_spin.report import report_at_end
 
-            note_end(self.run.directory.about)
+            complete = reached == self.run.plan.total_steps
+            note_end(self.run.directory.about, reached, complete)
             # before the run counts as complete, so that a kill leaves none without it
-            report_at_end(self.run.directory)
-            self.run.write_plan(completed=True)
+            report_at_end(self.run.directory, complete)
+            if complete:
+                self.run.write_plan(completed=True)
             keeps = self.run.settings.save_iterations
-            print_table(self.run.directory, self.run.plan, _command(cfg), cfg.adapter or None, keeps)
-        self._trained = False
+            print_table(self.run.directory, self.run.plan, _command(cfg), cfg.adapter or None, keeps, reached)
 
 
 def _is_main() -> bool:

@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from importlib.metadata import entry_points, requires, version
 from pathlib import Path
 from types import SimpleNamespace
@@ -70,7 +71,8 @@ from axolotl_spin.generation.transformers import _generation_config
 from axolotl_spin.plugin import SpinPlugin
 from axolotl_spin.refusals import REFUSED
 from axolotl_spin.run.checkpoints import read_checkpoint
-from axolotl_spin.run.identity import _HOST_KEYS, _PLANNED
+from axolotl_spin.run.compared import NOT_COMPARED, host_defaults, host_values, reasons
+from axolotl_spin.run.identity import _GROUP_RATES, _PLANNED
 from axolotl_spin.run.plan import make_plan
 from axolotl_spin.run.plan import warmup_steps as plan_warmup_steps
 from axolotl_spin.trainer import SpinTrainer
@@ -347,8 +349,42 @@ READ_KEYS = (
 
 
 def test_host_has_every_key_that_we_read() -> None:
-    """A renamed key would read as None, and drop silently out of the hash in `plan.json` (`identity._HOST_KEYS`)."""
-    assert sorted({*READ_KEYS, *_HOST_KEYS, *_PLANNED} - set(AxolotlInputConfig.model_fields)) == []
+    """A renamed key would read as None."""
+    assert sorted({*READ_KEYS, *_PLANNED, *_GROUP_RATES} - set(AxolotlInputConfig.model_fields)) == []
+
+
+def test_every_key_of_the_host_is_compared_or_has_one_reason_why_not() -> None:
+    """What a new host brings is compared; what is listed must be some host's key, under one reason."""
+    fields = set(AxolotlInputConfig.model_fields)
+    told = {key: reasons(key) for key in fields}
+    assert {key: why for key, why in told.items() if len(why) > 1} == {}
+    compared = {key for key, why in told.items() if not why}
+    assert {"base_model", "seed", "optimizer", "bf16", "rope_scaling", "special_tokens", "eot_tokens"} <= compared
+    # of another host, of its plugins, or put into the config by the host itself
+    elsewhere = {
+        *(
+            "fsdp",
+            "capabilities",
+            "env_capabilities",
+            "is_multimodal",
+            "model_config_type*",
+            "torch_dtype",
+            "expert_parallel_*",
+            "spin",
+        ),
+        *("attn_decontaminates_packing", "attn_needs_dtype_cast", "attn_supports_packing", "attn_uses_flash_lib"),
+        *("processor_config", "full_determinism", "sync_profiler_*", "logging_nan_inf_filter", "nf4_backend", "export"),
+        *("fa_varlen_kwargs_in_collator",),
+    }
+    named = {name for group in NOT_COMPARED.values() for name in group}
+    assert {name for name in named if not any(fnmatchcase(key, name) for key in fields)} <= elsewhere
+
+
+def test_of_what_the_host_adds_to_a_config_nothing_is_compared(cfg: DictDefault, folder: Path) -> None:
+    """Devices, ranks, capabilities: on another machine they are others."""
+    defaults = host_defaults()
+    kept = {key for key, value in host_values(cfg).items() if not reasons(key) and value != defaults.get(key)}
+    assert kept - set(settings(folder)) == set()
 
 
 def test_host_has_every_key_that_we_refuse() -> None:

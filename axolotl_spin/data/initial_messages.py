@@ -6,21 +6,21 @@ in `finish_reason` which answers were cut; those get no end. An empty answer is 
 
 from __future__ import annotations
 
-import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from axolotl.utils.logging import get_logger
 from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset, load_from_disk
-from datasets.fingerprint import Hasher
-from filelock import FileLock
 
 from axolotl_spin import uclaml
 from axolotl_spin.data.initial_pairs import GivenPairs, naming
 from axolotl_spin.data.marks import declared_ends, special_tokens, turn_marks
 from axolotl_spin.data.pairs import BATCH_ROWS
 from axolotl_spin.data.prompts import Prompt, prompts_of_row
+from axolotl_spin.data.row_cache import map_rows
+from axolotl_spin.data.turns import answer_spans
 
 LOG = get_logger(__name__)
 
@@ -169,26 +169,15 @@ def _tokenised(rows: Dataset, cfg: Any, tokenizer: Any) -> Dataset:
         return columns
 
     names = [name for name in ("real", "generated", "finish_reason") if name in rows.column_names]
-    template = strategy.prompter.chat_template
-    parts = (rows._fingerprint, _content(tokenizer), template, entry, sequence_len, cfg.eot_tokens, marks, "version 2")
-    fingerprint = Hasher.hash(tuple(str(part) for part in parts))
-    rows = rows.select_columns(names)
-    folders = {Path(file["filename"]).parent for file in rows.cache_files}
-    writable = bool(folders) and all(os.access(folder, os.W_OK) for folder in folders)
-    settings: dict[str, Any] = {
-        "batched": True,
-        "batch_size": 200,
-        "with_indices": True,
-        "remove_columns": names,
-        "features": Features(_FEATURES),
-        "keep_in_memory": not writable,
-        "new_fingerprint": fingerprint,
-        "desc": "Tokenising spin.initial_pairs",
-    }
-    if not writable:
-        return rows.map(convert, **settings)
-    with FileLock(str(sorted(folders)[0] / f"axolotl-spin-{fingerprint}.lock")):
-        return rows.map(convert, **settings)
+    return map_rows(
+        rows.select_columns(names),
+        convert,
+        code=[sys.modules[__name__], sys.modules[Prompt.__module__], sys.modules[answer_spans.__module__], uclaml],
+        settings=[_content(tokenizer), strategy.prompter.chat_template, entry, sequence_len, cfg.eot_tokens, marks],
+        features=Features(_FEATURES),
+        desc="Tokenising spin.initial_pairs",
+        batch_size=200,
+    )
 
 
 def _template_entry(cfg: Any) -> dict[str, Any]:

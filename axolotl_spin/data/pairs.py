@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from torch.utils.data import Dataset
 
 from axolotl_spin.data.texts import Decode, answer_texts
-from axolotl_spin.disk.atomic import MARK, DamagedFileError, ForeignFileError, write_whole
+from axolotl_spin.disk.atomic import MARK, WEIGHTS, DamagedFileError, ForeignFileError, StaleFileError, write_whole
 
 _IDS = pa.list_(pa.int32())
 
@@ -75,17 +75,18 @@ def with_texts(pairs: PairDataset, decode: Decode) -> Iterator[pa.RecordBatch]:
         yield record_batch(columns, SCHEMA)
 
 
-def write_pairs(path: Path, batches: Iterable[pa.RecordBatch], mark: str) -> None:
+def write_pairs(path: Path, batches: Iterable[pa.RecordBatch], mark: str, weights: str = "") -> None:
     """Writes `pairs.parquet` as a whole file, each page with a checksum.
 
     Args:
         path: Destination.
         batches: Of `SCHEMA`, one row per pair trained on, in order; a row group each.
         mark: What the pairs depend on (`Identity.before`), kept in the file's metadata.
+        weights: Digest of the opponent's weights, likewise.
     """
 
     def write(aside: Path) -> None:
-        schema = SCHEMA.with_metadata({MARK: mark.encode()})
+        schema = SCHEMA.with_metadata({MARK: mark.encode(), WEIGHTS: weights.encode()})
         with pq.ParquetWriter(aside, schema, write_page_checksum=True) as file:
             for batch in batches:
                 file.write_batch(batch.replace_schema_metadata(schema.metadata))
@@ -93,17 +94,19 @@ def write_pairs(path: Path, batches: Iterable[pa.RecordBatch], mark: str) -> Non
     write_whole(path, write)
 
 
-def check_pairs(path: Path, mark: str, rows: int) -> None:
+def check_pairs(path: Path, mark: str, rows: int, weights: str = "") -> None:
     """Checks by its footer alone that a file holds an iteration's pairs.
 
     Args:
         path: The file.
         mark: What the pairs must depend on.
         rows: How many there must be.
+        weights: Digest of the weights that must have made them; empty where they may be gone.
 
     Raises:
         FileNotFoundError: There is no such file.
         DamagedFileError: It is cut, corrupt, or has other columns or another number of rows.
+        StaleFileError: Other weights made them.
         ForeignFileError: It belongs to another run.
     """
     if not path.exists():
@@ -123,10 +126,13 @@ def check_pairs(path: Path, mark: str, rows: int) -> None:
         )
     if found_rows != rows:
         raise DamagedFileError(f"{path} has {found_rows} pairs instead of {rows}")
+    made_by = (schema.metadata or {}).get(WEIGHTS, b"").decode()
+    if weights and made_by and made_by != weights:
+        raise StaleFileError(f"{path} was made by other weights than the model has at this start")
 
 
 def read_batches(
-    path: Path, mark: str, rows: int, columns: Sequence[str] = tuple(SCHEMA.names)
+    path: Path, mark: str, rows: int, columns: Sequence[str] = tuple(SCHEMA.names), weights: str = ""
 ) -> Iterator[pa.RecordBatch]:
     """Reads `pairs.parquet` a batch of rows at a time, verifying the checksums of what it reads.
 
@@ -135,11 +141,12 @@ def read_batches(
         mark: What the pairs must depend on.
         rows: How many there must be.
         columns: Which of them; the others are not looked at.
+        weights: See `check_pairs`.
 
     Raises:
-        FileNotFoundError, DamagedFileError, ForeignFileError: See `check_pairs`.
+        FileNotFoundError, DamagedFileError, StaleFileError, ForeignFileError: See `check_pairs`.
     """
-    check_pairs(path, mark, rows)
+    check_pairs(path, mark, rows, weights)
     try:
         # with `pre_buffer`, the default, what has been read stays in memory until the end
         with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:

@@ -6,13 +6,13 @@ that the opponent answers is the one SFT trains on, and the answer keeps the end
 
 from __future__ import annotations
 
-import os
+import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from axolotl_spin.data.row_cache import map_rows
 from axolotl_spin.data.turns import NO_MARKS, Marks, UnclearTurnsError, answer_spans
 
 Turns = Literal["last", "all"]
@@ -95,16 +95,13 @@ def prompt_dataset(dataset: Any, *, turns: Turns, max_prompts: int | None = None
                 columns["row"].append(row)
         return columns
 
-    caches = {Path(file["filename"]).parent for file in dataset.cache_files}
-    prompts = dataset.map(
+    prompts = map_rows(
+        dataset,
         split,
-        batched=True,
-        with_indices=True,
-        remove_columns=dataset.column_names,
+        code=[sys.modules[__name__], sys.modules[Marks.__module__]],
+        settings=[turns, marks],
         features=prompt_features(),
         desc="Splitting rows into prompts and human answers",
-        # beside the host's prepared rows, unless that folder is shared read-only
-        keep_in_memory=not all(os.access(folder, os.W_OK) for folder in caches),
     )
     if len(prompts) == 0:
         raise ValueError(

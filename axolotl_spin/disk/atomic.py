@@ -125,10 +125,16 @@ def write_json(path: Path, value: Any) -> None:
 
 # the key in a Parquet file's metadata under which lies what its content depends on
 MARK = b"axolotl_spin"
+# and the digest of the weights that made it
+WEIGHTS = b"axolotl_spin_weights"
 
 
 class DamagedFileError(ValueError):
     """An artifact is cut, empty, corrupt, or not what its name says."""
+
+
+class StaleFileError(DamagedFileError):
+    """An artifact is whole and of this run, but was made by weights that this start does not have."""
 
 
 class ForeignFileError(ValueError):

@@ -20,7 +20,7 @@ from axolotl_spin.data.endings import pairs_end_alike
 from axolotl_spin.data.initial_pairs import GivenPairs
 from axolotl_spin.data.pairs import LOGPS, SCHEMA, PairDataset, read_batches, read_pairs, with_texts, write_pairs
 from axolotl_spin.data.staging import STAGED, AnswerStore, read_staged, write_staged
-from axolotl_spin.disk.atomic import DamagedFileError, ForeignFileError
+from axolotl_spin.disk.atomic import DamagedFileError, ForeignFileError, StaleFileError
 from axolotl_spin.game.health import act_on, check_answers, check_opponent_logps, check_weights, count_answers
 from axolotl_spin.generation.backend import Backend, Completion
 from axolotl_spin.generation.chunk_files import ChunkFiles
@@ -29,7 +29,7 @@ from axolotl_spin.ranks.main import Ranks
 from axolotl_spin.run.checkpoints import lost_pairs
 from axolotl_spin.run.plan import IterationPlan
 from axolotl_spin.run.prepare import SpinRun
-from axolotl_spin.training.policy import frozen, nonfinite_weights
+from axolotl_spin.training.policy import frozen, nonfinite_weights, weights_digest
 from axolotl_spin.training.scoring import Scorer
 
 # under their public names
@@ -63,6 +63,7 @@ class SelfPlay:
         self.scorer = scorer
         self.batches = batches
         self.stops = stops
+        self._weights = ""  # digest of the opponent's, where this start has them
 
     def begin(self, entry: IterationPlan, model: Any, fresh: bool = True) -> tuple[PairDataset, Figures]:
         """Freezes the policy as the opponent and makes the iteration's pairs, or reads those already made.
@@ -80,6 +81,7 @@ class SelfPlay:
             ValueError: The pairs of an iteration that has begun are missing or damaged.
             UnhealthyRunError: Nothing can be learnt from the answers, or the log-probs are not numbers.
         """
+        self._weights = weights_digest(model, self.ranks.accelerator) if fresh else ""
         found = self.ranks.on_main(lambda: self._stage_file(entry))
         if isinstance(found, ForeignFileError):
             raise ForeignFileError(f"{found}: choose another `output_dir`, or move the file away")
@@ -89,7 +91,8 @@ class SelfPlay:
             raise ValueError(lost_pairs(found, self.run, entry.iteration))
         else:
             if isinstance(found, DamagedFileError):
-                self.ranks.say(f"{found}: they are made again, by the same opponent")
+                by = "these" if isinstance(found, StaleFileError) else "the same opponent"
+                self.ranks.say(f"{found}: they are made again, by {by}")
             pairs, figures = self._make(entry, model)
         kept = f" ({entry.kept_rows} kept from before)" if entry.kept_rows else ""
         self.ranks.say(
@@ -124,15 +127,13 @@ class SelfPlay:
         """
         started = time.perf_counter()
         iteration, settings = entry.iteration, self.run.settings.generation
-        files = ChunkFiles(self.run.directory, iteration, self.run.identity.before(iteration))
+        files = ChunkFiles(self.run.directory, iteration, self.run.identity.before(iteration), self._weights)
         seed = iteration_seed(self.run.sampling_seed, iteration)
-        chunks = Chunks.of(self.run.prompts, settings, self.run.sequence_len, seed)
-        done = self.ranks.on_main(
-            lambda: {index for index, rows in chunks.rows() if files.read(index, rows) is not None}
-        )
-        todo = chunks.without(done)
-        if done:
-            self.ranks.say(f"iteration {iteration}: {len(done)} of {len(chunks)} chunks are already answered")
+        finished = self.ranks.on_main(lambda: files.finished(entry.new_rows))
+        todo = Chunks.of(self.run.prompts, settings, self.run.sequence_len, seed).left(finished)
+        if finished.chunks:
+            done = int(finished.answered.sum())
+            self.ranks.say(f"iteration {iteration}: {done} of {entry.new_rows} prompts are already answered")
 
         def keep(chunk: Chunk, completions: list[Completion]) -> None:
             files.write(chunk, completions)
@@ -143,31 +144,35 @@ class SelfPlay:
             apart = self.backend.answer(model, todo, keep, iteration)
             self.ranks.meet(f"generated/{iteration}")
         staged = self.run.directory.staged(iteration)
-        self.ranks.on_main(lambda: write_staged(staged, self._assemble(entry, chunks, files)))
+        self.ranks.on_main(lambda: write_staged(staged, self._assemble(entry, files)))
         pairs = PairDataset(read_staged(staged))
         counts = self._count(pairs, entry)
         seconds, apart = time.perf_counter() - started, self.ranks.on_main(lambda: apart)
-        rate = counts["spin/rejected_length"] * entry.new_rows / max(seconds - sum(apart.values()), 1e-9)
+        made = ~finished.answered  # an earlier start's answers took none of this one's seconds
+        drawn = int(pairs.lengths("rejected_ids")[: entry.new_rows][made].sum())
+        rate = drawn / max(seconds - sum(apart.values()), 1e-9)
+        count = f"{entry.new_rows}" if made.all() else f"{made.sum()} of {entry.new_rows}"
         self.ranks.say(
-            f"iteration {iteration}: generated {entry.new_rows} answers in {seconds:.1f} s ({rate:.0f} tokens/s; mean "
+            f"iteration {iteration}: generated {count} answers in {seconds:.1f} s ({rate:.0f} tokens/s; mean "
             f"{counts['spin/rejected_length']:.1f} tokens, human {counts['spin/chosen_length']:.1f}; "
             f"{counts['spin/truncated']:.1%} cut, {counts['spin/empty']:.1%} empty, "
             f"{counts['spin/identical']:.1%} identical to the human's)"
         )
-        phase = {"spin/generation_seconds": seconds, "spin/generation_tokens_per_second": rate}
+        phase = {"spin/generation_seconds": seconds}
+        if drawn:
+            phase["spin/generation_tokens_per_second"] = rate
         return pairs, {**counts, **apart, **phase}
 
-    def _assemble(self, entry: IterationPlan, chunks: Chunks, files: ChunkFiles) -> Iterator[pa.RecordBatch]:
+    def _assemble(self, entry: IterationPlan, files: ChunkFiles) -> Iterator[pa.RecordBatch]:
         """Yields the new pairs, in the order of the prompts, and those kept from the previous iteration."""
         answers = AnswerStore(self.run.directory.iteration(entry.iteration), entry.new_rows)
-        for index, of_chunk in chunks.rows():
-            found = files.read(index, of_chunk)
-            if found is None:
-                raise FileNotFoundError(
-                    f"chunk {index} of iteration {entry.iteration} is missing after generation: `output_dir` must be "
-                    "on a filesystem that all nodes share"
-                )
-            answers.add(found)
+        for _, table in files.tables(entry.new_rows):
+            answers.add(table)
+        if len(missing := answers.missing()):
+            raise FileNotFoundError(
+                f"{len(missing)} answers of iteration {entry.iteration} are missing after generation, the first to prompts "
+                f"{missing[:5].tolist()}: `output_dir` must be on a filesystem that all nodes share"
+            )
         rows = 0
         for batch in answers.paired(self.run.prompts, entry.iteration):
             yield pairs_end_alike(batch, self.stops)
@@ -220,7 +225,7 @@ class SelfPlay:
 
     def _stage_file(self, entry: IterationPlan) -> Exception | None:
         """Stages an iteration's pairs where they are on disk and whole; else returns what is wrong with them."""
-        batches = (batch.select(STAGED.names) for batch in self._read(entry))
+        batches = (batch.select(STAGED.names) for batch in self._read(entry, weights=self._weights))
         try:
             write_staged(self.run.directory.staged(entry.iteration), batches)
         except (FileNotFoundError, DamagedFileError, ForeignFileError) as error:
@@ -242,12 +247,16 @@ class SelfPlay:
     def _write(self, entry: IterationPlan, pairs: PairDataset) -> None:
         """Writes the iteration's pairs with their log-probs and texts. Call it on one rank."""
         directory, mark = self.run.directory, self.run.identity.before(entry.iteration)
-        write_pairs(directory.pairs(entry.iteration), with_texts(pairs, self.run.tokenizer.batch_decode), mark)
+        write_pairs(
+            directory.pairs(entry.iteration), with_texts(pairs, self.run.tokenizer.batch_decode), mark, self._weights
+        )
         ChunkFiles(directory, entry.iteration, mark).remove()
 
-    def _read(self, entry: IterationPlan, columns: Sequence[str] = tuple(SCHEMA.names)) -> Iterator[pa.RecordBatch]:
+    def _read(
+        self, entry: IterationPlan, columns: Sequence[str] = tuple(SCHEMA.names), weights: str = ""
+    ) -> Iterator[pa.RecordBatch]:
         mark = self.run.identity.before(entry.iteration)
-        return read_batches(self.run.directory.pairs(entry.iteration), mark, entry.rows, columns)
+        return read_batches(self.run.directory.pairs(entry.iteration), mark, entry.rows, columns, weights)
 
     def _kept(self, entry: IterationPlan) -> Iterator[pa.RecordBatch]:
         """Yields those pairs of the iteration before that are trained on again."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from axolotl.utils.logging import get_logger
 
-from axolotl_spin.disk.atomic import MARK, write_whole
+from axolotl_spin.disk.atomic import MARK, WEIGHTS, write_whole
 from axolotl_spin.disk.directory import RunDirectory
 from axolotl_spin.generation.backend import Completion
-from axolotl_spin.generation.chunks import Chunk
+from axolotl_spin.generation.chunks import Chunk, Finished
 
 LOG = get_logger(__name__)
 
@@ -27,12 +27,13 @@ class ChunkFiles:
         directory: The run's.
         iteration: Whose chunks they are.
         mark: What the answers depend on (`Identity.before`); each file carries it.
+        weights: Digest of the weights that answer, likewise.
     """
 
-    def __init__(self, directory: RunDirectory, iteration: int, mark: str):
+    def __init__(self, directory: RunDirectory, iteration: int, mark: str, weights: str = ""):
         self.directory = directory
         self.iteration = iteration
-        self.mark = mark
+        self.mark, self.weights = mark, weights
 
     def _path(self, index: int) -> Path:
         return self.directory.chunk(self.iteration, index)
@@ -49,31 +50,57 @@ class ChunkFiles:
             pa.array([completion.ids for completion in completions], type=_SCHEMA.field("ids").type),
             pa.array([completion.finish_reason for completion in completions], type=pa.string()),
         ]
-        table = pa.table(columns, schema=_SCHEMA).replace_schema_metadata({MARK: self.mark.encode()})
+        marks = {MARK: self.mark.encode(), WEIGHTS: self.weights.encode()}
+        table = pa.table(columns, schema=_SCHEMA).replace_schema_metadata(marks)
         write_whole(self._path(chunk.index), lambda aside: pq.write_table(table, aside, write_page_checksum=True))
 
-    def read(self, index: int, rows: np.ndarray) -> pa.Table | None:
-        """Reads a chunk's answers.
+    def finished(self, prompts: int) -> Finished:
+        """Returns what is answered already, in chunks of whatever size.
 
         Args:
-            index: Which chunk.
-            rows: Its prompts.
-
-        Returns:
-            A table with `row`, `ids` and `finish_reason`. None where there is no file, or one that is damaged or another
-            run's: it is made again, since the opponent that answers is still the same.
+            prompts: The iteration's.
         """
-        path = self._path(index)
-        if not path.exists():
-            return None
+        answered, chunks = np.zeros(prompts, dtype=bool), []
+        for index, table in self.tables(prompts):
+            answered[table["row"].to_numpy()] = True
+            chunks.append(index)
+        return Finished(answered, frozenset(chunks))
+
+    def tables(self, prompts: int) -> Iterator[tuple[int, pa.Table]]:
+        """Yields each file's chunk and its answers, with `row`, `ids` and `finish_reason`; no row comes twice.
+
+        A file that is damaged, another run's, or of other weights, is left out: its prompts are answered again, by the
+        opponent that this start has.
+
+        Args:
+            prompts: The iteration's.
+        """
+        answered = np.zeros(prompts, dtype=bool)
+        for path in sorted(self._path(0).parent.glob("*.parquet")):
+            table = self._read(path)
+            if table is None or not path.stem.isdigit():
+                continue
+            rows = table["row"].to_numpy()
+            if answered[rows].any():
+                LOG.warning(f"{path} holds answers of another file: what it should hold is answered again")
+                continue
+            answered[rows] = True
+            yield int(path.stem), table
+
+    def _read(self, path: Path) -> pa.Table | None:
         try:
             table = pq.ParquetFile(path, page_checksum_verification=True).read()
         except (pa.ArrowException, OSError) as error:
             LOG.warning(f"{path} is damaged ({error}): its prompts are answered again")
             return None
-        mark = (table.schema.metadata or {}).get(MARK, b"").decode()
-        if not table.schema.equals(_SCHEMA) or mark != self.mark or not np.array_equal(table["row"], rows):
+        mark, weights = ((table.schema.metadata or {}).get(name, b"").decode() for name in (MARK, WEIGHTS))
+        if not table.schema.equals(_SCHEMA) or mark != self.mark:
             LOG.warning(f"{path} is not of this run: its prompts are answered again")
+            return None
+        if weights and self.weights and weights != self.weights:
+            LOG.warning(
+                f"{path} was answered by other weights than the model has at this start: its prompts are answered again"
+            )
             return None
         return table
 

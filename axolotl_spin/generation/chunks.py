@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -70,6 +71,19 @@ def chunk_rows(lengths: np.ndarray, chunk_size: int) -> list[np.ndarray]:
     return [order[start : start + chunk_size] for start in range(0, len(order), chunk_size)]
 
 
+@dataclass(frozen=True)
+class Finished:
+    """What an iteration has answered already.
+
+    Attributes:
+        answered: (prompts,) bool.
+        chunks: Indices of the chunks whose files hold the answers.
+    """
+
+    answered: np.ndarray
+    chunks: frozenset[int]
+
+
 class Chunks(Sequence[Chunk]):
     """An iteration's chunks, each made when it is asked for: prompts stay in the dataset's file until then.
 
@@ -78,7 +92,7 @@ class Chunks(Sequence[Chunk]):
         rows: The prompts of each chunk; see `chunk_rows`.
         limit: Returns from a prompt's tokens how many its answer may have.
         seed: See `Chunk`.
-        only: Indices of the chunks that are meant; all by default.
+        indices: What each chunk is called; its position by default.
     """
 
     def __init__(
@@ -87,11 +101,11 @@ class Chunks(Sequence[Chunk]):
         rows: list[np.ndarray],
         limit: Callable[[int], int],
         seed: int,
-        only: Sequence[int] | None = None,
+        indices: Sequence[int] | None = None,
     ):
         self._prompts = prompts.with_format("numpy").select_columns(["prompt_ids"])
         self._rows, self._limit, self._seed = rows, limit, seed
-        self._only = range(len(rows)) if only is None else only
+        self._indices = range(len(rows)) if indices is None else indices
 
     @classmethod
     def of(cls, prompts: Any, generation: GenerationConfig, sequence_len: int, seed: int) -> Chunks:
@@ -112,27 +126,37 @@ class Chunks(Sequence[Chunk]):
         return cls(prompts, rows, limit, seed)
 
     def __len__(self) -> int:
-        return len(self._only)
+        return len(self._rows)
 
     def __getitem__(self, position: int) -> Chunk:  # type: ignore[override]
-        index = self._only[position]
-        rows = self._rows[index].tolist()
+        rows = self._rows[position].tolist()
         prompts = tuple(self._prompts[rows]["prompt_ids"])
         limits = tuple(self._limit(len(prompt)) for prompt in prompts)
-        return Chunk(index, tuple(rows), prompts, limits, self._seed)
+        return Chunk(self._indices[position], tuple(rows), prompts, limits, self._seed)
 
     def index_at(self, position: int) -> int:
         """Returns the index of the chunk at a position, without making it."""
-        return self._only[position]
+        return self._indices[position]
 
     def rows(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yields each chunk's index and its prompts' indices."""
-        return ((index, self._rows[index]) for index in self._only)
+        return zip(self._indices, self._rows, strict=True)
 
-    def without(self, done: Collection[int]) -> Chunks:
-        """Returns the chunks whose index is not among some."""
-        left = [index for index in self._only if index not in done]
-        return Chunks(self._prompts, self._rows, self._limit, self._seed, left)
+    def left(self, finished: Finished) -> Chunks:
+        """Returns the prompts without an answer, cut anew: what is finished may have been cut to another size.
+
+        An answer depends on its prompt's row alone, so it is the same in every cut.
+
+        Args:
+            finished: What is on disk.
+        """
+        if not finished.chunks:
+            return self
+        order = np.concatenate(self._rows)
+        order, size = order[~finished.answered[order]], len(self._rows[0])
+        rows = [order[start : start + size] for start in range(0, len(order), size)]
+        free = (index for index in itertools.count() if index not in finished.chunks)
+        return Chunks(self._prompts, rows, self._limit, self._seed, list(itertools.islice(free, len(rows))))
 
 
 def token_limit(prompt_length: int, *, max_new_tokens: int | None, sequence_len: int) -> int:

@@ -92,9 +92,10 @@ class TransformersBackend:
     def _generate(self, policy: Any, chunk: Chunk, coupled: bool) -> list[Completion]:
         """Answers by `generate`, a batch at a time: for models whose cache has no plain keys and values."""
         base = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
-        hook = base.register_forward_pre_hook(lambda *_: self._before_forward(coupled))
+        # ahead of what gathers shards: ranks that have ended ask first, too
+        hook = base.register_forward_pre_hook(lambda *_: self._before_forward(coupled), prepend=True)
         try:
-            with _generation_config(policy):
+            with _generation_config(policy), _without(policy, "generate"):
                 starts = range(0, len(chunk.rows), self.batch_size)
                 parts = [chunk.part(start, start + self.batch_size) for start in starts]
                 return [completion for part in parts for completion in self._generate_batch(policy, part)]
@@ -117,6 +118,9 @@ class TransformersBackend:
             attention_mask=mask.to(device),
             generation_config=config,
             logits_processor=LogitsProcessorList([_Drawing(Draw(self.sampling, chunk), ids.shape[1])]),
+            # under ZeRO-3 it asks all ranks before each token whether one goes on, which here the ranks do not do together:
+            # each has chunks of its own, and `_before_forward` asks where forwards are one
+            synced_gpus=False,
         )
         drawn = tokens[:, ids.shape[1] :].tolist()
         return [cut(row, limit, self.sampling.stop_token_ids) for row, limit in zip(drawn, chunk.limits, strict=True)]
@@ -137,6 +141,21 @@ class _Drawing(LogitsProcessor):
         count = input_ids.shape[1] - self.width
         tokens = self.draw(scores, range(len(scores)), [count] * len(scores))
         return torch.full_like(scores, -torch.inf).scatter_(-1, tokens[:, None], 0.0)
+
+
+@contextmanager
+def _without(model: Any, name: str) -> Iterator[None]:
+    """Puts aside what hangs on a model's instances in place of a method of their class.
+
+    Under FSDP2 the host wraps `generate` in the gathering and resharding of the root's weights: collectives that a rank
+    with fewer chunks does not take part in, and a reshard of weights that were gathered for the phase.
+    """
+    owners = [(module, vars(module).pop(name)) for module in model.modules() if name in vars(module)]
+    try:
+        yield
+    finally:
+        for owner, method in owners:
+            setattr(owner, name, method)
 
 
 @contextmanager

@@ -90,12 +90,19 @@ def note_start(path: Path, *, config: dict[str, Any], file: str, step: int, rank
         "versions": versions(),
         "hardware": hardware(),
     }
-    write_json(path, {"config": config, "starts": [*kept.get("starts", []), start], "completed": None})
+    write_json(path, {"config": config, "starts": [*kept.get("starts", []), start], "completed": None, "stopped": None})
 
 
-def note_end(path: Path) -> None:
-    """Notes when the run was complete. Call it on one rank."""
-    write_json(path, {**_read(path), "completed": _now()})
+def note_end(path: Path, step: int, complete: bool) -> None:
+    """Notes when the run was complete, or when and where the host ended it before its last step. Call it on one rank.
+
+    Args:
+        path: `about.json`.
+        step: Optimizer steps of the run by now.
+        complete: It took its last step.
+    """
+    stopped = None if complete else {"time": _now(), "step": step}
+    write_json(path, {**_read(path), "completed": _now() if complete else None, "stopped": stopped})
 
 
 def versions() -> dict[str, str]:

@@ -15,6 +15,7 @@ from axolotl_spin.disk.atomic import DamagedFileError, read_json
 from axolotl_spin.disk.directory import RunDirectory
 from axolotl_spin.monitor.metrics import HELD_OUT, METRICS, START
 from axolotl_spin.run.plan import Plan
+from axolotl_spin.run.resume import stopped_early
 
 LOG = get_logger(__name__)
 
@@ -96,7 +97,7 @@ def print_wide(*parts: Any, file: TextIO | None = None) -> None:
         console.print(part, highlight=False)
 
 
-def print_table(directory: RunDirectory, plan: Plan, command: str, adapter: str | None, saved: bool) -> None:
+def print_table(directory: RunDirectory, plan: Plan, command: str, adapter: str | None, saved: bool, step: int) -> None:
     """Prints the table of finished iterations, where everything is, and the next command to type.
 
     Args:
@@ -105,15 +106,20 @@ def print_table(directory: RunDirectory, plan: Plan, command: str, adapter: str 
         command: How the user names the config.
         adapter: The host's `adapter`, or None for full fine-tuning.
         saved: Whether each iteration's model or adapter was kept.
+        step: Optimizer steps of the run by now; fewer than the plan's where the host ended it early.
     """
     metrics = read_metrics(directory.metrics(entry.iteration) for entry in plan.iterations)
     output_dir, what = directory.root.parent, adapter or "model"
     lines = [f"pairs and metrics: {directory.root}/iteration-*/{{pairs.parquet,metrics.json}}"]
     if saved:
         lines.append(f"each iteration's {what}: {directory.root}/iteration-*/model")
-    lines.append(f"final {what}: {output_dir}")
+    stopped = step < plan.total_steps
+    lines.append(f"{what} of step {step}: {output_dir}" if stopped else f"final {what}: {output_dir}")
     if directory.report.exists():
         lines.append(f"report, for a browser: {directory.report}")
     where = f"--lora-model-dir={output_dir}" if adapter else f"--base-model={output_dir}"
     lines.append(f"try it: axolotl inference {command} {where}")
+    if stopped:
+        lines.append(stopped_early(directory, plan, step))
+        lines.append(f"go on: axolotl train {command}")
     print_wide(iteration_table(metrics), *lines)

@@ -55,11 +55,12 @@ def whole_weights(model: Any, accelerator: Any, gather: Gather) -> Iterator[bool
         gather = not bool(accelerator.reduce(short, "sum").item())
         gib = f"they take {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free on rank 0"
         LOG.info(f"sharded weights {'are gathered for the phase' if gather else 'stay sharded'}: {gib}")
-    if not gather:
+    if accelerator.distributed_type == DistributedType.FSDP:
+        # the root's own weights are gathered in any case: its forward leaves them so, and `generate` may call a part of it
+        with _fsdp_whole(model, accelerator, recurse=bool(gather)):
+            yield not gather
+    elif not gather:
         yield True
-    elif accelerator.distributed_type == DistributedType.FSDP:
-        with _fsdp_whole(model, accelerator):
-            yield False
     else:
         with _zero3_whole(model):
             yield False
@@ -73,18 +74,25 @@ def _whole_bytes(model: nn.Module) -> int:
 def _free_bytes(accelerator: Any) -> float:
     """Returns the memory that this rank may take: its accelerator's, or its part of the machine's."""
     device = accelerator.device
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-    return psutil.virtual_memory().available / ranks_here
+    if device.type == "cpu":
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+        return psutil.virtual_memory().available / ranks_here
+    try:
+        free, _ = torch.accelerator.get_memory_info(device)
+        return free + torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
+    except (RuntimeError, NotImplementedError, AttributeError) as error:  # not every kind of device tells
+        LOG.warning(
+            f"{device} does not tell how much of its memory is free ({error}), so sharded weights stay sharded; where they "
+            "fit, `spin.generation.gather_weights: true` is faster"
+        )
+        return 0.0
 
 
 @contextmanager
-def _fsdp_whole(model: Any, accelerator: Any) -> Iterator[None]:
+def _fsdp_whole(model: Any, accelerator: Any, recurse: bool) -> Iterator[None]:
     from torch.distributed.fsdp import FSDPModule
 
-    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule) and (recurse or module is model)]
     kept = accelerator.state.fsdp_plugin.reshard_after_forward
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)

@@ -61,16 +61,17 @@ def warn_without_report(directory: RunDirectory) -> None:
         )
 
 
-def report_at_end(directory: RunDirectory) -> None:
+def report_at_end(directory: RunDirectory, complete: bool) -> None:
     """Writes `spin/report.html` of a run that has just ended; a failure is logged and leaves the run as it is.
 
     Args:
         directory: The run's.
+        complete: It took its last step.
     """
     try:
-        write_report([directory.root.parent], directory.report, complete=True)
+        write_report([directory.root.parent], directory.report, complete=complete)
     except Exception as error:  # whatever it is, the trained model is worth more than its report
         LOG.warning(
-            f"{directory.report} could not be made ({type(error).__name__}: {error}); the run itself is complete. Try "
+            f"{directory.report} could not be made ({type(error).__name__}: {error}); the run itself is as it was. Try "
             f"`axolotl spin report {directory.root.parent}`"
         )

@@ -60,11 +60,7 @@ class RunView:
     @property
     def state(self) -> str:
         """Where the run stands, in words."""
-        run = self.run
-        if run.state == "complete":
-            return f"complete: {run.total_steps} steps"
-        words = {"running": "running", "stopped": "stopped"}.get(run.state, "not complete")
-        return f"{words}: step {run.step} of {run.total_steps}"
+        return self.run.standing
 
 
 def render(runs: Sequence[RunData]) -> bytes:

@@ -52,12 +52,21 @@ class RunData:
 
     @property
     def step(self) -> int:
-        """The last step that was logged."""
-        return max((row["step"] for row in self.rows if isinstance(row.get("step"), int)), default=0)
+        """The last step that was logged, or at which the host ended training early."""
+        steps = [*(row.get("step") for row in self.rows), (self.about.get("stopped") or {}).get("step")]
+        return max((step for step in steps if isinstance(step, int)), default=0)
 
     @property
     def total_steps(self) -> int:
         return sum(entry.steps for entry in self.iterations)
+
+    @property
+    def standing(self) -> str:
+        """Where the run stands, in words."""
+        if self.state == "complete":
+            return f"complete: {self.total_steps} steps"
+        words = {"running": "running", "stopped": "stopped"}.get(self.state, "not complete")
+        return f"{words}: step {self.step} of {self.total_steps}"
 
     @property
     def fixed(self) -> dict[str, Any]:

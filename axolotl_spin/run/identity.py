@@ -10,55 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
+from enum import Enum
 from typing import Any
 
 from axolotl_spin.args import SpinConfig
+from axolotl_spin.run.compared import host_defaults, host_values, reasons
 from axolotl_spin.run.plan import Plan
 
-# host keys that the result depends on for the whole run, beside the prompts themselves
-_HOST_KEYS = (
-    "base_model",
-    "revision_of_model",
-    "adapter",
-    "lora_r",
-    "lora_alpha",
-    "lora_target_modules",
-    "lora_target_parameters",
-    "lora_target_linear",
-    "lora_modules_to_save",
-    "peft_layers_to_transform",
-    "lora_model_dir",
-    "peft_use_dora",
-    "peft_use_rslora",
-    "peft_init_lora_weights",
-    "load_in_4bit",
-    "load_in_8bit",
-    "bf16",
-    "fp16",
-    "sequence_len",
-    "lr_scheduler",
-    "lr_scheduler_kwargs",
-    "cosine_min_lr_ratio",
-    "cosine_constant_lr_ratio",
-    "lr_div_factor",
-    "embedding_lr",
-    "embedding_lr_scale",
-    "lr_groups",
-    "loraplus_lr_ratio",
-    "loraplus_lr_embedding",
-    "optimizer",
-    "optim_args",
-    "optim_target_modules",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "weight_decay",
-    "max_grad_norm",
-    "unfrozen_parameters",
-    "seed",
-    "curriculum_sampling",
-)
+VERSION = 2
+
 # keys that act through the plan's iterations alone
 _PLANNED = ("learning_rate", "warmup_steps", "warmup_ratio", "num_epochs", "max_steps")
 _PLANNED_SPIN = ("iterations", "beta", "learning_rate", "history")
@@ -68,7 +29,7 @@ _GROUP_RATES = ("embedding_lr", "embedding_lr_scale", "lr_groups", "loraplus_lr_
 # (and what is in a set of pairs counts, not where it is)
 _HARMLESS = (
     *("initial_pairs", "save_iterations", "eval_prompts", "active"),
-    *("generation.backend", "generation.gather_weights"),
+    *("generation.backend", "generation.gather_weights", "generation.batch_size"),
 )
 _HARMLESS_BLOCK = "generation.vllm."
 
@@ -78,14 +39,21 @@ class Identity:
     """What identifies a run.
 
     Attributes:
-        fixed: Keys and values that hold for the whole run, as plain JSON.
+        fixed: Keys and values that hold for the whole run, as plain JSON; those at their default are left out.
         planned: Keys and values that act through `plan`, as plain JSON.
         iterations: The plan's iterations, as plain JSON.
+        values: All settings, those at their default too, as plain JSON: against which a run made by an earlier version is
+            compared.
+        defaults: What a key that `fixed` leaves out stands for, as plain JSON.
+        version: Of what `fixed` holds. 1: 40 keys of the host's, whatever their value. 2: all but those of `NOT_COMPARED`.
     """
 
     fixed: dict[str, Any]
     planned: dict[str, Any]
     iterations: list[dict[str, Any]]
+    values: dict[str, Any] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict)
+    version: int = VERSION
 
     @property
     def hash(self) -> str:
@@ -103,7 +71,7 @@ class Identity:
 
     def to_json(self) -> dict[str, Any]:
         """Returns what `plan.json` keeps of this, from which `changes` can tell what differs."""
-        return {"hash": self.hash, "fixed": self.fixed, "planned": self.planned}
+        return {"hash": self.hash, "identity": self.version, "fixed": self.fixed, "planned": self.planned}
 
     def changes(self, kept: dict[str, Any]) -> list[str]:
         """Compares with a `plan.json` found on disk.
@@ -116,12 +84,26 @@ class Identity:
             or one with iterations appended or left out at the end.
         """
         iterations = kept.get("iterations", [])
-        lines = _differences(kept.get("fixed", {}), self.fixed)
+        old = kept.get("fixed", {})
+        lines = _differences(old, self.like(kept).fixed, self.defaults)
         shared = min(len(iterations), len(self.iterations))
         if iterations[:shared] != self.iterations[:shared]:
-            lines += _differences(kept.get("planned", {}), self.planned)
+            lines += _differences(kept.get("planned", {}), self.planned, {})
             lines = lines or ["  the plan's iterations"]
         return lines
+
+    def like(self, kept: dict[str, Any]) -> Identity:
+        """Returns this identity in the form of a `plan.json` found on disk, so that what that run made is known by marks.
+
+        Args:
+            kept: Its content. A run made by an earlier version is compared on the keys that it has, and what it kept of
+                keys that are not compared is taken as it is.
+        """
+        old, version = kept.get("fixed", {}), kept.get("identity", 1)
+        given = {key: value for key, value in old.items() if not _is_compared(key)}
+        if version == self.version:
+            return replace(self, fixed={**self.fixed, **given})
+        return replace(self, fixed={key: given.get(key, self.values.get(key)) for key in old}, version=version)
 
 
 def identify(cfg: Any, settings: SpinConfig, prompts: Any, plan: Plan, given: str | None = None) -> Identity:
@@ -134,35 +116,43 @@ def identify(cfg: Any, settings: SpinConfig, prompts: Any, plan: Plan, given: st
         plan: Made from them.
         given: Digest of the pairs that iteration 0 is given, if it is.
     """
-    spin = {f"spin.{key}": value for key, value in _flat(settings.model_dump()) if not _harmless(key)}
+    spin = {f"spin.{key}": value for key, value in _flat(settings.model_dump())}
+    usual = {f"spin.{key}": value for key, value in _flat(SpinConfig().model_dump())}
     planned_spin = {f"spin.{key}" for key in _PLANNED_SPIN}
-    fixed = {
-        "data (prompts and human answers as token ids)": _content_hash(prompts),
-        "global batch (micro_batch_size x gradient_accumulation_steps x ranks)": plan.global_batch,
-        **{key: cfg.get(key) for key in _HOST_KEYS},
-        **{key: value for key, value in spin.items() if key not in planned_spin},
-    }
+    host = host_values(cfg)
+    values = _plain(
+        {
+            "data (prompts and human answers as token ids)": _content_hash(prompts),
+            "global batch (micro_batch_size x gradient_accumulation_steps x ranks)": plan.global_batch,
+            **host,
+            **spin,
+        }
+    )
     if given is not None:
-        fixed["spin.initial_pairs (pairs as token ids)"] = given
-    deepspeed = cfg.get("deepspeed")
-    if isinstance(deepspeed, dict) and deepspeed.get("optimizer"):
-        fixed["deepspeed.optimizer"] = deepspeed["optimizer"]
-    if any(cfg.get(key) for key in _GROUP_RATES):
-        fixed["learning_rate"] = cfg.get("learning_rate")
-    planned = {**{key: cfg.get(key) for key in _PLANNED}, **{key: spin[key] for key in sorted(planned_spin)}}
-    return Identity(_plain(fixed), _plain(planned), _plain([asdict(entry) for entry in plan.iterations]))
+        values["spin.initial_pairs (pairs as token ids)"] = given
+    defaults = _plain({**host_defaults(), **usual})
+    kept = (key for key in values if key not in _PLANNED and _is_compared(key))
+    fixed = {key: values[key] for key in kept if values[key] != defaults.get(key)}
+    if any(host.get(key) for key in _GROUP_RATES):
+        fixed["learning_rate"] = values.get("learning_rate")
+    planned = {**{key: host.get(key) for key in _PLANNED}, **{key: spin[key] for key in sorted(planned_spin)}}
+    iterations = _plain([asdict(entry) for entry in plan.iterations])
+    return Identity(fixed, _plain(planned), iterations, values, defaults)
+
+
+def _is_compared(key: str) -> bool:
+    if key.startswith("spin."):
+        return not _harmless(key.removeprefix("spin."))
+    return key == "learning_rate" or not reasons(key)  # it is in `fixed` only where groups' rates refer to it
 
 
 def _harmless(key: str) -> bool:
-    return key in _HARMLESS or key.startswith(_HARMLESS_BLOCK)
+    return key in _HARMLESS or key in _PLANNED_SPIN or key.startswith(_HARMLESS_BLOCK)
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    return [
-        f"  {key}: {_short(old.get(key))} -> {_short(new.get(key))}"
-        for key in sorted({*old, *new})
-        if old.get(key) != new.get(key)
-    ]
+def _differences(old: dict[str, Any], new: dict[str, Any], defaults: dict[str, Any]) -> list[str]:
+    both = [(key, *(side.get(key, defaults.get(key)) for side in (old, new))) for key in sorted({*old, *new})]
+    return [f"  {key}: {_short(before)} -> {_short(now)}" for key, before, now in both if before != now]
 
 
 def _short(value: Any) -> str:
@@ -195,6 +185,8 @@ def _flat(block: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
 
 def _plain(value: Any) -> Any:
     """Returns a value as it comes back from JSON, so that what was kept compares equal."""
+    if isinstance(value, Enum):
+        value = value.value
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (list, tuple)):

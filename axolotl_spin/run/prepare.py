@@ -14,7 +14,7 @@ from axolotl_spin.data.heldout import heldout_prompts
 from axolotl_spin.data.initial_pairs import GivenPairs, pairs_file, read_file
 from axolotl_spin.data.marks import declared_ends, end_ids, special_tokens, turn_marks
 from axolotl_spin.data.prompts import prompt_dataset, token_counts
-from axolotl_spin.disk.atomic import write_json
+from axolotl_spin.disk.atomic import DamagedFileError, read_json, write_json
 from axolotl_spin.disk.directory import RunDirectory
 from axolotl_spin.generation.vllm.served import ServedModel, served_model
 from axolotl_spin.run.identity import Identity, identify
@@ -142,12 +142,14 @@ def prepare_run(
         warmup={"warmup_steps": cfg.warmup_steps, "warmup_ratio": cfg.warmup_ratio},
         given=given.rows if given else None,
     )
+    directory = RunDirectory(cfg.output_dir)
+    identity = identify(cfg, settings, prompts, plan, given.digest if given else None)
     return SpinRun(
         settings=settings,
         prompts=prompts,
         plan=plan,
-        directory=RunDirectory(cfg.output_dir),
-        identity=identify(cfg, settings, prompts, plan, given.digest if given else None),
+        directory=directory,
+        identity=_as_on_disk(identity, directory),
         tokenizer=tokenizer,
         sequence_len=int(cfg.sequence_len),
         seed=int(cfg.seed if cfg.seed is not None else 42),
@@ -162,6 +164,14 @@ def prepare_run(
         given=given,
         heldout=heldout_prompts(eval_dataset, settings, marks),
     )
+
+
+def _as_on_disk(identity: Identity, directory: RunDirectory) -> Identity:
+    """Returns the identity in the form of the run that is on disk, whose marks it then knows."""
+    try:
+        return identity.like(read_json(directory.plan))
+    except (FileNotFoundError, DamagedFileError, AttributeError, TypeError):
+        return identity  # what is wrong with the folder is told where a run starts in it
 
 
 def _given_pairs(cfg: Any, settings: SpinConfig, tokenizer: Any) -> GivenPairs | None:

@@ -10,9 +10,10 @@ from axolotl.utils.logging import get_logger
 
 from axolotl_spin.data.pairs import check_pairs
 from axolotl_spin.disk.atomic import DamagedFileError, ForeignFileError, read_json, remove_folder, remove_leftovers
+from axolotl_spin.disk.directory import RunDirectory
 from axolotl_spin.disk.lock import hold_directory
 from axolotl_spin.run.checkpoints import Checkpoint, lost_pairs, read_checkpoint, read_checkpoints
-from axolotl_spin.run.plan import IterationPlan
+from axolotl_spin.run.plan import IterationPlan, Plan
 from axolotl_spin.run.prepare import SpinRun
 
 LOG = get_logger(__name__)
@@ -70,6 +71,26 @@ def settle_start(run: SpinRun, cfg: Any) -> None:
             LOG.info(f"going on from {chosen.folder} (step {chosen.step} of {run.plan.total_steps})")
     cfg.resume_from_checkpoint = str(chosen.folder) if chosen else None
     cfg.auto_resume_from_checkpoints = False  # the host would take the last folder by name
+
+
+def stopped_early(directory: RunDirectory, plan: Plan, step: int) -> str:
+    """Returns what a run that the host ended before its last step has lost, and where the next start goes on.
+
+    Args:
+        directory: The run's.
+        plan: Its iterations.
+        step: Optimizer steps at which it was ended.
+    """
+    line = (
+        f"the host ended training at step {step} of {plan.total_steps} (as `loss_watchdog_threshold` and "
+        "callbacks that stop a run do), so the run is not complete"
+    )
+    sound = [found for found in read_checkpoints(directory.root.parent) if not found.fault and found.step <= step]
+    if not sound:
+        return f"{line}: there is no checkpoint to go on from, so the next start begins at step 0"
+    lost = step - sound[-1].step
+    again = f", and takes the {lost} step(s) since again" if lost else ", and nothing is lost"
+    return f"{line}: the next start goes on from {sound[-1].folder}{again}"
 
 
 def _refuse_overwriting_the_start(run: SpinRun, cfg: Any) -> None:

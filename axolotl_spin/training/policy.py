@@ -78,3 +78,29 @@ def held_by_this_rank(parameter: torch.Tensor) -> torch.Tensor:
 
 def _owner(model: torch.nn.Module, name: str) -> torch.nn.Module:
     return model.get_submodule(name.rpartition(".")[0])
+
+
+def weights_digest(model: torch.nn.Module, accelerator: Any) -> str:
+    """Returns a sum over the bits of all weights: the same for the same weights, on any number of ranks.
+
+    It tells apart weights that were drawn when a model was loaded (rows of added tokens, an adapter that does not begin as
+    nothing), not a permutation of them. Quantised weights are read from disk and left out.
+
+    Args:
+        model: The policy, wrapped or not; every rank must call.
+        accelerator: The trainer's.
+    """
+    total = torch.zeros((), dtype=torch.int64, device=accelerator.device)
+    parts = False
+    for name, parameter in model.named_parameters():
+        held = held_by_this_rank(parameter)
+        if hasattr(parameter, "ds_tensor"):  # ZeRO-3's last shards are filled up
+            filled: Any = parameter
+            before = filled.ds_tensor.ds_numel * accelerator.process_index
+            held = held.flatten()[: max(0, filled.ds_numel - before)]
+        parts = parts or hasattr(parameter, "ds_tensor") or hasattr(parameter, "to_local")
+        plain = type(held) is torch.Tensor and held.is_floating_point() and held.dtype.itemsize > 1
+        if plain and not packed(_owner(model, name), parameter):
+            for piece in held.flatten().split(1 << 24):  # fp32 holds every half-precision number exactly
+                total += piece.float().view(torch.int32).sum(dtype=torch.int64).to(total.device)
+    return f"{(accelerator.reduce(total, 'sum') if parts else total).item():x}"

@@ -34,7 +34,7 @@ def test_generates_goes_on_after_a_kill_and_training_goes_on_from_it(
     assert code != 0 and "killed at" in output
     code, output = generate(warm, tmp_path)
     assert code == 0, output[-6000:]
-    assert "chunks are already answered" in output
+    assert "prompts are already answered" in output
     assert "the 16 pairs of iteration 0: out/spin/iteration-0/pairs.parquet" in output.replace(f"{tmp_path}/", "")
     assert "axolotl train run.yml" in output and "axolotl spin export" in output
     out = tmp_path / "out"

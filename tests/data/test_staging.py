@@ -12,7 +12,7 @@ from datasets import Dataset
 from axolotl_spin.data.pairs import PairDataset
 from axolotl_spin.data.prompts import token_counts
 from axolotl_spin.data.staging import STAGED, AnswerStore, read_staged, write_staged
-from axolotl_spin.generation.chunks import Chunks, chunk_rows
+from axolotl_spin.generation.chunks import Chunks, Finished, chunk_rows
 
 
 def answers_of(rows: list[int], ids: list[list[int]], reasons: list[str]) -> pa.Table:
@@ -81,9 +81,15 @@ def test_chunks_are_made_when_they_are_asked_for() -> None:
     assert lengths.tolist() == [1, 3, 2, 1, 4]
     chunks = Chunks(prompts, chunk_rows(lengths, 2), limit=lambda tokens: 10 - tokens, seed=5)
     assert [(index, rows.tolist()) for index, rows in chunks.rows()] == [(0, [4, 1]), (1, [2, 0]), (2, [3])]
-    left = chunks.without({1})
+    assert chunks.left(Finished(np.zeros(5, dtype=bool), frozenset())) is chunks
+    left = chunks.left(Finished(np.array([True, False, True, False, False]), frozenset({1})))  # rows 2 and 0
     assert len(left) == 2 and left[1].index == 2
     first = left[0]
     assert (first.index, first.rows, first.limits, first.seed) == (0, (4, 1), (6, 7), 5)
     assert [list(ids) for ids in first.prompts] == [[5] * 4, [2] * 3]
     assert [chunk.index for chunk in left] == [0, 2]
+    # cut to three a chunk, two of which an earlier start had made: what is left is the same, longest prompts first
+    wider = Chunks(prompts, chunk_rows(lengths, 3), limit=lambda tokens: 10 - tokens, seed=5)
+    again = wider.left(Finished(np.array([True, False, True, False, False]), frozenset({1})))
+    assert [(index, rows.tolist()) for index, rows in again.rows()] == [(0, [4, 1, 3])]
+    assert again[0].limits == (6, 7, 9) and again[0].seed == 5

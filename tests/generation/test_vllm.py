@@ -141,7 +141,7 @@ def test_killed_while_the_engine_answers(smollm: Path, tmp_path: Path, warm: War
     assert not group_of_engine(tmp_path) and not any(running(number) for number in engines)
     done = len(list(chunks.glob("0*.parquet")))
     run = host.train(settings, by=warm, timeout=600)
-    assert f"{done} of 4 chunks are already answered" in run.output
+    assert f"{4 * done} of 16 prompts are already answered" in run.output
     assert len(run.pairs(0)) == 16
 
 
@@ -173,7 +173,7 @@ def test_one_engine_over_two_ranks(tmp_path: Path, warm_ranks: Ranks) -> None:
         time.sleep(0.1)
     assert not any(map(running, engines)) and set(os.listdir("/dev/shm")) <= before
     run = host.train(settings, "ddp", env={"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, by=warm_ranks, timeout=600)
-    assert "chunks are already answered" in run.output and run.output.count("was ready after") == 1
+    assert "prompts are already answered" in run.output and run.output.count("was ready after") == 1
     assert len(run.pairs(0)) == 24
 
 

@@ -112,7 +112,7 @@ def test_a_fault_is_said_and_the_next_start_goes_on(
     code, output = run(warm, tmp_path)
     assert code == 0, output[-6000:]
     if kept:
-        assert "chunks are already answered" in output
+        assert "prompts are already answered" in output
     assert differences(outcome(tmp_path / "out"), undisturbed) == []
 
 
@@ -132,7 +132,7 @@ def test_the_engine_ends_when_the_trainer_is_killed(
         time.sleep(0.1)
     assert engines(tmp_path) == [] and time.monotonic() - killed < 5
     code, output = run(warm, tmp_path)
-    assert code == 0 and "chunks are already answered" in output, output[-6000:]
+    assert code == 0 and "prompts are already answered" in output, output[-6000:]
     assert differences(outcome(tmp_path / "out"), undisturbed) == []
 
 

@@ -61,12 +61,15 @@ def test_starts_are_listed_with_what_changed(tmp_path: Path) -> None:
     about: dict[str, Any] = {"file": "a.yml", "ranks": 2, "sharding": "FSDP2"}
     note_start(path, config={"seed": 1, "logging_steps": 1}, step=0, **about)
     note_start(path, config={"seed": 1, "logging_steps": 5, "save_steps": 9}, step=7, **about)
-    note_end(path)
+    note_end(path, 9, complete=False)
+    stopped = json.loads(path.read_text())
+    assert stopped["completed"] is None and stopped["stopped"]["step"] == 9
+    note_end(path, 12, complete=True)
     found = json.loads(path.read_text())
     assert [start["changed"] for start in found["starts"]] == [{}, {"logging_steps": [1, 5], "save_steps": [None, 9]}]
     assert [start["step"] for start in found["starts"]] == [0, 7]
     assert found["config"] == {"seed": 1, "logging_steps": 5, "save_steps": 9}
-    assert found["completed"].endswith("+00:00")
+    assert found["completed"].endswith("+00:00") and found["stopped"] is None
 
 
 @pytest.mark.host
@@ -120,11 +123,11 @@ def test_a_report_that_fails_leaves_the_run_as_it_is(
     finished.make(tmp_path)
     directory = RunDirectory(tmp_path)
     monkeypatch.setattr(page, "render", broken)
-    report_at_end(directory)
+    report_at_end(directory, complete=True)
     assert not directory.report.exists()
     assert "ZeroDivisionError: a bug of ours" in caplog.text and "axolotl spin report" in caplog.text
     monkeypatch.undo()
-    report_at_end(directory)
+    report_at_end(directory, complete=True)
     assert directory.report.exists()
 
 

@@ -153,14 +153,14 @@ def test_a_damaged_chunk_is_answered_again(
         DAMAGE[damage](out / chunk)
     output = completes(warm, tmp_path, whole)
     assert "000001.parquet is" in output and "its prompts are answered again" in output
-    assert "3 of 4 chunks are already answered" in output
+    assert "12 of 16 prompts are already answered" in output
 
 
 def test_a_chunk_in_anothers_place_is_answered_again(stopped, warm: Warm, whole: dict, tmp_path: Path) -> None:
     out = stopped("generate/all chunks whole", tmp_path)
     chunks = out / "spin" / "iteration-0" / "chunks"
     shutil.copy(chunks / "000002.parquet", chunks / "000001.parquet")
-    assert "its prompts are answered again" in completes(warm, tmp_path, whole)
+    assert "holds answers of another file: what it should hold is answered again" in completes(warm, tmp_path, whole)
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

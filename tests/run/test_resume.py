@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Any
 import host
 import pytest
 import yaml
+from click.testing import CliRunner
 from recovery import differences, outcome, settings_in
 from warm import Warm
 
+from axolotl_spin.cli import spin as spin_command
 from axolotl_spin.disk.atomic import read_json, write_json
 from axolotl_spin.run.checkpoints import Checkpoint, read_checkpoint
 from axolotl_spin.run.identity import Identity
@@ -152,6 +155,94 @@ def test_a_checkpoint_without_an_optimizer_is_not_resumed_from(start: Start, tmp
     assert start("iteration 1/first epoch", save_only_model=True)[0] != 0
     code, output = start(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-8"))
     assert code == 1 and "saved with `save_only_model: true`, without the optimizer's state" in output
+
+
+def test_a_smaller_batch_loses_no_answer_and_changes_none(start: Start, whole: dict, tmp_path: Path) -> None:
+    """What is advised where memory runs out: two chunks of four answers are there, the other eight come in threes."""
+    assert start("generate/chunk whole")[0] != 0
+    chunks = tmp_path / "out" / "spin" / "iteration-0" / "chunks"
+    assert [path.name for path in sorted(chunks.glob("0*"))] == [f"00000{index}.parquet" for index in range(3)]
+    output = completes(start(spin=spin(generation={"max_new_tokens": 8, "batch_size": 3})))
+    assert "12 of 16 prompts are already answered" in output and "iteration 0: generated 4 of 16 answers" in output
+    assert not differences(outcome(tmp_path / "out"), whole)
+    [rate] = [
+        row["spin/generation_tokens_per_second"]
+        for row in host.Run(0, "", tmp_path / "out").logs()
+        if "spin/generation_seconds" in row and row["spin/iteration"] == 0
+    ]
+    drawn = sum(map(len, whole["pairs 0"]["rejected_ids"]))
+    seconds = host.Run(0, "", tmp_path / "out").metrics(0)["spin/generation_seconds"]
+    assert rate * seconds < drawn / 2  # tokens of this start alone
+
+
+NEW = {
+    "tokens": ["<new-1>", "<new-2>"],
+    "plugins": ["faults.FaultPlugin", "drawn.UnseededPlugin", *host.OURS],
+}
+
+
+def test_rows_of_added_tokens_are_the_same_at_every_start(start: Start, shared: Path, tmp_path: Path) -> None:
+    """Host 0.19 draws them unseeded: after a kill the rest of the answers would be another model's."""
+    assert start("generate/chunk whole", **NEW)[0] != 0
+    output = completes(start(**NEW))
+    assert "12 of 16 prompts are already answered" in output
+    stopped = outcome(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    completes(start(**NEW))
+    assert not differences(stopped, outcome(tmp_path / "out"))
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("kill", "message"),
+    [
+        ("generate/all chunks whole", "000003.parquet was answered by other weights than the model has at this start"),
+        (
+            "train/first micro-batch",
+            "pairs.parquet was made by other weights than the model has at this start: they are",
+        ),
+    ],
+)
+def test_what_other_weights_have_made_is_made_again(kill: str, message: str, start: Start, tmp_path: Path) -> None:
+    """Weights that come back at no start, such as an unseeded plugin's: no answer of theirs is kept, and it is said."""
+    plugins = ["faults.FaultPlugin", "drawn.DrawnPlugin", *host.OURS]
+    assert start(kill, plugins=plugins)[0] != 0
+    output = completes(start(plugins=plugins))
+    assert message in output and "iteration 0: generated 16 answers" in output
+    assert host.Run(0, "", tmp_path / "out").metrics(0)["loss_first"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+WATCHDOG = {"loss_watchdog_threshold": 0.1, "loss_watchdog_patience": 2}  # ln 2 at step 2: seen after steps 3 and 4
+
+
+def test_a_run_that_the_host_ends_early_is_not_complete(start: Start, whole: dict, tmp_path: Path) -> None:
+    """Nothing of it is lost: it goes on from the step at which it was ended, and ends as one that never was."""
+    out = tmp_path / "out"
+    output = completes(start(**WATCHDOG))
+    end = output[output.rindex("Self-play iterations") :]
+    assert (
+        "the host ended training at step 4 of 24" in end and f"goes on from {out / 'checkpoint-4'}, and nothing" in end
+    )
+    assert f"model of step 4: {out}" in end and "go on: axolotl train run.yml" in end and "final model" not in end
+    assert read_json(out / "spin" / "plan.json")["completed_steps"] is None
+    about = read_json(out / "spin" / "about.json")
+    assert about["completed"] is None and about["stopped"]["step"] == 4
+    assert "stopped: step 4 of 24" in (out / "spin" / "report.html").read_text()
+    shown = CliRunner().invoke(spin_command, ["table", str(out)])
+    assert shown.exit_code == 0 and "stopped: step 4 of 24" in shown.output
+    output = completes(start())
+    assert "going on from" in output and "checkpoint-4 (step 4 of 24)" in output
+    assert not differences(outcome(out), whole)
+    about = read_json(out / "spin" / "about.json")
+    assert about["completed"] and about["stopped"] is None
+    assert "complete: 24 steps" in CliRunner().invoke(spin_command, ["table", str(out)]).output
+
+
+@pytest.mark.once
+def test_an_early_end_without_checkpoints_says_what_is_lost(start: Start, tmp_path: Path) -> None:
+    output = completes(start(**WATCHDOG, save_strategy="no", save_steps=None))
+    assert "there is no checkpoint to go on from, so the next start begins at step 0" in output
+    assert read_json(tmp_path / "out" / "spin" / "plan.json")["completed_steps"] is None
 
 
 # -- without a host ---------------------------------------------------------------------------------------------------

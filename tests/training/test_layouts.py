@@ -20,6 +20,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from warm import Ranks, Warm
 
+from axolotl_spin.disk.atomic import WEIGHTS
+
 pytestmark = [pytest.mark.host, pytest.mark.ranks]
 
 FULL = ["single", "ddp", "zero2", "zero3", "fsdp2"]
@@ -116,6 +118,8 @@ def test_layouts_agree(name: str, folder: Path, run_of: RunOf) -> None:
         for column in ("prompt_ids", "chosen_ids", "rejected_ids", "finish_reason", "generated_in", "row"):
             assert run.pairs(iteration)[column] == single.pairs(iteration)[column], (iteration, column)
     assert run.losses() == pytest.approx(single.losses(), abs=1e-4)
+    # one sum over the bits of the start's weights, however they are sharded
+    assert run.pairs(0).schema.metadata[WEIGHTS] == single.pairs(0).schema.metadata[WEIGHTS] != b""
 
 
 @pytest.mark.once

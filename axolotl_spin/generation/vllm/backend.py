@@ -157,7 +157,7 @@ class VllmBackend:
                 free = psutil.virtual_memory().available // (4 * here)
                 arguments["kv_cache_memory_bytes"] = min(_LARGEST_CPU_CACHE, free)
             return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // engines))}  # launchers set 1
-        free, total = torch.cuda.mem_get_info(device)
+        free, total = torch.accelerator.get_memory_info(device)
         arguments["gpu_memory_utilization"] = share_of_memory(self.settings.gpu_memory_utilization, free, total)
         names = visible_devices(
             device.index or 0, self.settings.tensor_parallel_size, os.environ.get("CUDA_VISIBLE_DEVICES")
