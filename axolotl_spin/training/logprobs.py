@@ -51,12 +51,20 @@ def completion_logps(model: Any, batch: Mapping[str, Tensor], in_head: bool = Fa
 
     if in_head:
         head = _causal_model(model).get_output_embeddings()
+        exact: list[Tensor] = []
+
+        def in_place_of_logits(_: Any, __: Any, logits: Tensor) -> Tensor:
+            exact.append(log_probs(logits[0]))
+            return exact[0][None, :, None]
+
         hooks = [
             head.register_forward_pre_hook(lambda _, hidden: (needed(hidden[0])[None], *hidden[1:])),
-            head.register_forward_hook(lambda _, __, logits: log_probs(logits[0])[None, :, None]),
+            head.register_forward_hook(in_place_of_logits),
         ]
         try:
-            token_logps = model(**inputs, **some, use_cache=False).logits[0, :, 0]
+            # through the wrapper, for its backward pass; but FSDP2 casts what leaves it, to bf16 where it computes in that
+            passed = model(**inputs, **some, use_cache=False).logits[0, :, 0]
+            token_logps = exact[0].detach() + (passed - passed.detach())
         finally:
             for hook in hooks:
                 hook.remove()
