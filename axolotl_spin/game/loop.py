@@ -106,7 +106,7 @@ class Loop:
             known.update(start)
             self._first_step_due = True
             if entry.iteration > 0 and self.run.settings.restart_optimizer:
-                restart_optimizer(self.trainer.optimizer)
+                restart_optimizer(self.trainer.optimizer, self.trainer.optimizer_start)
         self.progress.write()
 
     def losses(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
