@@ -49,6 +49,26 @@ class TakeUp(TrainerCallback):
         return control
 
 
+class WatchUpdates(TrainerCallback):
+    """Has a trainer's loop look at the weights before and after the step that it measures (with DeepSpeed the weights
+    change in the last backward pass, before the Trainer's own `step`).
+
+    Args:
+        trainer: A `SpinTrainer`.
+    """
+
+    def __init__(self, trainer: Any):
+        self._trainer = trainer
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        self._trainer.loop.updates.before_step()
+        return control
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        self._trainer.loop.updates.after_step()
+        return control
+
+
 class KeepRecord(TrainerCallback):
     """Keeps what a report needs beside pairs and metrics: `spin/log.jsonl` and `spin/about.json`.
 

@@ -139,14 +139,14 @@ class SpinPlugin(BasePlugin):
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list:
         if self.run is None:
             return []
-        from axolotl_spin.callbacks import KeepRecord, SaveAtIterationEnd, TakeUp
+        from axolotl_spin.callbacks import KeepRecord, SaveAtIterationEnd, TakeUp, WatchUpdates
         from axolotl_spin.monitor.about import plain_config
         from axolotl_spin.monitor.terminal import show_lines
 
         show_lines(trainer)
         written = plain_config(cfg) if self._written is None else self._written
         record = KeepRecord(self.run.directory, self.run.launch, _command(cfg), written)
-        return [SaveAtIterationEnd(self.run.plan), record, TakeUp(trainer)]
+        return [SaveAtIterationEnd(self.run.plan), record, TakeUp(trainer), WatchUpdates(trainer)]
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         if self.run is not None:

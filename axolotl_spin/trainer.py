@@ -20,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from axolotl_spin.compat import PairTrainer
 from axolotl_spin.game.loop import Loop
-from axolotl_spin.game.schedule import IterationSchedule, learning_rate_table
+from axolotl_spin.game.schedule import IterationSchedule, OptimizerStart, learning_rate_table
 from axolotl_spin.run.checkpoints import read_checkpoint
 from axolotl_spin.run.plan import IterationPlan
 from axolotl_spin.run.prepare import SpinRun
@@ -35,6 +35,7 @@ class SpinTrainer(TokenLoss, AxolotlTrainer, PairTrainer):
     """Trains by self-play once `attach` has given it a run; before that it is the host's trainer (for `evaluate`)."""
 
     loop: Loop | None = None
+    optimizer_start: OptimizerStart | None = None
 
     def attach(self, run: SpinRun) -> None:
         """Gives the trainer its run. Called once, after the host has built the trainer.
@@ -95,6 +96,13 @@ class SpinTrainer(TokenLoss, AxolotlTrainer, PairTrainer):
         return {key: value.to(self.args.device, non_blocking=True) for key, value in inputs.items()}
 
     # -- schedule -----------------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Makes the host's optimizer, and notes what it holds, to which each iteration brings it back."""
+        optimizer = super().create_optimizer(model=model)
+        if self.loop is not None and self.optimizer_start is None:
+            self.optimizer_start = OptimizerStart(optimizer)
+        return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
         """Makes the schedule that restarts warmup and decay at each iteration; see `transformers.Trainer`."""

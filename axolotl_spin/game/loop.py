@@ -21,6 +21,7 @@ from axolotl_spin.game.health import act_on, check_loss, check_step_zero, check_
 from axolotl_spin.game.heldout_play import HeldOutPlay
 from axolotl_spin.game.schedule import restart_optimizer
 from axolotl_spin.game.self_play import SelfPlay
+from axolotl_spin.game.updates import UpdateWatch
 from axolotl_spin.generation.backend import Sampling
 from axolotl_spin.generation.choice import chosen_backend
 from axolotl_spin.monitor.iteration import Progress
@@ -55,6 +56,7 @@ class Loop:
         self.run, self.trainer = run, trainer
         self.ranks = Ranks(trainer.accelerator)
         self.progress = Progress(run.directory, self.ranks)
+        self.updates = UpdateWatch(trainer, self.ranks, self.progress)
         policy = self.ranks.accelerator.unwrap_model(trainer.model)
         if switched_off := disable_dropout(policy):
             LOG.info(f"dropout is off, so that policy and opponent agree at step 0: {', '.join(switched_off)}")
@@ -104,7 +106,7 @@ class Loop:
             known.update(start)
             self._first_step_due = True
             if entry.iteration > 0 and self.run.settings.restart_optimizer:
-                restart_optimizer(self.trainer.optimizer)
+                restart_optimizer(self.trainer.optimizer, self.trainer.optimizer_start)
         self.progress.write()
 
     def losses(self, model: Any, batch: dict[str, Tensor]) -> Tensor:

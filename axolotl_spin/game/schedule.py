@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
@@ -69,29 +70,90 @@ class IterationSchedule(LRScheduler):
         return {key: value for key, value in state.items() if key not in ("_rates", "_base_rate")}
 
 
-def restart_optimizer(optimizer: Any) -> None:
+class OptimizerStart:
+    """What an optimizer holds before its first step: mostly nothing, but Muon marks its parameters there, Adagrad has its
+    sums, Dion and others keep counters in their groups.
+
+    Args:
+        optimizer: Just made, not wrapped.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self._states = [
+            (weight, {name: _kept(value) for name, value in state.items()}) for weight, state in optimizer.state.items()
+        ]
+        self._groups = [
+            {name: _kept(value) for name, value in group.items() if name not in _NOT_STATE}
+            for group in optimizer.param_groups
+        ]
+
+    def restore(self, optimizer: torch.optim.Optimizer) -> None:
+        """Gives an optimizer this start again.
+
+        Args:
+            optimizer: The one of the start, or one with its groups; it may have loaded a checkpoint since.
+        """
+        optimizer.state.clear()
+        weights = {weight for group in optimizer.param_groups for weight in group["params"]}
+        for weight, state in self._states:
+            if weight in weights:
+                optimizer.state[weight] = {name: _again(value) for name, value in state.items()}
+        for group, first in zip(optimizer.param_groups, self._groups, strict=True):
+            for name in [name for name in group if name not in first and name not in _NOT_STATE]:
+                del group[name]
+            group.update((name, _again(value)) for name, value in first.items())
+
+
+# of a parameter group: what it steps, and what the schedule sets
+_NOT_STATE = ("params", "lr", "initial_lr")
+
+
+class _Filled(NamedTuple):
+    """A tensor of one value throughout, kept as that alone: Adagrad's sums are as large as the model."""
+
+    like: torch.Tensor
+    value: torch.Tensor
+
+
+def _kept(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and value.numel() > 1 and bool((value == value.flatten()[0]).all()):
+        return _Filled(torch.empty_like(value, device="meta"), value.flatten()[0].clone())
+    return copy.deepcopy(value)
+
+
+def _again(value: Any) -> Any:
+    if isinstance(value, _Filled):
+        return torch.empty_like(value.like, device=value.value.device).copy_(value.value)
+    return copy.deepcopy(value)
+
+
+def restart_optimizer(optimizer: Any, start: OptimizerStart | None = None) -> None:
     """Puts an optimizer into the state it had before its first step; the weights stay.
 
-    Optimizers of torch and bitsandbytes make their state when a parameter has none, so theirs is dropped: that is right
-    for quantised and preconditioner states too, whose start is not zero. DeepSpeed makes the state of its partitions
-    when the engine starts and keeps references to it, so that is zeroed in place.
+    Most optimizers make their state when a parameter has none, so theirs is dropped: that is right for quantised and
+    preconditioner states too, whose start is not zero. What was there before the first step is put back. DeepSpeed makes the
+    state of its partitions when the engine starts and keeps references to it, so that is zeroed in place.
 
     Args:
         optimizer: As the trainer holds it: the optimizer, or accelerate's or DeepSpeed's wrapper around it.
+        start: Of the optimizer; None where nothing was there.
     """
     sharded_by_deepspeed = False
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
         sharded_by_deepspeed |= type(optimizer).__module__.startswith("deepspeed.runtime")
-    if sharded_by_deepspeed:
+    if not sharded_by_deepspeed:
+        if start is not None:
+            start.restore(optimizer)
+        else:
+            optimizer.state.clear()
+    else:
         for state in optimizer.state.values():
             for key, value in state.items():
                 if isinstance(value, torch.Tensor):
                     value.zero_()
                 elif isinstance(value, (int, float)) and not isinstance(value, bool):
                     state[key] = type(value)(0)
-    else:
-        optimizer.state.clear()
     for group in optimizer.param_groups:
         if isinstance(group.get("step"), torch.Tensor):
             group["step"].zero_()

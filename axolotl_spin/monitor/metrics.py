@@ -87,6 +87,7 @@ METRICS = (
         "spin/opponent_write_seconds", "with vLLM: seconds of writing the opponent, part of `spin/generation_seconds`"
     ),
     Metric("spin/scoring_seconds", "seconds of the opponent's pass over the pairs", "score\ns", "{:.1f}", "time"),
+    Metric("spin/updated_weights", "share of the trained weights that the first step after the warmup changed"),
     Metric("spin/training_seconds", "seconds of the iteration's epochs", "train\ns", "{:.1f}", "time"),
 )
 

@@ -19,6 +19,7 @@ from warm import Warm
 
 from axolotl_spin.args import SpinConfig
 from axolotl_spin.commands.plan.advice import Facts, advise
+from axolotl_spin.commands.plan.estimate import _pure_half
 from axolotl_spin.commands.plan.lengths import describe_lengths, limits, repeated
 from axolotl_spin.commands.plan.memory import Load, ModelSize, estimate_memory, model_size
 from axolotl_spin.commands.plan.timing import Rate, Tokens, estimate_time, measure
@@ -329,6 +330,7 @@ def some(rows: int, usual: int, other: int, count: int) -> np.ndarray:
         ({"rate": 2e-5}, "learning_rate", "2e-05 is high for full fine-tuning"),
         ({"rate": 2e-3, "adapter": "lora"}, "learning_rate", "high for `adapter: lora`"),
         ({"pure_half": True}, "bf16", "a step of 5e-07"),
+        ({"pure_half": True, "rate": 2e-5}, "bf16", "a step of 2e-05"),
         ({"answers": some(1000, 80, 600, 60)}, "spin.generation.max_new_tokens", "60 of 1000 human answers (6%)"),
         ({"limits": some(1000, 512, 9, 3)}, "sequence_len", "3 of 1000 prompts leave fewer than 32"),
         ({"trained_for": 1024}, "sequence_len", "2048 is more than the 1024"),
@@ -349,3 +351,29 @@ def test_advice_names_the_key_and_the_figures(changes: dict[str, Any], key: str,
     assert advise(facts()) == []
     found = [item for item in advise(facts(**changes)) if item["key"] == key]
     assert found and figure in found[0]["text"], advise(facts(**changes))
+
+
+KEPT = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}
+HALVED = {**KEPT, "bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "lost"),
+    [
+        ({"bf16": True}, True),
+        ({"bfloat16": True}, True),
+        ({}, False),
+        ({"bf16": True, "adapter": "lora"}, False),
+        ({"bf16": True, "fsdp_config": {"fsdp_version": 2}}, True),  # the host shards what it loaded
+        ({"bf16": True, "deepspeed": KEPT}, False),
+        ({"bf16": True, "deepspeed": HALVED}, True),
+        ({"bf16": True, "optimizer": "optimi_adamw"}, False),
+        ({"bf16": True, "optimizer": "adamw_torch_8bit"}, True),
+        ({"bf16": True, "optimizer": "adamw_torch_8bit", "optim_args": "bf16_stochastic_round=True"}, False),
+        ({"bf16": True, "optimizer": "adamw_torch_8bit", "optim_args": {"bf16_stochastic_round": True}}, False),
+    ],
+)
+def test_plan_knows_where_rounding_loses_steps(changes: dict[str, Any], lost: bool) -> None:
+    from axolotl.utils.dict import DictDefault
+
+    assert _pure_half(DictDefault(changes)) is lost

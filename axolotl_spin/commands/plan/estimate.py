@@ -91,12 +91,29 @@ def plan_run(config: str, given: Given) -> tuple[SpinRun, dict[str, Any]]:
         limits=longest,
         repeated=repeated(run.prompts),
         adapter=(cfg.adapter or None),
-        pure_half=bool((cfg.bf16 or cfg.fp16) and not cfg.adapter and run.launch.sharding is None),
+        pure_half=_pure_half(cfg),
         trained_for=_trained_for(cfg),
         sequence_len=run.sequence_len,
         disk=_disk(run, cfg.adapter, size),
     )
     return run, {**figures, "advice": advise(facts)}
+
+
+# what keeps fp32 weights, or the remainder of what it rounds, by itself
+_OWN_PRECISION = ("optimi_adamw", "stable_adamw", "flash_adamw", "flash_adam", "flash_sgd", "flash_sgdw", "flash_lion")
+
+
+def _pure_half(cfg: Any) -> bool:
+    """Whether steps are added to weights in half precision, and what rounding takes from them is lost."""
+    if cfg.adapter or not (cfg.bf16 or cfg.fp16 or cfg.bfloat16 or cfg.float16):
+        return False
+    deepspeed = cfg.deepspeed if isinstance(cfg.deepspeed, dict) else None
+    if deepspeed is not None:
+        return bool((deepspeed.get("bf16") or {}).get("bf16_master_weights_and_grads"))
+    optimizer = str(getattr(cfg.optimizer, "value", cfg.optimizer))
+    asked = str(cfg.optim_args or "").lower().replace(" ", "").replace("'", "").replace(":", "=")
+    kept = any(f"{key}=true" in asked for key in ("bf16_stochastic_round", "use_kahan_summation", "kahan_sum"))
+    return not (kept or optimizer in _OWN_PRECISION)
 
 
 def _with_given(measured: Measured, given: Given) -> Measured:
