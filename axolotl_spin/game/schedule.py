@@ -131,8 +131,8 @@ def restart_optimizer(optimizer: Any, start: OptimizerStart | None = None) -> No
     """Puts an optimizer into the state it had before its first step; the weights stay.
 
     Most optimizers make their state when a parameter has none, so theirs is dropped: that is right for quantised and
-    preconditioner states too, whose start is not zero. What was there before the first step is put back. DeepSpeed makes the
-    state of its partitions when the engine starts and keeps references to it, so that is zeroed in place.
+    preconditioner states too, whose start is not zero. What was there before the first step is put back. DeepSpeed makes
+    the state of its partitions when the engine starts and keeps references to it, so that is zeroed in place.
 
     Args:
         optimizer: As the trainer holds it: the optimizer, or accelerate's or DeepSpeed's wrapper around it.
