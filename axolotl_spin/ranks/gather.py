@@ -80,7 +80,7 @@ def _free_bytes(accelerator: Any) -> float:
     try:
         free, _ = torch.accelerator.get_memory_info(device)
         return free + torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
-    except (RuntimeError, NotImplementedError, AttributeError) as error:  # not every kind of device tells
+    except (RuntimeError, ValueError, AttributeError) as error:  # not every kind of device tells
         LOG.warning(
             f"{device} does not tell how much of its memory is free ({error}), so sharded weights stay sharded; where they "
             "fit, `spin.generation.gather_weights: true` is faster"
