@@ -76,7 +76,7 @@ from axolotl_spin.run.identity import _GROUP_RATES, _PLANNED
 from axolotl_spin.run.plan import make_plan
 from axolotl_spin.run.plan import warmup_steps as plan_warmup_steps
 from axolotl_spin.trainer import SpinTrainer
-from axolotl_spin.training.policy import disable_dropout
+from axolotl_spin.training.noise import disable_dropout
 
 SPIN = "axolotl_spin.SpinPlugin"
 HOST = Version(version("axolotl"))

@@ -19,6 +19,7 @@ from axolotl_spin.args import LOSS_AT_START
 from axolotl_spin.data.pairs import PairDataset
 from axolotl_spin.game.health import act_on, check_loss, check_step_zero, check_weights
 from axolotl_spin.game.heldout_play import HeldOutPlay
+from axolotl_spin.game.noise import refuse_noise
 from axolotl_spin.game.schedule import restart_optimizer
 from axolotl_spin.game.self_play import SelfPlay
 from axolotl_spin.game.updates import UpdateWatch
@@ -33,8 +34,10 @@ from axolotl_spin.run.saving import save_whole
 from axolotl_spin.training.batches import MicroBatches, pair_loader
 from axolotl_spin.training.layout_check import settle_layout
 from axolotl_spin.training.layouts import PairCollator
-from axolotl_spin.training.policy import disable_dropout, nonfinite_weights
+from axolotl_spin.training.noise import disable_dropout
+from axolotl_spin.training.policy import nonfinite_weights
 from axolotl_spin.training.quantised import compute_as_in_training
+from axolotl_spin.training.routers import leave_out_router_logits
 from axolotl_spin.training.scoring import Scorer
 from axolotl_spin.training.step import pair_losses
 
@@ -61,6 +64,11 @@ class Loop:
         if switched_off := disable_dropout(policy):
             LOG.info(f"dropout is off, so that policy and opponent agree at step 0: {', '.join(switched_off)}")
         compute_as_in_training(policy)
+        if leave_out_router_logits(policy):
+            LOG.warning(
+                "`output_router_logits: true` in the model's config: the auxiliary loss that balances experts is no part "
+                "of SPIN's, and is left out"
+            )
         generation, tokenizer = run.settings.generation, run.tokenizer
         pad = (tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id) or 0
         sampling = Sampling(generation.temperature, generation.top_p, generation.top_k, run.stop_tokens(policy))
@@ -190,6 +198,8 @@ class Loop:
         if self._layout_settled:
             return
         self._layout_settled = True
+        half = self.trainer.args.bf16 or self.trainer.args.fp16
+        refuse_noise(model, self.run.prompts, self.collator.pad_token_id, self.ranks, half=half)
         line = settle_layout(
             self.collator,
             model,
@@ -197,6 +207,6 @@ class Loop:
             self.ranks.accelerator,
             sample_packing=self.run.sample_packing,
             longest=self.run.sequence_len,
-            half=self.trainer.args.bf16 or self.trainer.args.fp16,
+            half=half,
         )
         LOG.info(line)

@@ -1,8 +1,7 @@
-"""What is done to the policy as a module: no randomness in its forward, and saving it so that it loads anywhere."""
+"""What is done to the policy as a module: it is put to sleep as the opponent, and its weights are looked at."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,28 +9,6 @@ from typing import Any
 import torch
 
 from axolotl_spin.training.quantised import by_mode, packed
-
-
-def disable_dropout(model: torch.nn.Module) -> list[str]:
-    """Sets every dropout of a model to 0, LoRA's and attention's included, as the host's preference trainers do.
-
-    Args:
-        model: Changed in place. Attention modules of transformers keep their rate as a plain number.
-
-    Returns:
-        What was switched off, for the log, as `name=rate` without repetition.
-    """
-    found: dict[str, float] = {}
-    for module in model.modules():
-        if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0:
-            found["dropout"] = module.p
-            module.p = 0.0
-        for name, value in vars(module).items():
-            noisy = "dropout" in name or "jitter" in name
-            if noisy and isinstance(value, float) and value > 0 and math.isfinite(value):
-                found[name] = value
-                setattr(module, name, 0.0)
-    return [f"{name}={rate:g}" for name, rate in sorted(found.items())]
 
 
 @contextmanager

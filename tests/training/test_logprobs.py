@@ -14,7 +14,7 @@ import torch
 from axolotl_spin.training.layouts import Layout, PairCollator
 from axolotl_spin.training.logprobs import completion_logps
 from axolotl_spin.training.loss import spin_loss
-from axolotl_spin.training.policy import disable_dropout
+from axolotl_spin.training.noise import disable_dropout
 
 DATA = host.SHARED / "data" / "dolly_openqa_short_train.jsonl"
 

@@ -141,9 +141,6 @@ def estimate_memory(size: ModelSize, cfg: Any, load: Load) -> dict[str, Any]:
     frozen = size.parameters - size.trainable
     stored = width
     trained_width = 4 if cfg.adapter else width  # PEFT keeps adapters in fp32
-    if fsdp and half:
-        trained_width = 4
-        notes.append("FSDP2 keeps trained weights in fp32 under mixed precision")
     bits = 0.516 if cfg.load_in_4bit else 1.0  # with double quantisation's constants
     weights = (frozen - size.quantised if cfg.adapter else 0) * stored + size.quantised * bits
     weights += size.trainable * trained_width
