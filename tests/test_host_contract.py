@@ -225,6 +225,7 @@ HOOKS = {
     "get_trainer_cls": ["cfg"],
     "get_training_args": ["cfg"],
     "add_callbacks_post_trainer": ["cfg", "trainer"],
+    "pre_model_load": ["cfg"],
     "post_trainer_create": ["cfg", "trainer"],
     "post_train": ["cfg", "model"],
     "post_train_unload": ["cfg"],

@@ -36,5 +36,5 @@ def test_ranks_with_unequal_chunks_answer_and_end(
     plugins = ["cpu_cluster.CpuClusterPlugin", "generate_only.GenerateOnlyPlugin", *host.OURS]
     out = str(folder / f"{layout}-{gather}")
     settings = host.config(folder, **{**changes, "spin": spin(gather), "plugins": plugins, "output_dir": out})
-    run = host.train(settings, kind, by=warm_ranks, timeout=90)
+    run = host.train(settings, kind, by=warm_ranks, timeout=300)
     assert run.pairs(0)["rejected_ids"].to_pylist() == answers
