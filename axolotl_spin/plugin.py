@@ -42,7 +42,7 @@ class SpinPlugin(BasePlugin):
             end_plainly()
         if cfg.get("rl") == "spin":
             from axolotl_spin.compat import check_host_version
-            from axolotl_spin.disk.directory import check_output_dir
+            from axolotl_spin.disk.directory import check_base_model, check_output_dir
             from axolotl_spin.monitor.about import plain_config
             from axolotl_spin.ranks.build_lock import watch_builds
 
@@ -51,6 +51,8 @@ class SpinPlugin(BasePlugin):
             self._written = plain_config(cfg)
             if isinstance(cfg.get("output_dir"), str):
                 check_output_dir(cfg["output_dir"])
+            if isinstance(cfg.get("base_model"), str):
+                check_base_model(cfg["base_model"])
 
     def get_input_args(self) -> str | None:
         """Adds the `spin:` block, but not to a config without one: the host would build its schema anew for nothing."""

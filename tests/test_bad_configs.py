@@ -118,6 +118,7 @@ HOST: dict[str, tuple[Change, str]] = {
     "unknown schedule": ({"lr_scheduler": "linnear"}, "`lr_scheduler: linnear` is none of"),
     "checkpoint that is not there": ({"resume_from_checkpoint": "none/checkpoint-7"}, "`resume_from_checkpoint: none"),
     "checkpoints of another trainer": (inside("checkpoint-500", sft_checkpoint), "checkpoint-500, saved by a run without"),
+    "no such model": ({"base_model": "./quickstart/modell"}, "`base_model: ./quickstart/modell` does not exist, seen from"),
     "output over the start": (output_is_the_start, "is also `base_model`"),
     "output is a file": (output_is_a_file, "taken` cannot be written to"),
     "output cannot be made": ({"output_dir": "/proc/none"}, "`output_dir: /proc/none` cannot be written to"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -92,3 +93,16 @@ def check_output_dir(output_dir: str) -> None:
             f"`output_dir: {output_dir}` cannot be written to ({os.strerror(error.errno or 0)}): choose another folder"
         )
         raise OSError(error.errno, message) from error
+
+
+def check_base_model(base_model: str) -> None:
+    """Checks that a start model which is written as a path is there; the host would take it for a name on the hub.
+
+    Args:
+        base_model: The host's key.
+
+    Raises:
+        FileNotFoundError: It is not; names the key.
+    """
+    if base_model.startswith(("./", "../", "/", "~")) and not Path(base_model).expanduser().exists():
+        raise FileNotFoundError(errno.ENOENT, f"`base_model: {base_model}` does not exist, seen from {Path.cwd()}")
