@@ -42,8 +42,8 @@ def nll_per_token(model: Path, talks: list[tuple[str, str]]) -> float:
 def test_eval_loss_is_nll_per_token(tmp_path: Path, kind: str, batch: int, request: pytest.FixtureRequest) -> None:
     heldout, talks = uneven(tmp_path)
     settings = host.config(
-        tmp_path, rows=8, test_datasets=[heldout], eval_batch_size=batch, eval_on_start=True, micro_batch_size=2,
-        spin={"iterations": 1, "eval_prompts": 0}, val_set_size=None, num_epochs=1,
+        tmp_path, rows=8, test_datasets=[heldout], eval_batch_size=batch, eval_on_start=True,
+        spin={"iterations": 1, "eval_prompts": 0}, val_set_size=None, num_epochs=1, **host.layout(kind, tmp_path),
     )  # fmt: skip
     by: Warm | Ranks = request.getfixturevalue("warm" if kind == "single" else "warm_ranks")
     run = host.train(settings, kind, by=by)
