@@ -231,7 +231,8 @@ def settle_layout(
     if layout != "padded":
         off, noise = ask(layout_off, pairs, layout, collator.in_head)
         if not off <= max(_NOISE * noise, _LEAST):
-            why = f"in the {layout} layout its log-probs are off by {off:.2g} nats per root of a token (rounding: {noise:.2g})"
+            off_by = f"{off:.2g} nats per root of a token (rounding: {noise:.2g})"
+            why = f"in the {layout} layout its log-probs are off by {off_by}"
             collator.layout, collator.in_head = "padded", in_head("padded")
     where = "where the LM head gives its logits" if collator.in_head else "from the forward's output"
     return f"pairs are laid out {collator.layout}: {why}; log-probs are taken {where}"
