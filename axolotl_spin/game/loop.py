@@ -131,13 +131,12 @@ class Loop:
         act_on(check_loss(found.spin.losses, found.logps, step=step, iteration=entry.iteration), main=True)
         if self._first_step_due:
             self._first_step_due = False
-            arguments, real = self.trainer.args, found.weight > 0
-            half = arguments.bf16 or arguments.fp16 or self.trainer.is_deepspeed_enabled
+            real = found.weight > 0
             findings = check_step_zero(
                 found.spin.losses.detach()[real],
                 found.drift.view(2, -1).mean(0)[real],
                 expected=LOSS_AT_START[settings.loss],
-                tolerance=0.05 * max(1.0, entry.beta) if half else 1e-3,
+                beta=entry.beta,
                 iteration=entry.iteration,
             )
             act_on(findings, main=True)
@@ -207,6 +206,5 @@ class Loop:
             self.ranks.accelerator,
             sample_packing=self.run.sample_packing,
             longest=self.run.sequence_len,
-            half=half,
         )
         LOG.info(line)

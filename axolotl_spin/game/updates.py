@@ -56,8 +56,7 @@ class UpdateWatch:
         changed, count = counts.sum(0).tolist()
         if not count:  # all of them are on a disk
             return
-        self._progress.record.figures[NAME] = changed / count
-        self._trainer.log({NAME: changed / count})
+        self._progress.add(NAME, changed / count)
         changed, half = counts[0].tolist()
         if half and not sample.keeps_remainders:
             entry = self._progress.record.plan

@@ -77,6 +77,7 @@ class Progress:
         self._record: IterationRecord | None = None
         self.metrics = PairMetrics(first_step=0)
         self._started = 0.0
+        self._pending: dict[str, float] = {}
 
     @property
     def record(self) -> IterationRecord:
@@ -128,12 +129,17 @@ class Progress:
         """
         record, row = self.record, dict(logs)
         if "loss" in row:
-            row |= {**self.metrics.take(self._ranks.sum), "spin/iteration": record.plan.iteration}
+            row |= {**self.metrics.take(self._ranks.sum), **self._pending, "spin/iteration": record.plan.iteration}
+            self._pending = {}
             if "loss_first" not in record.figures:
                 record.figures["loss_first"] = self.metrics.first_loss(self._ranks.sum)
                 self.write()
         record.note(row, step)
         return row
+
+    def add(self, name: str, value: float) -> None:
+        """Adds a figure of the running iteration; it is logged once, with the next row of training."""
+        self.record.figures[name] = self._pending[name] = value
 
     def write(self) -> None:
         """Writes the iteration's `metrics.json` as far as it is known."""
@@ -145,6 +151,7 @@ class Progress:
         return {
             "iteration": self.record.plan.iteration,
             "figures": self.record.to_json(),
+            "pending": self._pending,
             "evaluated_at": self.record.evaluated_at,
             "metrics": self.metrics.state(self._ranks.sum),
             "training_seconds": time.perf_counter() - self._started,
@@ -158,6 +165,7 @@ class Progress:
             entry: The iteration it belongs to.
         """
         self._record = IterationRecord(entry, state["figures"], state["evaluated_at"])
+        self._pending = dict(state.get("pending", {}))
         self.metrics = PairMetrics(entry.first_step)
         self.metrics.restore(state["metrics"], self._ranks.device, self._ranks.main)
         self._started = time.perf_counter() - state["training_seconds"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from axolotl_spin.game.health import (
     check_step_zero,
     count_answers,
 )
+from axolotl_spin.training.loss import spin_loss
 
 END = 6
 
@@ -126,15 +128,28 @@ def test_log_probs_that_are_not_numbers() -> None:
 
 
 def test_step_zero() -> None:
-    def check(off: float, far: float) -> list[bool]:
+    def check(off: float, far: float, beta: float = 1.0) -> list[bool]:
         losses, nats = torch.full((3,), 0.693147 + off), torch.full((3,), far)
-        found = check_step_zero(losses, nats, expected=0.693147, tolerance=1e-3, iteration=1)
+        found = check_step_zero(losses, nats, expected=0.693147, beta=beta, iteration=1)
         return [finding.fatal for finding in found]
 
-    assert check(1e-4, 1e-3) == []
+    assert check(1e-4, 9e-4) == []
+    assert check(0.002, 1e-4) == [False]
+    assert check(0.002, 1e-4, beta=5.0) == []  # the same nats make so much more of a loss
     assert check(0.02, 0.05) == [False]  # noise
     assert check(0.02, 0.5) == [True]  # another model, and a small beta
     assert check(float("nan"), float("nan")) == [False]  # `check_loss` speaks of those
+
+
+def test_step_zero_sees_what_both_answers_have_in_common() -> None:
+    """Log-probs 0.4 nats a token off on either answer: the margin, and so the loss, knows nothing of it."""
+    losses = spin_loss(*torch.tensor([[-60.0], [-45.0], [-80.0], [-65.0]]), beta=0.1).losses
+    found = check_step_zero(losses, torch.tensor([0.4]), expected=math.log(2), beta=0.1, iteration=1)
+    assert losses.item() == pytest.approx(math.log(2))
+    [finding] = found
+    assert finding.fatal and "off by 0.000000 on average (log-probs by 0.4000 nats per token)" in finding.text
+    [finding] = check_step_zero(losses, torch.tensor([0.01]), expected=math.log(2), beta=0.1, iteration=1)
+    assert not finding.fatal and "`micro_batch_size`" in finding.text
 
 
 def test_a_fatal_finding_is_raised_on_every_rank() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,6 @@ import pytest
 import tiny
 import torch
 from accelerate.utils import convert_outputs_to_fp32
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch.nn.attention.flex_attention import create_mask
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,16 +16,9 @@ from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
     Gemma2Config,
-    Gemma3TextConfig,
-    LlamaConfig,
-    Mamba2Config,
-    Mamba2ForCausalLM,
-    MistralConfig,
     PhiConfig,
-    Qwen2Config,
 )
 
-from axolotl_spin.training.layout_check import disagreement, preferred_layout, settle_layout
 from axolotl_spin.training.layouts import PairCollator, _balanced_rows, _cheapest_rows, shared_block_mask, shared_mask
 from axolotl_spin.training.logprobs import completion_logps, selected_logps
 
@@ -284,39 +275,6 @@ def test_no_fp32_copy_of_the_logits_under_mixed_precision(in_head: bool, monkeyp
     assert (largest.numbers < logits) == in_head
 
 
-# -- which layout a model takes ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("config", "packing", "layout", "why"),
-    [
-        (LlamaConfig(attn_implementation="sdpa"), None, "shared", "sdpa takes a mask"),
-        (LlamaConfig(attn_implementation="eager"), True, "shared", "eager takes a mask"),
-        (LlamaConfig(attn_implementation="sdpa"), False, "padded", "`sample_packing: false`"),
-        (LlamaConfig(attn_implementation="flash_attention_2"), None, "packed", "by their positions"),
-        (LlamaConfig(attn_implementation="kernels-community/flash-attn3"), True, "packed", "by their positions"),
-        (LlamaConfig(attn_implementation="flex_attention"), None, "shared", "flex_attention takes a mask"),
-        (LlamaConfig(attn_implementation="paged|sdpa"), None, "padded", "not known to take a mask"),
-        (MistralConfig(sliding_window=64, attn_implementation="sdpa"), None, "padded", "slides over 64 tokens"),
-        (MistralConfig(sliding_window=4096, attn_implementation="sdpa"), None, "shared", "takes a mask"),
-        (Qwen2Config(sliding_window=64, use_sliding_window=False, attn_implementation="sdpa"), None, "shared", "mask"),
-        (Gemma3TextConfig(sliding_window=64, attn_implementation="sdpa"), None, "padded", "slides over 64 tokens"),
-    ],
-)
-def test_what_the_attention_should_take(config: Any, packing: bool | None, layout: str, why: str) -> None:
-    found, reason = preferred_layout(config, sample_packing=packing, longest=100)
-    assert found == layout and why in reason
-
-
-def few() -> list[dict[str, Any]]:
-    return [{name: ids.tolist() for name, ids in row.items()} for row in pairs(4)]
-
-
-@pytest.mark.parametrize("layout", ["packed", "shared"])
-def test_the_check_passes_a_model_that_takes_the_layout(layout: Any) -> None:
-    assert disagreement(tiny.model(47, seed=3).eval(), few(), PairCollator(0, layout), "cpu") < 1e-4
-
-
 @pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
 def test_a_model_that_cannot_leave_out_logits(layout: Any) -> None:
     model, rows = tiny.model(47, seed=3).eval(), pairs()
@@ -328,114 +286,3 @@ def test_a_model_that_cannot_leave_out_logits(layout: Any) -> None:
 
     model.forward = older
     assert torch.allclose(completion_logps(model, PairCollator(0, layout)(rows)), expected, atol=1e-5)
-
-
-def ignores_masks(model: Any) -> Any:
-    """As linear attention, or a state-space model: every token sees all before it."""
-    inner = model.model.forward
-    model.model.forward = lambda *args, attention_mask=None, position_ids=None, **kwargs: inner(*args, **kwargs)
-    return model
-
-
-def ignores_positions(model: Any) -> Any:
-    inner = model.model.forward
-    model.model.forward = lambda *args, position_ids=None, **kwargs: inner(*args, **kwargs)
-    return model
-
-
-@pytest.mark.parametrize("layout", ["packed", "shared"])
-@pytest.mark.parametrize("defect", [ignores_masks, ignores_positions])
-def test_the_check_sees_a_model_that_does_not(layout: Any, defect: Any) -> None:
-    model = defect(tiny.model(47, seed=3).eval())
-    assert disagreement(model, few(), PairCollator(0, layout), "cpu") > 0.1
-
-
-def scales_its_logits(model: Any) -> Any:
-    """As a soft cap or a temperature does it, after the LM head."""
-    inner = model.forward
-
-    def scaled(*args: Any, **kwargs: Any) -> Any:
-        out = inner(*args, **kwargs)
-        out.logits = 3 * out.logits
-        return out
-
-    scaled.__signature__ = inspect.signature(inner)  # type: ignore[attr-defined]
-    model.forward = scaled
-    return model
-
-
-class ByKeyword(torch.nn.Module):
-    def __init__(self, inner: torch.nn.Module):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.inner(input=hidden)
-
-
-def calls_its_head_by_keyword(model: Any) -> Any:
-    """So that what the head is given is not seen where it is expected."""
-    head = model.lm_head
-    model.lm_head, model.get_output_embeddings = ByKeyword(head), lambda: head
-    return model
-
-
-class Ranks:
-    """What a single process shows of `accelerate.Accelerator`."""
-
-    device = torch.device("cpu")
-
-    @staticmethod
-    def unwrap_model(model: Any) -> Any:
-        return model
-
-    @staticmethod
-    def gather(value: torch.Tensor) -> torch.Tensor:
-        return value
-
-
-@pytest.mark.parametrize(
-    ("spoil", "line"),
-    [
-        (None, "pairs are laid out shared: sdpa takes a mask; log-probs are taken where the LM head gives its logits"),
-        (
-            calls_its_head_by_keyword,
-            "pairs are laid out shared: sdpa takes a mask; log-probs are taken from the forward's output",
-        ),
-        (
-            scales_its_logits,
-            "pairs are laid out shared: sdpa takes a mask; log-probs are taken from the forward's output",
-        ),
-        (ignores_masks, "pairs are laid out padded: in the shared layout its log-probs are off by"),
-    ],
-)
-def test_a_model_that_does_not_take_a_layout_falls_back(spoil: Any, line: str) -> None:
-    model = tiny.model(47, seed=3, attn_implementation="sdpa").train()
-    model = spoil(model) if spoil else model
-    collator = PairCollator(0)
-    prompts = Dataset.from_list([{"prompt_ids": row["prompt_ids"], "chosen_ids": row["chosen_ids"]} for row in few()])
-    assert settle_layout(collator, model, prompts, Ranks, sample_packing=None, longest=64, half=False).startswith(line)
-    assert collator.layout == line.split()[4].rstrip(":")
-    assert model.training
-
-
-def test_a_state_space_model_is_found_out() -> None:
-    """A real Mamba2 on a CPU: whatever it makes of masks and positions, it ends in the padded layout."""
-    torch.manual_seed(0)
-    config = Mamba2Config(
-        vocab_size=47,
-        hidden_size=32,
-        num_heads=4,
-        head_dim=16,
-        state_size=8,
-        n_groups=1,
-        num_hidden_layers=2,
-        chunk_size=8,
-    )
-    model = Mamba2ForCausalLM(config).eval()
-    prompts = Dataset.from_list([{"prompt_ids": row["prompt_ids"], "chosen_ids": row["chosen_ids"]} for row in few()])
-    collator = PairCollator(0)
-    assert "pairs are laid out padded" in settle_layout(
-        collator, model, prompts, Ranks, sample_packing=None, longest=64, half=False
-    )
-    assert collator.layout == "padded"
