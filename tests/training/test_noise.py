@@ -100,7 +100,7 @@ def test_what_stays_on_is_refused_with_the_key(keys: dict[str, float]) -> None:
     named = (
         "has `router_jitter_noise: 0.1`; set these to 0 under `overrides_of_model_config:`"
         if keys
-        else "it is its code"
+        else "its code that does"
     )
     with pytest.raises(UnhealthyRunError, match="draws random numbers") as error:
         refuse_noise(model, prompts, 0, ranks, half=False)
