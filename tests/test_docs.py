@@ -368,6 +368,9 @@ def check_spin_key(name: str) -> None:
 # names that others than the host, this package and their hooks give
 OTHER_NAMES = {
     *("stage3_gather_16bit_weights_on_model_save", "chat_template", "input_output", "tokenizer_default"),
+    # of a model's config, of libraries' optimizers
+    *("generation_config", "output_router_logits", "optimi_adamw", "flash_adamw", "adamw_torch_8bit"),
+    "bf16_stochastic_round",
     *("total_num_steps", "device_map", "convert_data", "run_spin", "dataset_mixer", "uclaml"),
 }
 
