@@ -198,10 +198,10 @@ class SpinConfig(BaseModel):
         numbers = []
         for item in value if isinstance(value, (list, tuple)) else [value]:
             try:
-                number = math.nan if isinstance(item, bool) else float(item)
+                number = None if isinstance(item, bool) else float(item)
             except (TypeError, ValueError):
-                number = math.nan
-            if math.isnan(number):
+                number = None
+            if number is None:
                 raise ValueError(f"expected a number or a list of numbers, got {item!r}")
             if not 0 < number < math.inf:
                 raise ValueError(f"must be greater than 0 and finite, got {number}")

@@ -20,7 +20,9 @@ def test_the_examples_are_there() -> None:
 def test_example_passes_the_hosts_validation(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from axolotl_spin.args import spin_config
 
-    cfg = host.validate(path.read_text(), monkeypatch)
+    # the quickstart's model is made by its script
+    text = path.read_text().replace("./quickstart/model", "example_configs")
+    cfg = host.validate(text, monkeypatch)
     settings = spin_config(cfg)
     assert cfg.rl is None and settings.active
     deepspeed = yaml.safe_load(path.read_text()).get("deepspeed")

@@ -199,7 +199,8 @@ def test_every_hook_is_inert_without_rl_spin() -> None:
         for name in ours():
             del sys.modules[name]
         sys.modules.update(kept)
-    assert imported == {"axolotl_spin", "axolotl_spin.args", "axolotl_spin.plugin", "axolotl_spin.refusals"}
+    light = ("args", "keys", "plugin", "refusals")
+    assert imported == {"axolotl_spin", *(f"axolotl_spin.{name}" for name in light)}
     assert afterwards == imported
     assert len(answers) > 20
     assert {name: answer for name, answer in answers.items() if answer not in (None, [], {})} == {}
@@ -731,6 +732,7 @@ METHODS = {
     "set_initial_training_values": ["args", "dataloader"],
     "get_train_dataloader": [],
     "_prepare_inputs": ["inputs"],
+    "create_optimizer": ["model"],
     "create_scheduler": ["num_training_steps", "optimizer"],
     "_get_num_items_in_batch": ["batch_samples", "device"],
     "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],

@@ -22,7 +22,7 @@ def config(folder: Path, kind: str = "single", **changes: Any) -> dict[str, Any]
     """A model whose answers are long and whose attention is busy, so that its rounding shows."""
     settings = {**host.config(folder, rows=25), **host.layout(kind, folder), **STILL, "spin": SPIN, **changes}
     own = [name for name in settings.get("plugins") or [] if name not in host.OURS]
-    settings["plugins"] = ["half.HalfPlugin", "layout_of.LayoutPlugin", *own, *host.OURS]
+    settings["plugins"] = ["half.HalfPlugin", "half.LayoutPlugin", *own, *host.OURS]
     return {key: value for key, value in settings.items() if value is not None}
 
 
@@ -57,6 +57,16 @@ def test_after_a_stop_too(warm: Warm, tmp_path: Path) -> None:
     run = host.train(settings, by=warm)
     assert "going on from" in run.output and len(run.losses()) == 2 * 7 + 2 * 13
     assert strayed(run) < 1e-3
+
+
+@pytest.mark.ranks
+def test_one_rank_has_scored_what_two_are_trained_on(warm: Warm, warm_ranks: Ranks, tmp_path: Path) -> None:
+    """Stopped on one rank in the midst of an iteration, resumed on two: the micro-batches are the same."""
+    one = {**config(tmp_path, save_steps=3), "micro_batch_size": 1, "gradient_accumulation_steps": 4}
+    one["plugins"] = ["cpu_cluster.CpuClusterPlugin", "faults.FaultPlugin", *one["plugins"]]
+    host.train(one, by=warm, env={"SPIN_KILL": "iteration 1/second epoch"}, fails=True)
+    run = host.train({**one, "gradient_accumulation_steps": 2}, "ddp", by=warm_ranks)
+    assert "going on from" in run.output and strayed(run) < 1e-3
 
 
 @pytest.mark.ranks
