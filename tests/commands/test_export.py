@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -333,14 +334,18 @@ def test_what_is_called_exact_is_read_so_by_trl(begins: bool, tmp_path: Path) ->
 
 
 def test_what_is_called_exact_is_read_so_by_the_hosts_dpo(tmp_path: Path) -> None:
-    """The host looks for the answer's words in a rendered turn: it finds those of `user` in the template."""
+    """Hosts before 0.21 look for the answer's words in a rendered turn, and find those of `user` in the template."""
     tokenizer = bpe()
-    pairs = [pair(tokenizer, [say("user", "who?")], answer, "there") for answer in ("hello", "user", "world")]
-    out = run_with(tmp_path, tokenizer, pairs)
-    assert "1 of 3 pairs" in refused(export(out, "dpo", tmp_path / "all"))
+    answers = ["hello", "user", "world"]
+    out = run_with(tmp_path, tokenizer, [pair(tokenizer, [say("user", "who?")], answer, "there") for answer in answers])
+    if version("axolotl").startswith(("0.19", "0.20")):
+        assert "1 of 3 pairs" in refused(export(out, "dpo", tmp_path / "all"))
+        answers.remove("user")
+    else:
+        done(export(out, "dpo", tmp_path / "all"))
     done(export(out, "dpo", tmp_path / "set", "--inexact", "drop"))
     rows = load_dataset(str(tmp_path / "set"), split="train").to_list()
-    assert [row["chosen"][0]["content"] for row in rows] == ["hello", "world"]
+    assert [row["chosen"][0]["content"] for row in rows] == answers
 
 
 def test_a_begin_token_that_readers_add_again(tmp_path: Path) -> None:
