@@ -34,19 +34,27 @@ def last_ids(answers: pa.ListArray) -> np.ndarray:
     return found
 
 
-def end_alike(chosen: pa.ListArray, rejected: pa.ListArray, stops: Iterable[int]) -> pa.ListArray:
+def end_alike(
+    chosen: pa.ListArray, rejected: pa.ListArray, stops: Iterable[int], limit: int | None = None
+) -> pa.ListArray:
     """Takes the end token off the opponent's answers where the human's have none.
+
+    A human answer of as many tokens as the opponent may draw at the most was cut as the opponent's are: both are samples of
+    the same kind, and the opponent's stays as it was drawn.
 
     Args:
         chosen: Ids of human answers.
         rejected: Ids of the opponent's.
         stops: Tokens that end an answer.
+        limit: The `spin.generation.max_new_tokens`, or None for the default.
 
     Returns:
         The opponent's answers; one that was nothing but its end is empty where the human's has none.
     """
     ends = sorted(stops)
     alone = np.isin(last_ids(rejected), ends) & ~np.isin(last_ids(chosen), ends)
+    if limit is not None:
+        alone &= flat(chosen)[1] != limit
     if not alone.any():
         return rejected
     ids, lengths = flat(rejected)
@@ -56,10 +64,10 @@ def end_alike(chosen: pa.ListArray, rejected: pa.ListArray, stops: Iterable[int]
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(ids[kept], type=pa.int32()))
 
 
-def pairs_end_alike(pairs: pa.RecordBatch, stops: Iterable[int]) -> pa.RecordBatch:
+def pairs_end_alike(pairs: pa.RecordBatch, stops: Iterable[int], limit: int | None = None) -> pa.RecordBatch:
     """Returns pairs after `end_alike`."""
     place = pairs.schema.get_field_index("rejected_ids")
-    rejected = end_alike(pairs["chosen_ids"], pairs["rejected_ids"], stops)
+    rejected = end_alike(pairs["chosen_ids"], pairs["rejected_ids"], stops, limit)
     return pairs.set_column(place, pairs.schema.field(place), rejected.cast(pairs.schema.field(place).type))
 
 

@@ -85,7 +85,10 @@ def answer_spans(ids: Sequence[int], labels: Sequence[int], marks: Marks) -> lis
         UnclearTurnsError: What is labelled may be parts of one turn, or another role's, and the tokens do not tell.
     """
     ends, answers = set(marks.ends), list[Span]()
-    for start, end in _at_ends(ids, labelled_spans(labels), ends, set(marks.blanks)):
+    runs = _at_ends(ids, labelled_spans(labels), ends, set(marks.blanks))
+    if not marks.headers and len(runs) == 1:
+        return runs  # it may say nothing but its end
+    for start, end in runs:
         before = answers[-1] if answers else None
         if all(token in ends for token in ids[start:end]):
             # behind an answer without one it is that answer's end; else the end of a turn that is not trained

@@ -175,7 +175,7 @@ class SelfPlay:
             )
         rows = 0
         for batch in answers.paired(self.run.prompts, entry.iteration):
-            yield pairs_end_alike(batch, self.stops)
+            yield pairs_end_alike(batch, self.stops, self.run.settings.generation.max_new_tokens)
             rows += len(batch)
         if entry.kept_rows:
             for batch in self._kept(self.run.plan.iterations[entry.iteration - 1]):
@@ -187,7 +187,13 @@ class SelfPlay:
         """Takes the iteration's pairs from `spin.initial_pairs`, still without the opponent's log-probs."""
         staged = self.run.directory.staged(entry.iteration)
         self.ranks.on_main(
-            lambda: write_staged(staged, (pairs_end_alike(batch, self.stops) for batch in given.staged()))
+            lambda: write_staged(
+                staged,
+                (
+                    pairs_end_alike(batch, self.stops, self.run.settings.generation.max_new_tokens)
+                    for batch in given.staged()
+                ),
+            )
         )
         pairs = PairDataset(read_staged(staged))
         counts = self._count(pairs, entry)
