@@ -1,6 +1,7 @@
 """A test-only plugin that plants a defect into the algorithm, named by SPIN_DEFECT, to see the tests catch it."""
 
 import copy
+import functools
 import os
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ class DefectPlugin(BasePlugin):
         return None
 
 
+@functools.cache  # the host asks for input arguments more than once: a swap planted twice would be none
 def _plant(defect: str) -> None:
     from axolotl_spin.game import loop
     from axolotl_spin.game.self_play import SelfPlay

@@ -128,13 +128,14 @@ class HeldOutPlay:
         with frozen(model):
             answers = self._answer(model, name, number)
             columns = self.run.heldout.with_format("arrow")[:].combine_chunks()
+            limit = self.run.settings.generation.max_new_tokens
             own = pa.array([answer.ids for answer in answers], type=_IDS)
             human = columns["chosen_ids"].combine_chunks()
             pairs = pa.table(
                 {
                     "prompt_ids": columns["prompt_ids"].combine_chunks(),
                     "chosen_ids": human,
-                    "rejected_ids": end_alike(human, own, self.sampling.stop_token_ids),
+                    "rejected_ids": end_alike(human, own, self.sampling.stop_token_ids, limit),
                 }
             )
             dataset = PairDataset(pairs)

@@ -156,7 +156,7 @@ def test_one_engine_over_two_ranks(tmp_path: Path, warm_ranks: Ranks) -> None:
     settings = host.config(tmp_path, **changes)
     path = host.write(settings)
     env = host.environment(ACCELERATE_USE_CPU="true", VLLM_CPU_OMP_THREADS_BIND="0|1")
-    before = set(os.listdir("/dev/shm"))
+    before = shared_memory()
     logs = [tmp_path / f"rank{rank}.log" for rank in range(2)]
     forks = warm_ranks.start("axolotl.cli.train", str(path), env=env, cwd=tmp_path, logs=logs)
     folder = Path(settings["output_dir"])
@@ -166,15 +166,20 @@ def test_one_engine_over_two_ranks(tmp_path: Path, warm_ranks: Ranks) -> None:
         time.sleep(0.1)
     engines = group_of_engine(tmp_path)
     assert len(engines) >= 3  # the worker and vLLM's two
+    assert shared_memory() - before
     for fork in forks:
         fork.end(signal.SIGKILL)
     killed = time.monotonic()
-    while (any(map(running, engines)) or set(os.listdir("/dev/shm")) > before) and time.monotonic() < killed + 30:
+    while (any(map(running, engines)) or shared_memory() - before) and time.monotonic() < killed + 30:
         time.sleep(0.1)
-    assert not any(map(running, engines)) and set(os.listdir("/dev/shm")) <= before
+    assert not any(map(running, engines)) and not shared_memory() - before
     run = host.train(settings, "ddp", env={"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, by=warm_ranks, timeout=600)
     assert "prompts are already answered" in run.output and run.output.count("was ready after") == 1
     assert len(run.pairs(0)) == 24
+
+
+def shared_memory() -> set[str]:
+    return {name for name in os.listdir("/dev/shm") if name.startswith("vllm")}
 
 
 def running(process: int) -> bool:
