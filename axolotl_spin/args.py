@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from axolotl_spin.keys import levels, refuse_misplaced
 from axolotl_spin.refusals import refuse_unsupported
+from axolotl_spin.set_aside import set_aside
 
 # most tokens of an answer where `spin.generation.max_new_tokens` is not set
 DEFAULT_MAX_NEW_TOKENS = 512
@@ -266,6 +267,7 @@ class SpinArgs(BaseModel):
                 raise ValueError(f"spin: expected a block of keys, got {block!r}")
             data["rl"] = None
             data["spin"] = {**(block or {}), "active": True}
+            set_aside(data)
         elif data.get("inference"):
             data["spin"] = None  # `axolotl inference` takes `rl` out of the config
         elif block is not None and not (isinstance(block, dict) and block.get("active")):

@@ -64,8 +64,8 @@ class SpinPlugin(BasePlugin):
         settings = spin_config(cfg)
         if settings is None:
             return None
-        whole = settings.save_iterations or (settings.generation.backend == "vllm" and not cfg.adapter)
-        refuse_loaded(cfg, self._other_trainers(cfg), saves_whole=whole)
+        whole = settings.generation.backend == "vllm" and not cfg.adapter
+        refuse_loaded(cfg, self._other_trainers(cfg), needs_whole=whole)
 
         import torch
         from axolotl.common.datasets import TrainDatasetMeta

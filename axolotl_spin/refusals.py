@@ -7,6 +7,11 @@ from typing import Any
 
 Test = Callable[[Any], bool]
 
+# keys that begin so are another method's, and would say nothing here
+_OTHER_METHODS = ("dpo_", "kto_", "cpo_", "orpo_", "simpo_", "rpo_", "gdpo", "grpo", "ebft", "center_rewards_")
+# types of `datasets:` that only other methods read: DPO's and KTO's, Bradley-Terry's, EBFT's
+_PREFERENCES = ("chatml", "llama3", "zephyr", "passthrough", "orpo", "bradley_terry", "stepwise_supervised", "ebft")
+
 
 def _truthy(value: Any) -> bool:
     return bool(value)
@@ -58,34 +63,13 @@ REFUSED: tuple[tuple[str, Test, str], ...] = (
     ("expert_parallel_size", _above_one, "ranks must hold different prompts; set it to 1"),
     ("relora", _truthy, "merging the adapter in mid-iteration would move the opponent; use `adapter: lora`"),
     ("auto_find_batch_size", _truthy, "the plan fixes batches and steps before training; set `micro_batch_size`"),
-    (
-        "load_best_model_at_end",
-        _truthy,
-        "losses of different iterations have different opponents and cannot be compared; set it to false and "
-        "pick among OUTPUT_DIR/spin/iteration-N/model",
-    ),
-    (
-        "early_stopping_patience",
-        _truthy,
-        "the loss returns to ln 2 at each iteration, so stopping on it means nothing; choose `spin.iterations`",
-    ),
     ("trainer_cls", _truthy, "the plugin brings its own trainer; remove it"),
-    (
-        "neftune_noise_alpha",
-        _truthy,
-        "noise in the policy's embeddings alone makes it differ from the opponent at step 0; remove it",
-    ),
-    (
-        "noisy_embedding_alpha",
-        _truthy,
-        "noise in the policy's embeddings alone makes it differ from the opponent at step 0; remove it",
-    ),
-    ("use_dft", _truthy, "it is another loss; remove it (`spin.loss` chooses SPIN's)"),
-    ("use_eaft", _truthy, "it is another loss; remove it (`spin.loss` chooses SPIN's)"),
-    ("orpo_alpha", _truthy, "it is another loss; remove it"),
     ("rl_beta", _truthy, "SPIN's beta is `spin.beta`; move the value there"),
+    ("dpo_beta", _truthy, "SPIN's beta is `spin.beta`; move the value there"),
+    ("dpo_loss_type", _truthy, "SPIN's loss is `spin.loss`; remove it"),
+    ("trl", _truthy, "the block is another method's: answers are drawn as `spin.generation` says; remove it"),
+    ("vllm", _truthy, "the block is another method's: SPIN's engines read `spin.generation.vllm`; remove it"),
     ("balance_labels", _truthy, "batches are made of whole pairs, each weighted the same; remove it"),
-    ("dataloader_drop_last", _truthy, "each pair is trained on once an epoch, the last batch included; remove it"),
     ("jagged_restart_steps", _truthy, "warmup and decay restart at each iteration by themselves; remove it"),
     (
         "lr_scheduler",
@@ -110,11 +94,6 @@ REFUSED: tuple[tuple[str, Test, str], ...] = (
     ("micro_batch_size", _below_one, "it is the number of pairs in a rank's forward; use 1 or more"),
     ("gradient_accumulation_steps", _below_one, "it is the number of forwards in a step; use 1 or more"),
     ("learning_rate", _not_positive, "nothing would be learnt, or unlearnt; use a number above 0, such as 5e-7"),
-    (
-        "train_on_inputs",
-        _truthy,
-        "the human answer starts where the labels start, so the prompt must stay unlabelled; set it to false",
-    ),
 )
 
 
@@ -140,17 +119,50 @@ def refuse_unsupported(data: dict[str, Any]) -> None:
             f"`fsdp_version: {version}` does not work with `rl: spin`: generation runs under FSDP2; "
             "set `fsdp_version: 2`"
         )
+    found += _other_methods(data)
     if found:
         raise ValueError("\n".join(found))
 
 
-def refuse_loaded(cfg: Any, other_trainers: list[str], saves_whole: bool) -> None:
+def _other_methods(data: dict[str, Any]) -> list[str]:
+    """Names what a config keeps of another method in whose place `rl: spin` was written."""
+    named = {key for key, _, _ in REFUSED}
+    found = [
+        f"`{key}: {value}` is another method's and says nothing to `rl: spin`; remove it"
+        for key, value in data.items()
+        if value and key not in named and str(key).startswith(_OTHER_METHODS)
+    ]
+    for name in ("datasets", "test_datasets"):
+        entries = data.get(name)
+        for place, entry in enumerate(entries if isinstance(entries, (list, tuple)) else ()):
+            if isinstance(entry, dict) and (what := _preferences(entry)):
+                found.append(
+                    f"`{name}[{place}]` ({entry.get('path')}) holds preferences ({what}): SPIN needs no rejected answers, "
+                    "and makes its own; give it prompts with one human answer each, in a format of SFT such as "
+                    "`type: chat_template`"
+                )
+    return found
+
+
+def _preferences(entry: dict[str, Any]) -> str | None:
+    """Returns by what an entry of `datasets:` is known to hold preferences, or None."""
+    kind = entry.get("type")
+    columns = {**entry, **(kind if isinstance(kind, dict) else {})}
+    for key in ("field_chosen", "field_rejected", "chosen_format", "rejected_format"):
+        if columns.get(key):
+            return f"`{key}: {columns[key]}`"
+    if isinstance(kind, str) and kind.startswith(_PREFERENCES):
+        return f"`type: {kind}`"
+    return None
+
+
+def refuse_loaded(cfg: Any, other_trainers: list[str], needs_whole: bool) -> None:
     """Refuses what is only known once the host has read the model's and DeepSpeed's configs.
 
     Args:
         cfg: The host's normalized config.
         other_trainers: Names of other plugins that bring a trainer for this config.
-        saves_whole: Whether whole models are saved: each iteration's, or the opponent for vLLM.
+        needs_whole: Whether the opponent has to be on disk as a whole model, for vLLM.
 
     Raises:
         ValueError: Names the key, the reason and the remedy.
@@ -190,10 +202,15 @@ def refuse_loaded(cfg: Any, other_trainers: list[str], saves_whole: bool) -> Non
             "the `deepspeed` config has a `scheduler` section, which cannot restart at each iteration; remove the "
             "section (the host's `lr_scheduler`, `warmup_steps` and `learning_rate` keys apply)"
         )
-    zero = deepspeed.get("zero_optimization") or {}
-    if zero.get("stage") == 3 and saves_whole and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+    if needs_whole and saves_sharded(deepspeed):
         raise ValueError(
-            "the `deepspeed` config has `stage: 3` without `stage3_gather_16bit_weights_on_model_save: true`, so no "
-            "iteration's model or opponent could be saved; add it, or set `spin.save_iterations: false` and "
-            "`spin.generation.backend: transformers`"
+            "the `deepspeed` config has `stage: 3` without `gather_16bit_weights_on_model_save: true`, so that no opponent "
+            "could be saved for vLLM; add it to `zero_optimization`, or set `spin.generation.backend: transformers`"
         )
+
+
+def saves_sharded(deepspeed: Any) -> bool:
+    """Whether a DeepSpeed config (a dict) has a full model saved as shards: ZeRO-3 that is not told to gather it."""
+    zero = (deepspeed.get("zero_optimization") or {}) if isinstance(deepspeed, dict) else {}
+    names = ("gather_16bit_weights_on_model_save", "stage3_gather_16bit_weights_on_model_save")  # DeepSpeed takes either
+    return zero.get("stage") == 3 and not any(zero.get(name) is True for name in names)

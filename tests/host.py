@@ -95,7 +95,7 @@ def layout(name: str, folder: Path) -> dict[str, Any]:
         stage = int(kind[-1])
         zero: dict[str, Any] = {"stage": stage}
         if stage == 3:
-            zero["stage3_gather_16bit_weights_on_model_save"] = True
+            zero["gather_16bit_weights_on_model_save"] = True
         path = folder / f"{kind}.json"
         path.write_text(json.dumps({**ZERO, "zero_optimization": zero}))
         changes["deepspeed"] = str(path)

@@ -9,7 +9,9 @@ from axolotl.utils.schemas.config import AxolotlInputConfig
 from pydantic import ValidationError, create_model
 
 from axolotl_spin.args import SpinArgs, SpinConfig, spin_config
-from axolotl_spin.refusals import REFUSED, refuse_loaded
+from axolotl_spin.refusals import REFUSED, refuse_loaded, saves_sharded
+from axolotl_spin.run.merging import describe_shards
+from axolotl_spin.set_aside import SET_ASIDE, set_aside
 
 # the host's keys, without its checks
 HostKeys = create_model("HostKeys", **{key: (Any, None) for key in AxolotlInputConfig.model_fields})
@@ -22,7 +24,8 @@ class Config(HostKeys, SpinArgs):  # type: ignore[valid-type]
 def claim(**config) -> dict:
     """Validates a config as the host does: ours is one of the bases of its schema."""
     data = {"rl": "spin", **config}
-    return {**data, **Config.model_validate(data).model_dump(exclude_none=True), "rl": data["rl"]}
+    validated = Config.model_validate(data)
+    return {**data, **validated.model_dump(exclude_none=True), "rl": data["rl"]}
 
 
 def test_rl_spin_becomes_sft_with_an_active_block() -> None:
@@ -98,11 +101,10 @@ OFFENDING = {
     "streaming": True, "pretraining_dataset": "x", "skip_prepare_dataset": True, "processor_type": "AutoProcessor",
     "is_multimodal": True, "reward_model": True, "process_reward_model": True, "context_parallel_size": 2,
     "sequence_parallel_degree": 2, "tensor_parallel_size": 2, "expert_parallel_size": 2, "relora": True,
-    "auto_find_batch_size": True, "load_best_model_at_end": True, "early_stopping_patience": 3, "trainer_cls": "a.B",
-    "neftune_noise_alpha": 5, "noisy_embedding_alpha": 5, "use_dft": True, "use_eaft": True, "orpo_alpha": 0.1,
-    "rl_beta": 0.1, "balance_labels": True, "dataloader_drop_last": True, "jagged_restart_steps": 10,
+    "auto_find_batch_size": True, "trainer_cls": "a.B", "rl_beta": 0.1, "dpo_beta": 0.1, "dpo_loss_type": ["ipo"],
+    "trl": {"beta": 0.1}, "vllm": {"port": 8000}, "balance_labels": True, "jagged_restart_steps": 10,
     "lr_scheduler": "reduce_lr_on_plateau", "optimizer": "schedule_free_adamw", "num_epochs": 1.5,
-    "train_on_inputs": True, "micro_batch_size": 0, "gradient_accumulation_steps": -1, "learning_rate": 0.0,
+    "micro_batch_size": 0, "gradient_accumulation_steps": -1, "learning_rate": 0.0,
 }  # fmt: skip
 
 
@@ -125,8 +127,89 @@ def test_keys_that_work_pass(config: dict) -> None:
 
 
 def test_every_offending_key_is_named_at_once() -> None:
-    with pytest.raises(ValidationError, match=r"(?s)`relora.*`train_on_inputs"):
-        claim(relora=True, train_on_inputs=True)
+    with pytest.raises(
+        ValidationError, match=r"(?s)`relora.*`trainer_cls.*`kto_desirable_weight.*`datasets\[1\]` \(b\)"
+    ):
+        claim(
+            relora=True,
+            trainer_cls="a.B",
+            kto_desirable_weight=0.2,
+            datasets=[{"path": "a", "type": "chat_template"}, {"path": "b", "type": "chatml.intel"}],
+        )
+
+
+@pytest.mark.parametrize("key", ["dpo_label_smoothing", "orpo_alpha", "simpo_gamma", "cpo_alpha", "rpo_alpha", "ebft"])
+def test_what_another_method_has_left_is_named(key: str) -> None:
+    with pytest.raises(ValidationError, match=f"`{key}: .*another method"):
+        claim(**{key: {"x": 1} if key == "ebft" else 0.1})
+    assert claim(**{key: None})["spin"]["active"]
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"type": "llama3.ultra"},
+        {"type": "ebft_reasoning.transform"},
+        {"type": "bradley_terry.chat_template"},
+        {"type": "chat_template.default", "field_chosen": "chosen", "field_rejected": "rejected"},
+        {"type": {"field_prompt": "prompt", "field_chosen": "good"}},
+    ],
+)
+@pytest.mark.parametrize("name", ["datasets", "test_datasets"])
+def test_preference_data_is_refused(entry: dict, name: str) -> None:
+    with pytest.raises(ValidationError, match=rf"`{name}\[0\]` \(x\) holds preferences"):
+        claim(**{name: [{"path": "x", **entry}]})
+
+
+@pytest.mark.parametrize("type_", ["chat_template", "alpaca", None, {"field_instruction": "q", "field_output": "a"}])
+def test_sft_data_passes(type_: Any) -> None:
+    assert claim(datasets=[{"path": "x", "type": type_, "field_messages": "chosen"}])["spin"]["active"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "instead"),
+    [
+        ("load_best_model_at_end", True, False),
+        ("early_stopping_patience", 3, None),
+        ("save_strategy", "best", "epoch"),
+        ("neftune_noise_alpha", 5, None),
+        ("noisy_embedding_alpha", 5.0, None),
+        ("use_dft", True, None),
+        ("use_eaft", True, None),
+        ("train_on_inputs", True, False),
+        ("dataloader_drop_last", True, False),
+    ],
+)
+def test_what_has_another_meaning_is_set_aside_and_said(key: str, value: Any, instead: Any) -> None:
+    data = {key: value, "learning_rate": 1e-6}
+    (line,) = set_aside(data)
+    assert line.startswith(f"`{key}: {value}`") and data == {key: instead, "learning_rate": 1e-6}
+    assert claim(**{key: value})[key] == instead
+    assert set_aside(data) == []  # the host validates twice
+
+
+def test_every_key_that_is_set_aside_is_tested() -> None:
+    marks = test_what_has_another_meaning_is_set_aside_and_said.pytestmark
+    assert {row[0] for row in marks[0].args[1]} == {key for key, *_ in SET_ASIDE}
+
+
+def test_fsdp_without_a_version_becomes_fsdp2() -> None:
+    """As in the host's older examples, which its version 0.19 would run by FSDP1."""
+    data: dict = {"fsdp": ["full_shard", "auto_wrap"], "fsdp_config": {"fsdp_sharding_strategy": "FULL_SHARD"}}
+    assert "`fsdp_version: 2` is taken" in set_aside(data)[0]
+    assert data["fsdp_version"] == 2
+    assert data["fsdp_config"] == {"fsdp_version": 2, "reshard_after_forward": True}
+    assert set_aside(data) == []
+    data = {"fsdp_config": {"sharding_strategy": "SHARD_GRAD_OP", "forward_prefetch": False, "offload_params": True}}
+    set_aside(data)
+    assert data["fsdp_config"] == {"fsdp_version": 2, "reshard_after_forward": False, "offload_params": True}
+    assert set_aside({"fsdp": None, "fsdp_config": None}) == set_aside({"fsdp": [], "fsdp_config": {}}) == []
+
+
+@pytest.mark.parametrize("config", [{"sharding_strategy": "HYBRID_SHARD"}, {"fsdp_forward_prefetch": True}])
+def test_what_fsdp2_has_no_word_for_is_not_lifted(config: dict) -> None:
+    data = {"fsdp_config": dict(config)}
+    assert set_aside(data) == [] and data == {"fsdp_config": config}
 
 
 @pytest.mark.parametrize("optimizer", ["galore_adamw_layerwise", "lomo", "adalomo", "schedule_free_sgd"])
@@ -145,11 +228,11 @@ def test_fsdp1_is_refused(config: dict) -> None:
 
 
 def test_fsdp1_by_default_is_refused_where_the_host_still_has_it() -> None:
-    """Axolotl 0.19 takes version 1 where none is given, later hosts 2."""
-    assert claim(fsdp_config={"x": 1})["spin"]["active"]
+    """Axolotl 0.19 takes version 1 where none is given, later hosts 2; what FSDP2 has no word for is not lifted."""
+    assert claim(fsdp_config={"sharding_strategy": "NO_SHARD"})["spin"]["active"]
     with pytest.raises(ValueError, match="which this host takes where none is given"):
-        refuse_loaded({"fsdp_config": {"x": 1}, "fsdp_version": None}, [], saves_whole=True)
-    refuse_loaded({"fsdp_config": {"x": 1}, "fsdp_version": 2}, [], saves_whole=True)
+        refuse_loaded({"fsdp_config": {"x": 1}, "fsdp_version": None}, [], needs_whole=True)
+    refuse_loaded({"fsdp_config": {"x": 1}, "fsdp_version": 2}, [], needs_whole=True)
 
 
 @pytest.mark.parametrize(
@@ -157,15 +240,36 @@ def test_fsdp1_by_default_is_refused_where_the_host_still_has_it() -> None:
     [
         ({"is_multimodal": True, "base_model": "x"}, "base_model"),
         ({"deepspeed": {"scheduler": {"type": "WarmupLR"}}}, "scheduler"),
-        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "stage3_gather_16bit_weights_on_model_save"),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "gather_16bit_weights_on_model_save: true"),
     ],
 )
 def test_refusals_that_need_the_loaded_config(cfg: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        refuse_loaded(cfg, [], saves_whole=True)
+        refuse_loaded(cfg, [], needs_whole=True)
+
+
+@pytest.mark.parametrize(
+    ("zero", "shards"),
+    [
+        ({"stage": 3}, True),
+        ({"stage": 3, "gather_16bit_weights_on_model_save": True}, False),
+        ({"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}, False),
+        ({"stage": 3, "gather_16bit_weights_on_model_save": False}, True),
+        ({"stage": 2}, False),
+        (None, False),
+    ],
+)
+def test_zero3_is_read_as_deepspeed_reads_it(zero: dict | None, shards: bool) -> None:
+    assert saves_sharded({"zero_optimization": zero}) is shards
+    if zero:
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+        assert (zero["stage"] == 3 and not DeepSpeedZeroConfig(**zero).gather_16bit_weights_on_model_save) is shards
+    assert (describe_shards({"deepspeed": {"zero_optimization": zero}}) is not None) is shards
+    assert describe_shards({"deepspeed": {"zero_optimization": zero}, "adapter": "lora"}) is None
 
 
 def test_another_plugins_trainer_is_refused() -> None:
     with pytest.raises(ValueError, match=r"kd\.KDPlugin"):
-        refuse_loaded({}, ["kd.KDPlugin"], saves_whole=True)
-    refuse_loaded({"deepspeed": {"zero_optimization": {"stage": 3}}}, [], saves_whole=False)
+        refuse_loaded({}, ["kd.KDPlugin"], needs_whole=True)
+    refuse_loaded({"deepspeed": {"zero_optimization": {"stage": 3}}}, [], needs_whole=False)

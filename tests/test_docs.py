@@ -367,7 +367,9 @@ def check_spin_key(name: str) -> None:
 
 # names that others than the host, this package and their hooks give
 OTHER_NAMES = {
-    *("stage3_gather_16bit_weights_on_model_save", "chat_template", "input_output", "tokenizer_default"),
+    # of DeepSpeed's config, of FSDP's
+    *("gather_16bit_weights_on_model_save", "stage3_gather_16bit_weights_on_model_save", "forward_prefetch"),
+    *("field_chosen", "chat_template", "input_output", "tokenizer_default"),
     # of a model's config, of libraries' optimizers
     *("generation_config", "output_router_logits", "optimi_adamw", "flash_adamw", "adamw_torch_8bit"),
     "bf16_stochastic_round",
@@ -385,11 +387,12 @@ def known_names() -> set[str]:
     from axolotl_spin.game import heldout_play
     from axolotl_spin.monitor.metrics import METRICS
     from axolotl_spin.refusals import REFUSED
+    from axolotl_spin.set_aside import SET_ASIDE
 
     return {
         *host_keys(),
         *SFTDataset.model_fields,
-        *(key for key, _, _ in REFUSED),  # some of them one host's
+        *(key for key, *_ in (*REFUSED, *SET_ASIDE)),  # some of them one host's
         *(key.rsplit(".", 1)[-1] for key in spin_keys()),
         *(metric.name for metric in METRICS),
         *pairs.SCHEMA.names,

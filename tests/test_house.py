@@ -19,6 +19,7 @@ ORDER = [
         "uclaml",
         "keys",
         "refusals",
+        "set_aside",
         "compat",
         "args",
         "disk",

@@ -1,10 +1,11 @@
-"""Whether `axolotl merge-lora` will give the model that an adapter has trained."""
+"""Whether what is saved is the model that was trained, or has to be made so: by `axolotl merge-lora`, from shards."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from axolotl_spin.compat import text_config
+from axolotl_spin.refusals import saves_sharded
 
 # what models call their input and output embeddings
 _EMBEDDINGS = frozenset({"lm_head", "embed_tokens", "embed_out", "embed_in", "wte", "output"})
@@ -40,4 +41,19 @@ def describe_merge(cfg: Any) -> str:
     return (
         f"`lora_modules_to_save: [{', '.join(trained)}]` with tied embeddings: `axolotl merge-lora` drops what is trained "
         "there, unless `merge_method: legacy` is set (or `peft_ensure_weight_tying: true` keeps both one)"
+    )
+
+
+def describe_shards(cfg: Any) -> str | None:
+    """Says how a model that DeepSpeed saves as shards is made whole; None where models are saved whole.
+
+    Args:
+        cfg: The host's normalized config.
+    """
+    if cfg.get("adapter") or not saves_sharded(cfg.get("deepspeed")):
+        return None
+    return (
+        "the `deepspeed` config does not gather weights where a model is saved: each iteration's model, and the last, is a "
+        "DeepSpeed checkpoint with the optimizer's state. `python zero_to_fp32.py . . --safe_serialization`, run in its "
+        "folder, makes it a model that loads; or set `gather_16bit_weights_on_model_save: true` under `zero_optimization`"
     )

@@ -18,7 +18,7 @@ from axolotl_spin.disk.atomic import DamagedFileError, read_json, write_json
 from axolotl_spin.disk.directory import RunDirectory
 from axolotl_spin.generation.vllm.served import ServedModel, served_model
 from axolotl_spin.run.identity import Identity, identify
-from axolotl_spin.run.merging import describe_merge
+from axolotl_spin.run.merging import describe_merge, describe_shards
 from axolotl_spin.run.plan import Plan, make_plan
 
 LOG = get_logger(__name__)
@@ -126,7 +126,8 @@ def prepare_run(
     stops = stop_token_ids(prompts, ends=ends, **known)
     endings = count_endings(prompts, train_dataset, stops=stops, **known)
     refuse_endless(endings, cfg, tokenizer, stops)
-    for line in filter(None, [describe_endings(endings, cfg, tokenizer), describe_merge(cfg)]):
+    notes = [describe_endings(endings, cfg, tokenizer), describe_merge(cfg), describe_shards(cfg)]
+    for line in filter(None, notes):
         LOG.warning(line)
     given = _given_pairs(cfg, settings, tokenizer)
     ranks = int(cfg.world_size or 1)

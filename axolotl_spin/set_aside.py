@@ -1,0 +1,89 @@
+"""What an SFT config says that has no meaning in self-play, or another: set aside before the host reads it, and said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+Test = Callable[[Any], bool]
+
+_NOT_COMPARED = (
+    "training losses of different iterations have different opponents and do not compare; every planned iteration is "
+    "run, and `axolotl spin table OUTPUT_DIR` shows each one's held-out figures"
+)
+_NOISE = "noise in the policy's embeddings alone would tell it from the opponent before anything is learnt"
+_OTHER_LOSS = "it changes the loss of SFT, and `spin.loss` is what is trained"
+
+# key of the host's YAML, the values meant, what is put in their place, why
+SET_ASIDE: tuple[tuple[str, Test, Any, str], ...] = (
+    ("load_best_model_at_end", bool, False, _NOT_COMPARED),
+    ("early_stopping_patience", bool, None, _NOT_COMPARED),
+    (
+        "save_strategy",
+        lambda value: str(value).lower() == "best",
+        "epoch",
+        "checkpoints are what a stopped run goes on from, so they are saved after each epoch",
+    ),
+    ("neftune_noise_alpha", bool, None, _NOISE),
+    ("noisy_embedding_alpha", bool, None, _NOISE),
+    ("use_dft", bool, None, _OTHER_LOSS),
+    ("use_eaft", bool, None, _OTHER_LOSS),
+    (
+        "train_on_inputs",
+        bool,
+        False,
+        "the human answer is what follows the prompt, and the prompt is given to both players",
+    ),
+    ("dataloader_drop_last", bool, False, "each pair is trained on once an epoch, the last batch included"),
+)
+# FSDP1's word for what FSDP2's `reshard_after_forward` says
+_RESHARD = {"FULL_SHARD": True, "1": True, "SHARD_GRAD_OP": False, "2": False}
+
+
+def set_aside(data: dict[str, Any]) -> list[str]:
+    """Changes a raw config where self-play takes it otherwise, and says so in the log.
+
+    Args:
+        data: The config as the user wrote it; changed in place.
+
+    Returns:
+        A line for each change: the key, its value, what is taken and why.
+    """
+    from axolotl.utils.logging import get_logger  # `axolotl spin --help` loads this file and no host
+
+    lines = []
+    for key, meant, instead, why in SET_ASIDE:
+        if data.get(key) is not None and meant(data[key]):
+            what = "has no effect" if not instead else f"is taken as `{instead}`"
+            lines.append(f"`{key}: {data[key]}` {what} with `rl: spin`: {why}")
+            data[key] = instead
+    lines += _lift_fsdp(data)
+    for line in lines:
+        get_logger(__name__).warning(line)
+    return lines
+
+
+def _lift_fsdp(data: dict[str, Any]) -> list[str]:
+    """Takes FSDP2 where a config asks for FSDP without a version, for which Axolotl 0.19 takes FSDP1.
+
+    What FSDP2 has no word for is left as it stands, and then refused.
+    """
+    config = data.get("fsdp_config")
+    config = dict(config) if isinstance(config, dict) else {}
+    versions = (data.get("fsdp_version"), config.get("fsdp_version"), config.get("version"))
+    if not (data.get("fsdp") or config) or any(version is not None for version in versions):
+        return []
+    for key in ("sharding_strategy", "fsdp_sharding_strategy"):
+        if key in config:
+            reshard = _RESHARD.get(str(config[key]).upper())
+            if reshard is None:
+                return []
+            del config[key]
+            config.setdefault("reshard_after_forward", reshard)
+    for key in ("forward_prefetch", "fsdp_forward_prefetch"):
+        if not config.get(key):
+            config.pop(key, None)
+    if config.get("forward_prefetch") or config.get("fsdp_forward_prefetch"):
+        return []
+    data["fsdp_version"], data["fsdp_config"] = 2, {**config, "fsdp_version": 2}
+    return ["FSDP is asked for without a version: `fsdp_version: 2` is taken, under which an opponent can answer"]
