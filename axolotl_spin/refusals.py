@@ -212,5 +212,8 @@ def refuse_loaded(cfg: Any, other_trainers: list[str], needs_whole: bool) -> Non
 def saves_sharded(deepspeed: Any) -> bool:
     """Whether a DeepSpeed config (a dict) has a full model saved as shards: ZeRO-3 that is not told to gather it."""
     zero = (deepspeed.get("zero_optimization") or {}) if isinstance(deepspeed, dict) else {}
-    names = ("gather_16bit_weights_on_model_save", "stage3_gather_16bit_weights_on_model_save")  # DeepSpeed takes either
+    names = (
+        "gather_16bit_weights_on_model_save",
+        "stage3_gather_16bit_weights_on_model_save",
+    )  # DeepSpeed takes either
     return zero.get("stage") == 3 and not any(zero.get(name) is True for name in names)

@@ -17,7 +17,9 @@ Encode = Callable[[str], list[int]]
 
 def special_tokens(tokenizer: Any) -> set[int]:
     """Returns the tokens that no ordinary text gives: the tokenizer's special and added ones."""
-    return {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    added = tokenizer.added_tokens_decoder
+    # mistral-common's has a method of this name, which it does not implement; all of its special tokens are in the other
+    return {*tokenizer.all_special_ids, *(() if callable(added) else added)}
 
 
 def declared_ends(cfg: Any, tokenizer: Any) -> set[int]:
@@ -58,7 +60,7 @@ def turn_marks(cfg: Any, tokenizer: Any, ends: set[int]) -> Marks:
 
     entries = [entry for entry in [*(cfg.datasets or []), *(cfg.test_datasets or [])] if _has_turns(entry)]
     blanks = tuple(sorted({token for text in _WHITE for token in encode(text)}))
-    headers = {header for entry in entries if (header := _header(cfg, entry, tokenizer, encode, set(blanks)))}
+    headers = {header for entry in entries if (header := _header(cfg, entry, tokenizer, set(blanks)))}
     special = special_tokens(tokenizer)
     return Marks(
         ends=tuple(sorted(ends & special)),
@@ -88,16 +90,17 @@ def _several_roles(entries: list[Any]) -> str | None:
     return None
 
 
-def _header(cfg: Any, entry: Any, tokenizer: Any, encode: Encode, blanks: set[int]) -> Header | None:
+def _header(cfg: Any, entry: Any, tokenizer: Any, blanks: set[int]) -> Header | None:
     """Returns what an entry's chat template sets before an assistant's content; None where it cannot be told."""
     from axolotl.utils.chat_templates import get_chat_template_from_config
 
     def ids(turns: Turns, generation: bool = False) -> list[int]:
-        settings = dict(cfg.chat_template_kwargs or {})
-        text = tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=generation, chat_template=template, **settings
+        settings = {**(cfg.chat_template_kwargs or {}), "return_dict": False}
+        return list(
+            tokenizer.apply_chat_template(
+                turns, tokenize=True, add_generation_prompt=generation, chat_template=template, **settings
+            )
         )
-        return encode(text)
 
     try:
         template = get_chat_template_from_config(cfg=cfg, ds_cfg=entry, tokenizer=tokenizer)

@@ -53,7 +53,9 @@ class TemplateReader:
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
         if not getattr(tokenizer, "chat_template", None):
-            raise ValueError("the tokenizer has no chat template, so prompts cannot be read as messages")
+            raise ValueError(
+                "the tokenizer has no chat template, so prompts cannot be read as messages: --format parquet keeps tokens"
+            )
         turns = [message(role, f"x{index}x") for index, role in enumerate(["user", "assistant"] * 2 + ["user"])]
         # what stands before, between and behind the contents
         self._begin, self._to_answer, self._to_user, *_, self._generation = self._around(turns, generation=True)
