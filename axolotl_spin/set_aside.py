@@ -73,17 +73,16 @@ def _lift_fsdp(data: dict[str, Any]) -> list[str]:
     versions = (data.get("fsdp_version"), config.get("fsdp_version"), config.get("version"))
     if not (data.get("fsdp") or config) or any(version is not None for version in versions):
         return []
-    for key in ("sharding_strategy", "fsdp_sharding_strategy"):
-        if key in config:
-            reshard = _RESHARD.get(str(config[key]).upper())
-            if reshard is None:
-                return []
-            del config[key]
-            config.setdefault("reshard_after_forward", reshard)
-    for key in ("forward_prefetch", "fsdp_forward_prefetch"):
-        if not config.get(key):
-            config.pop(key, None)
-    if config.get("forward_prefetch") or config.get("fsdp_forward_prefetch"):
+    config = {key if key == "fsdp_version" else key.removeprefix("fsdp_"): value for key, value in config.items()}
+    strategy = config.pop("sharding_strategy", None)
+    reshard = None if strategy is None else _RESHARD.get(str(strategy).upper())
+    if config.pop("forward_prefetch", False) or (strategy is not None and reshard is None):
         return []
+    if reshard is not None:
+        config.setdefault("reshard_after_forward", reshard)
+    taken = "`fsdp_version: 2` is taken"
+    if data.get("load_in_4bit") and config.get("cpu_ram_efficient_loading"):
+        config["cpu_ram_efficient_loading"] = False
+        taken += " (with `cpu_ram_efficient_loading: false`: the host cannot have one rank load 4-bit weights then)"
     data["fsdp_version"], data["fsdp_config"] = 2, {**config, "fsdp_version": 2}
-    return ["FSDP is asked for without a version: `fsdp_version: 2` is taken, under which an opponent can answer"]
+    return [f"FSDP is asked for without a version: {taken}, under which an opponent can answer"]

@@ -203,6 +203,9 @@ def test_fsdp_without_a_version_becomes_fsdp2() -> None:
     data = {"fsdp_config": {"sharding_strategy": "SHARD_GRAD_OP", "forward_prefetch": False, "offload_params": True}}
     set_aside(data)
     assert data["fsdp_config"] == {"fsdp_version": 2, "reshard_after_forward": False, "offload_params": True}
+    data = {"fsdp_config": {"fsdp_cpu_ram_efficient_loading": True}, "load_in_4bit": True}
+    assert "`cpu_ram_efficient_loading: false`" in set_aside(data)[0]
+    assert data["fsdp_config"] == {"fsdp_version": 2, "cpu_ram_efficient_loading": False}
     assert set_aside({"fsdp": None, "fsdp_config": None}) == set_aside({"fsdp": [], "fsdp_config": {}}) == []
 
 
