@@ -29,6 +29,14 @@ def test_both_end_alike_by_hand() -> None:
     assert end_alike(human[1:3], own[1:3], [9]).to_pylist() == [[6], [6, 6]]
 
 
+def test_an_answer_stays_as_drawn_where_the_humans_is_cut_at_the_same_limit() -> None:
+    """At three tokens the human's is cut as the opponent's are; one that is shorter or longer has been left open."""
+    human = pa.array([[5, 5, 5], [5, 5], [5, 5, 5, 5], [5, 5, 5]], type=IDS)
+    own = pa.array([[6, 9], [6, 9], [6, 9], [6, 6, 6]], type=IDS)
+    assert end_alike(human, own, [9], limit=3).to_pylist() == [[6, 9], [6], [6], [6, 6, 6]]
+    assert end_alike(human, own, [9]).to_pylist() == [[6], [6], [6], [6, 6, 6]]
+
+
 def prompts(answers: list[list[int]], prompt: int = 1) -> Dataset:
     return Dataset.from_dict(
         {"prompt_ids": [[4] * prompt] * len(answers), "chosen_ids": answers, "row": list(range(len(answers)))}

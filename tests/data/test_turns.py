@@ -37,6 +37,15 @@ def test_the_end_of_anothers_turn_is_no_answer() -> None:
     assert answers("1 3 9' 2 9'") == []
 
 
+def test_an_answer_that_says_nothing_but_its_end() -> None:
+    """Without a chat template's header nothing tells a lone run from an answer, so it is one, as the data says."""
+    headless = Marks(ends=(9,), blanks=(8,))
+    assert answers("1 3 9'", headless) == ["9"]
+    assert answers("1 3 9' 8'", headless) == ["9"]
+    assert answers("1 3 4' 9'", headless) == ["49"]
+    assert answers("1 3 9' 2 4' 9'", headless) == ["49"]  # the end of one of several may be a user's
+
+
 def test_an_end_behind_white_space_is_the_answers_own() -> None:
     """The host labels an end up to three tokens behind the content; what stands between belongs to the answer."""
     assert answers("1 3 9' 8 2 4' 5' 8 9' 8 1 3 9'") == ["4589"]

@@ -15,6 +15,7 @@ from warm import Warm
 # four tokens end an answer, so that a model of random weights often ends one, and sometimes at once
 ENDS = ["<|end|>", "<pad>", "<unk>", "<s>"]
 STOPS = {6, 0, 1, 2}
+LIMIT = 10  # tokens that the opponent may draw
 ANSWERS = ("chosen", "rejected")
 
 
@@ -62,6 +63,22 @@ def test_both_answers_of_a_pair_end_alike(tmp_path: Path, warm: Warm) -> None:
     assert run.output.count("human answers have no end token among their labels") == 1
 
 
+def test_answers_stay_as_drawn_where_the_humans_are_cut_at_the_same_limit(tmp_path: Path, warm: Warm) -> None:
+    """Human answers of `max_new_tokens` tokens are cut as the opponent's are, which may keep an end, in held-out play too."""
+    made = settings(tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "open.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["messages"][1]["content"] = " ".join(tiny.WORDS[:LIMIT])
+    (tmp_path / "open.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spin = {"iterations": 1, "generation": {"max_new_tokens": LIMIT, "batch_size": 8}}
+    run = host.train({**made, "datasets": made["datasets"][1:], "spin": spin}, by=warm)
+    for table, human, own in ((run.pairs(0), "chosen_ids", "rejected_ids"), (run.heldout(0), "human_ids", "own_ids")):
+        drawn = table.to_pylist()
+        assert {len(row[human]) for row in drawn} == {LIMIT}
+        ended = [bool(STOPS.intersection(row[own][-1:])) for row in drawn]
+        assert ended == [row["finish_reason"] == "stop" for row in drawn] and any(ended)
+
+
 def test_answers_that_are_given_end_alike_too(tmp_path: Path, warm: Warm) -> None:
     """Pairs of a run before this rule, whose opponent's answers have ends that the human's lack."""
     import pyarrow as pa
@@ -71,8 +88,10 @@ def test_answers_that_are_given_end_alike_too(tmp_path: Path, warm: Warm) -> Non
         {"prompt_ids": [4, 7, 6, 5], "chosen_ids": [8, 9], "rejected_ids": [10 + i, 11, 6], "finish_reason": "stop"}
         for i in range(8)
     ]
+    rows[7]["chosen_ids"] = [8] * LIMIT  # cut as the opponent's are
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "given.parquet")
-    spin = {"iterations": 1, "initial_pairs": str(tmp_path / "given.parquet")}
+    generation = {"max_new_tokens": LIMIT}
+    spin = {"iterations": 1, "initial_pairs": str(tmp_path / "given.parquet"), "generation": generation}
     run = host.train({**settings(tmp_path), "spin": spin, "val_set_size": 0}, by=warm)
-    assert run.pairs(0)["rejected_ids"].to_pylist() == [[10 + i, 11] for i in range(8)]
+    assert run.pairs(0)["rejected_ids"].to_pylist() == [*([10 + i, 11] for i in range(7)), [17, 11, 6]]
     assert json.loads((run.out / "spin" / "iteration-0" / "metrics.json").read_text())["spin/empty"] == 0
