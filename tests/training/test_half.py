@@ -15,6 +15,7 @@ from typing import Any
 
 import host
 import pytest
+import yaml
 from recovery import CHANGES, differences, outcome
 from warm import Ranks, Warm
 
@@ -80,6 +81,18 @@ def test_share_of_updated_weights_is_measured_once_and_warned_of(name: str, run_
     assert len(warned) == (2 if high < 0.9 else 0)
     for line in warned:
         assert "learning rate 5e-07 changed 0." in line and "`deepspeed`" in line and "bf16_stochastic_round" in line
+
+
+@pytest.mark.ranks
+def test_the_example_of_fsdp2_trains(tmp_path: Path, warm_ranks: Ranks) -> None:
+    """In bf16, in which the host would shard them too, hardly a weight moved at the example's learning rate."""
+    example = yaml.safe_load((host.ROOT / "example_configs" / "fsdp2.yml").read_text())
+    made = settings_of("fsdp2", tmp_path)
+    made["learning_rate"] = example["learning_rate"]
+    if not example["bf16"]:  # TF32 is a GPU's
+        made |= {"bfloat16": False, "plugins": [name for name in made["plugins"] if "half" not in name]}
+    run = host.train(made, "fsdp2", by=warm_ranks)
+    assert [run.metrics(i)["spin/updated_weights"] > 0.9 for i in range(2)] == [True, True]
 
 
 def test_a_run_in_bf16_goes_on_as_one_that_was_never_stopped(tmp_path: Path, warm: Warm) -> None:
