@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, distribution
@@ -52,6 +53,14 @@ def test_the_model_answers(quickstart: Path) -> None:
     assert "Paris" in tokenizer.decode(answer)
     for text in ("a 1234\n\n  b\tcafé 東京", "<|im_start|>user\nhi<|im_end|>\n"):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_nothing_is_unusual_about_what_is_shipped(quickstart: Path, warm: Warm) -> None:
+    command = ("axolotl_spin", "plan", str(host.ROOT / "example_configs" / "quickstart.yml"), "--json")
+    folder, errors = quickstart.parent, quickstart.parent / "plan.err"
+    code, output = warm.run(*command, env=host.environment(ACCELERATE_USE_CPU="true"), cwd=folder, errors=errors)
+    assert code == 0, errors.read_text()[-3000:]
+    assert json.loads(output)["advice"] == []
 
 
 @pytest.mark.once

@@ -166,6 +166,18 @@ def test_bad_configs_are_told_without_a_traceback(change: dict, message: str, wa
     assert code == 1 and "Error: " in output and message in output[output.rindex("Error: ") :], output[-2000:]
 
 
+@pytest.mark.host
+@pytest.mark.skipif(not host.OURS, reason="this host finds the plugin by itself")
+def test_a_config_that_does_not_load_the_plugin(warm: Warm, tmp_path: Path) -> None:
+    """The host then knows no `rl: spin`, and lists the types that it knows."""
+    settings = host.config(tmp_path)
+    del settings["plugins"]
+    path = host.write(settings)
+    code, output = warm.run("axolotl_spin", "plan", str(path), env=ENV, cwd=tmp_path)
+    said = output[output.rindex("Error: ") :]
+    assert code == 1 and said.startswith(f"Error: {path}: the host has not loaded the plugin: add `plugins: [axolotl_spin.")
+
+
 def test_lengths_by_hand() -> None:
     """1, 2, 3, 3, 8, 20: bins 1, 2-3, 4-7, 8-15, 16-31."""
     found = describe_lengths(np.array([3, 1, 20, 2, 8, 3]))
@@ -351,6 +363,15 @@ def test_advice_names_the_key_and_the_figures(changes: dict[str, Any], key: str,
     assert advise(facts()) == []
     found = [item for item in advise(facts(**changes)) if item["key"] == key]
     assert found and figure in found[0]["text"], advise(facts(**changes))
+
+
+def test_a_larger_rate_makes_up_for_few_steps() -> None:
+    """Six steps may take 20/6 of the rate that many may, and are far from an optimum, which needs the history."""
+    short = {"rows": 48, "spin": {"beta": 0.5, "history": 0}}
+    assert advise(facts(**short, rate=2e-5)) == []
+    assert [item["key"] for item in advise(facts(**short, rate=1e-5))] == ["gradient_accumulation_steps"]
+    [high] = advise(facts(**short, rate=4e-5))
+    assert high["key"] == "learning_rate" and "above 3.33e-05 models break easily" in high["text"]
 
 
 KEPT = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}

@@ -43,6 +43,7 @@ class Facts:
 
 # the paper trains with 5e-7; adapters take larger rates
 _HIGH_RATE = {True: 1e-3, False: 1e-5}
+# in fewer steps an iteration is far from its optimum, and a larger rate makes up for them
 _FEW_STEPS = 20
 # up to here a step of Adam's changes fewer than a tenth of the weights in bf16 (4% at 2e-5, measured; see `game/updates`)
 _ROUNDED_AWAY = 5e-5
@@ -63,8 +64,10 @@ def advise(facts: Facts) -> list[dict[str, str]]:
 
 def _about_the_game(facts: Facts, say) -> None:
     settings, generation = facts.settings, facts.settings.generation
+    entries = facts.plan.iterations
     low = [beta for beta in settings.betas() if beta <= 0.5]
-    if low and settings.history == 0 and settings.iterations > 1:
+    many = max(entry.steps for entry in entries) >= _FEW_STEPS
+    if low and settings.history == 0 and settings.iterations > 1 and many:
         say(
             "spin.history",
             f"beta {low[0]:g} with `history: 0`: full optimisation converges only for beta > 1/2; keep the previous "
@@ -79,13 +82,14 @@ def _about_the_game(facts: Facts, say) -> None:
             f"{changed}: the loss takes answers for samples of the model itself (temperature 1, top_p 1); others teach the "
             "policy to leave a distribution that is not its own",
         )
-    high = _HIGH_RATE[facts.adapter is not None]
-    peak = max(entry.learning_rate for entry in facts.plan.iterations)
+    peak = max(entry.learning_rate for entry in entries)
+    steps = max(entry.steps for entry in entries if entry.learning_rate == peak)
+    high = _high_rate(facts) * max(1.0, _FEW_STEPS / steps)
     if peak > high:
         kind = f"`adapter: {facts.adapter}`" if facts.adapter else "full fine-tuning"
         say(
             "learning_rate",
-            f"{peak:g} is high for {kind} with this loss (the paper: 5e-7); above {high:g} models break easily",
+            f"{peak:g} is high for {kind} with this loss (the paper: 5e-7); above {high:.3g} models break easily",
         )
     if facts.pure_half and peak < _ROUNDED_AWAY:
         say(
@@ -93,6 +97,10 @@ def _about_the_game(facts: Facts, say) -> None:
             f"weights are kept in half precision with no fp32 copy, where a step of {peak:g} is mostly lost to rounding "
             f"(the run measures it as `spin/updated_weights`): {WAYS_OUT}",
         )
+
+
+def _high_rate(facts: Facts) -> float:
+    return _HIGH_RATE[facts.adapter is not None]
 
 
 def _about_data(facts: Facts, say) -> None:
@@ -138,7 +146,7 @@ def _about_steps(facts: Facts, say) -> None:
     batch = facts.plan.global_batch
     entries = facts.plan.iterations
     few = min(entries, key=lambda entry: entry.steps)
-    if few.steps < _FEW_STEPS:
+    if few.steps < _FEW_STEPS and few.learning_rate <= _high_rate(facts):
         say(
             "gradient_accumulation_steps",
             f"iteration {few.iteration} has {few.steps} steps of {batch} pairs: little moves in so few; use more data or "
