@@ -175,7 +175,9 @@ def test_a_config_that_does_not_load_the_plugin(warm: Warm, tmp_path: Path) -> N
     path = host.write(settings)
     code, output = warm.run("axolotl_spin", "plan", str(path), env=ENV, cwd=tmp_path)
     said = output[output.rindex("Error: ") :]
-    assert code == 1 and said.startswith(f"Error: {path}: the host has not loaded the plugin: add `plugins: [axolotl_spin.")
+    assert code == 1 and said.startswith(
+        f"Error: {path}: the host has not loaded the plugin: add `plugins: [axolotl_spin."
+    )
 
 
 def test_lengths_by_hand() -> None:
