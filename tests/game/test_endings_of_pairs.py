@@ -64,7 +64,7 @@ def test_both_answers_of_a_pair_end_alike(tmp_path: Path, warm: Warm) -> None:
 
 
 def test_answers_stay_as_drawn_where_the_humans_are_cut_at_the_same_limit(tmp_path: Path, warm: Warm) -> None:
-    """Human answers of `max_new_tokens` tokens are cut as the opponent's are, which may keep an end, in held-out play too."""
+    """Human answers of `max_new_tokens` tokens are cut as the opponent's are, which may keep an end."""
     made = settings(tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "open.jsonl").read_text().splitlines()]
     for row in rows:
