@@ -62,6 +62,11 @@ REFUSED: tuple[tuple[str, Test, str], ...] = (
     ),
     ("expert_parallel_size", _above_one, "ranks must hold different prompts; set it to 1"),
     ("relora", _truthy, "merging the adapter in mid-iteration would move the opponent; use `adapter: lora`"),
+    (
+        "peft_init_lora_weights",
+        lambda value: str(value).lower().startswith("pissa_niter"),
+        "it takes a start drawn at random out of the base model, which a saved adapter does not bring back; use `pissa`",
+    ),
     ("auto_find_batch_size", _truthy, "the plan fixes batches and steps before training; set `micro_batch_size`"),
     ("trainer_cls", _truthy, "the plugin brings its own trainer; remove it"),
     ("rl_beta", _truthy, "SPIN's beta is `spin.beta`; move the value there"),

@@ -25,6 +25,7 @@ from axolotl_spin.game.health import act_on, check_answers, check_opponent_logps
 from axolotl_spin.generation.backend import Backend, Completion
 from axolotl_spin.generation.chunk_files import ChunkFiles
 from axolotl_spin.generation.chunks import Chunk, Chunks, iteration_seed
+from axolotl_spin.ranks.bare import bare
 from axolotl_spin.ranks.main import Ranks
 from axolotl_spin.run.checkpoints import lost_pairs
 from axolotl_spin.run.plan import IterationPlan
@@ -108,7 +109,7 @@ class SelfPlay:
 
     def _make(self, entry: IterationPlan, model: Any) -> tuple[PairDataset, Figures]:
         """Answers, or takes what is given; scores; writes."""
-        bad = nonfinite_weights(self.ranks.accelerator.unwrap_model(model), frozen=True)
+        bad = nonfinite_weights(bare(model, self.ranks.accelerator), frozen=True)
         act_on(check_weights(bad, step=entry.first_step), self.ranks.main)
         given = self.run.given if entry.iteration == 0 else None
         with frozen(model):
