@@ -52,16 +52,28 @@ REFUSED: tuple[tuple[str, Test, str], ...] = (
     (
         "context_parallel_size",
         _above_one,
-        "sequences are not split over ranks here; set it to 1 and use data parallelism, ZeRO-3 or FSDP2",
+        "a rank would see a part of each pair, and log-probs are sums over whole answers; set it to 1 and use data "
+        "parallelism, ZeRO-3 or FSDP2",
     ),
     ("sequence_parallel_degree", _above_one, "sequences are not split over ranks here; set it to 1"),
     (
         "tensor_parallel_size",
         _above_one,
-        "ranks must hold different prompts; set it to 1 and shard with ZeRO-3 or FSDP2",
+        "its ranks make each forward together, and here each answers prompts of its own, which ends in a crash or a hang; "
+        "set it to 1 and shard with ZeRO-3 or FSDP2",
     ),
-    ("expert_parallel_size", _above_one, "ranks must hold different prompts; set it to 1"),
+    (
+        "expert_parallel_size",
+        _above_one,
+        "experts are exchanged in each forward, in which all its ranks must take part, and here a rank may have fewer; set "
+        "it to 1 and shard with FSDP2",
+    ),
     ("relora", _truthy, "merging the adapter in mid-iteration would move the opponent; use `adapter: lora`"),
+    (
+        "peft_init_lora_weights",
+        lambda value: str(value).lower().startswith("pissa_niter"),
+        "it takes a start drawn at random out of the base model, which a saved adapter does not bring back; use `pissa`",
+    ),
     ("auto_find_batch_size", _truthy, "the plan fixes batches and steps before training; set `micro_batch_size`"),
     ("trainer_cls", _truthy, "the plugin brings its own trainer; remove it"),
     ("rl_beta", _truthy, "SPIN's beta is `spin.beta`; move the value there"),

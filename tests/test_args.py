@@ -101,6 +101,7 @@ OFFENDING = {
     "streaming": True, "pretraining_dataset": "x", "skip_prepare_dataset": True, "processor_type": "AutoProcessor",
     "is_multimodal": True, "reward_model": True, "process_reward_model": True, "context_parallel_size": 2,
     "sequence_parallel_degree": 2, "tensor_parallel_size": 2, "expert_parallel_size": 2, "relora": True,
+    "peft_init_lora_weights": "pissa_niter_16",
     "auto_find_batch_size": True, "trainer_cls": "a.B", "rl_beta": 0.1, "dpo_beta": 0.1, "dpo_loss_type": ["ipo"],
     "trl": {"beta": 0.1}, "vllm": {"port": 8000}, "balance_labels": True, "jagged_restart_steps": 10,
     "lr_scheduler": "reduce_lr_on_plateau", "optimizer": "schedule_free_adamw", "num_epochs": 1.5,

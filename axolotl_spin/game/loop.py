@@ -27,6 +27,7 @@ from axolotl_spin.generation.backend import Sampling
 from axolotl_spin.generation.choice import chosen_backend
 from axolotl_spin.monitor.iteration import Progress
 from axolotl_spin.monitor.terminal import show_table
+from axolotl_spin.ranks.bare import bare
 from axolotl_spin.ranks.main import Ranks
 from axolotl_spin.run.plan import IterationPlan
 from axolotl_spin.run.prepare import SpinRun
@@ -60,7 +61,7 @@ class Loop:
         self.ranks = Ranks(trainer.accelerator)
         self.progress = Progress(run.directory, self.ranks)
         self.updates = UpdateWatch(trainer, self.ranks, self.progress)
-        policy = self.ranks.accelerator.unwrap_model(trainer.model)
+        policy = bare(trainer.model, self.ranks.accelerator)
         if switched_off := disable_dropout(policy):
             LOG.info(f"dropout is off, so that policy and opponent agree at step 0: {', '.join(switched_off)}")
         compute_as_in_training(policy)
@@ -190,7 +191,7 @@ class Loop:
 
     def refuse_nonfinite_weights(self) -> None:
         """Stops a run whose weights are no numbers, before they are saved."""
-        bad = nonfinite_weights(self.ranks.accelerator.unwrap_model(self.trainer.model))
+        bad = nonfinite_weights(bare(self.trainer.model, self.ranks.accelerator))
         act_on(check_weights(bad, step=self.trainer.state.global_step), main=True)
 
     def _settle_layout(self, model: Any) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from axolotl_spin.compat import text_config
 from axolotl_spin.game.health import Finding, act_on
+from axolotl_spin.ranks.bare import bare
 from axolotl_spin.ranks.main import Ranks
 from axolotl_spin.training.layouts import PairCollator
 from axolotl_spin.training.noise import noise, noisy
@@ -37,7 +38,7 @@ def refuse_noise(model: Any, prompts: Any, pad: int, ranks: Ranks, *, half: bool
     batch = {name: tensor.to(ranks.device) for name, tensor in PairCollator(pad)(pairs).items()}
     off = torch.tensor([noise(model, batch)], device=ranks.device)
     far = float(ranks.accelerator.gather(off).max())
-    policy = ranks.accelerator.unwrap_model(model)
+    policy = bare(model, ranks.accelerator)
     most = _MOST_IN_HALF if half or policy.dtype.itemsize < 4 else _MOST
     act_on(check_noise(far, noisy(vars(text_config(policy.config))), most=most), main=True)
 

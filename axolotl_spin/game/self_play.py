@@ -20,11 +20,20 @@ from axolotl_spin.data.endings import pairs_end_alike
 from axolotl_spin.data.initial_pairs import GivenPairs
 from axolotl_spin.data.pairs import LOGPS, SCHEMA, PairDataset, read_batches, read_pairs, with_texts, write_pairs
 from axolotl_spin.data.staging import STAGED, AnswerStore, read_staged, write_staged
+from axolotl_spin.data.thoughts import told_apart
 from axolotl_spin.disk.atomic import DamagedFileError, ForeignFileError, StaleFileError
-from axolotl_spin.game.health import act_on, check_answers, check_opponent_logps, check_weights, count_answers
+from axolotl_spin.game.health import (
+    Finding,
+    act_on,
+    check_answers,
+    check_opponent_logps,
+    check_weights,
+    count_answers,
+)
 from axolotl_spin.generation.backend import Backend, Completion
 from axolotl_spin.generation.chunk_files import ChunkFiles
 from axolotl_spin.generation.chunks import Chunk, Chunks, iteration_seed
+from axolotl_spin.ranks.bare import bare
 from axolotl_spin.ranks.main import Ranks
 from axolotl_spin.run.checkpoints import lost_pairs
 from axolotl_spin.run.plan import IterationPlan
@@ -108,7 +117,7 @@ class SelfPlay:
 
     def _make(self, entry: IterationPlan, model: Any) -> tuple[PairDataset, Figures]:
         """Answers, or takes what is given; scores; writes."""
-        bad = nonfinite_weights(self.ranks.accelerator.unwrap_model(model), frozen=True)
+        bad = nonfinite_weights(bare(model, self.ranks.accelerator), frozen=True)
         act_on(check_weights(bad, step=entry.first_step), self.ranks.main)
         given = self.run.given if entry.iteration == 0 else None
         with frozen(model):
@@ -211,8 +220,15 @@ class SelfPlay:
             max_new_tokens=settings.generation.max_new_tokens,
             sample=self.run.tokenizer.decode(counts.first),
         )
+        findings += self.ranks.on_main(lambda: self._about_thoughts(pairs.table, entry))
         act_on(findings, self.ranks.main)
         return counts.shares()
+
+    def _about_thoughts(self, pairs: pa.Table, entry: IterationPlan) -> list[Finding]:
+        new = pairs.slice(0, entry.new_rows)
+        chosen, rejected = (new[name].combine_chunks() for name in ("chosen_ids", "rejected_ids"))
+        line = told_apart(self.run.thoughts, chosen, rejected)
+        return [Finding(f"iteration {entry.iteration}: {line}", fatal=False)] if line else []
 
     # -- the opponent's pass ------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from axolotl_spin.generation.backend import Completion, Keep, Sampling, cut
 from axolotl_spin.generation.chunks import Chunk
 from axolotl_spin.generation.decoding import Draw, can_decode, decode, left_padded
+from axolotl_spin.ranks.bare import bare
 from axolotl_spin.ranks.gather import Gather, whole_weights
 from axolotl_spin.ranks.main import Ranks
 
@@ -48,7 +49,7 @@ class TransformersBackend:
     def answer(self, model: Any, chunks: Sequence[Chunk], keep: Keep, iteration: int = 0) -> dict[str, float]:
         """See `Backend.answer`. The model must be in `eval()`; global random state is not touched."""
         ranks = self.ranks
-        policy = ranks.accelerator.unwrap_model(model)
+        policy = bare(model, ranks.accelerator)
         with whole_weights(model, ranks.accelerator, self.gather) as coupled:
             answer = self._decode if can_decode(policy) else self._generate
             for position in range(ranks.rank, len(chunks), ranks.count):

@@ -14,6 +14,7 @@ from axolotl_spin.data.heldout import heldout_prompts
 from axolotl_spin.data.initial_pairs import GivenPairs, pairs_file, read_file
 from axolotl_spin.data.marks import declared_ends, end_ids, special_tokens, turn_marks
 from axolotl_spin.data.prompts import prompt_dataset, token_counts
+from axolotl_spin.data.thoughts import ThinkBlock, think_block
 from axolotl_spin.disk.atomic import DamagedFileError, read_json, write_json
 from axolotl_spin.disk.directory import RunDirectory
 from axolotl_spin.generation.vllm.served import ServedModel, served_model
@@ -58,6 +59,7 @@ class SpinRun:
         served: What vLLM serves; None with another backend.
         given: The pairs of `spin.initial_pairs`, with which iteration 0 starts; None where it answers the prompts.
         heldout: Prompts and human answers of held-out play, like `prompts`; None where there is none.
+        thoughts: What marks thoughts in answers; None where nothing does.
     """
 
     settings: SpinConfig
@@ -76,6 +78,7 @@ class SpinRun:
     served: ServedModel | None = None
     given: GivenPairs | None = None
     heldout: Any = None
+    thoughts: ThinkBlock | None = None
 
     @property
     def sampling_seed(self) -> int:
@@ -164,6 +167,7 @@ def prepare_run(
         else None,
         given=given,
         heldout=heldout_prompts(eval_dataset, settings, marks),
+        thoughts=think_block(cfg, tokenizer, marks.blanks),
     )
 
 

@@ -14,11 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils.other import is_compiled_module
 from axolotl.utils.logging import get_logger
 from torch import Tensor
 
 from axolotl_spin.compat import text_config
 from axolotl_spin.data.prompts import token_counts
+from axolotl_spin.ranks.bare import bare
 from axolotl_spin.training.layouts import Layout, PairCollator
 from axolotl_spin.training.logprobs import completion_logps
 from axolotl_spin.training.policy import frozen
@@ -205,11 +207,13 @@ def settle_layout(
     Returns:
         A line for the log: the layout and why it was chosen.
     """
-    policy = accelerator.unwrap_model(model)
+    policy = bare(model, accelerator)
     layout, why = preferred_layout(policy.config, sample_packing=sample_packing, longest=longest)
     text = text_config(policy.config)
     collator.hidden_size = int(getattr(text, "hidden_size", None) or collator.hidden_size)
     has_head = policy.get_output_embeddings() is not None if hasattr(policy, "get_output_embeddings") else False
+    # a compiled forward may pass by hooks that its head got later, for some shapes and not for others
+    has_head = has_head and not is_compiled_module(model)
     pairs = tried_pairs(prompts)
 
     def ask(question: Callable[..., Any], some: Sequence[Pair], tried: Layout, in_head: bool = False) -> list[float]:

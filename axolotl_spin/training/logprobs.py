@@ -93,7 +93,8 @@ def _mask_for(model: Any, segments: Tensor) -> Any:
 
 
 def _causal_model(model: Any) -> Any:
-    """Returns the causal language model inside DDP's, DeepSpeed's and PEFT's wrappers."""
+    """Returns the causal language model inside the wrappers of `torch.compile`, DDP, DeepSpeed and PEFT."""
+    model = getattr(model, "_orig_mod", model)
     while isinstance(getattr(model, "module", None), torch.nn.Module):
         model = model.module
     return model.get_base_model() if hasattr(model, "get_base_model") else model

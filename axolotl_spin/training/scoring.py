@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from axolotl_spin.data.pairs import PairDataset
+from axolotl_spin.ranks.bare import as_trained
 from axolotl_spin.ranks.gather import Gather, whole_weights
 from axolotl_spin.ranks.main import Ranks
 from axolotl_spin.training.layouts import PairCollator
@@ -51,7 +52,7 @@ class Scorer:
         ranks, device = self.ranks, self.ranks.device
         logps = torch.zeros(len(pairs), 2, dtype=torch.float64, device=device)
         scored = torch.zeros(len(pairs), dtype=torch.int32, device=device)
-        policy = ranks.accelerator.unwrap_model(model)
+        policy = as_trained(model, ranks.accelerator)
 
         def forward(rows: np.ndarray) -> Tensor:
             ranks.check()

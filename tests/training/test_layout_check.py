@@ -128,7 +128,7 @@ class Ranks:
     device = torch.device("cpu")
 
     @staticmethod
-    def unwrap_model(model: Any) -> Any:
+    def unwrap_model(model: Any, **_: Any) -> Any:
         return model
 
     @staticmethod

@@ -58,6 +58,16 @@ def test_an_empty_answer_has_a_log_prob_of_0(layout: Layout) -> None:
     assert completion_logps(model, PairCollator(0, layout)(rows)).tolist() == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.parametrize("in_head", [True, False])
+def test_the_forward_gets_no_labels(in_head: bool) -> None:
+    """Kernels in place of the host's head and loss (Liger's, cut cross entropy) give no logits where there are some."""
+    model = tiny.model(47).eval()
+    given: set[str] = set()
+    model.register_forward_pre_hook(lambda _, __, kwargs: given.update(kwargs), with_kwargs=True)
+    completion_logps(model, PairCollator(0)(pairs(2)), in_head)
+    assert given == {"input_ids", "attention_mask", "logits_to_keep", "use_cache"}
+
+
 def real_rows(tokenizer) -> list[dict]:
     """Real questions and answers, hashed into the tiny vocabulary word by word; the other answer is the next row's."""
     if not DATA.exists():

@@ -26,6 +26,7 @@ class Facts:
         trained_for: Numbers of tokens in the model's context, or None where its config does not say.
         sequence_len: The host's.
         disk: Bytes that the iterations' models take, and bytes that are free; None where unknown.
+        thoughts: What is wrong with the thoughts in the newest pairs on disk; empty where nothing is.
     """
 
     settings: SpinConfig
@@ -39,6 +40,7 @@ class Facts:
     trained_for: int | None
     sequence_len: int
     disk: tuple[int, int] | None
+    thoughts: str = ""
 
 
 # the paper trains with 5e-7; adapters take larger rates
@@ -56,6 +58,8 @@ def advise(facts: Facts) -> list[dict[str, str]]:
     def say(key: str, text: str) -> None:
         found.append({"key": key, "text": text})
 
+    if facts.thoughts:
+        say("chat_template", facts.thoughts)
     _about_the_game(facts, say)
     _about_data(facts, say)
     _about_steps(facts, say)

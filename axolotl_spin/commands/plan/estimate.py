@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from axolotl_spin.args import DEFAULT_MAX_NEW_TOKENS
 from axolotl_spin.commands.config import load_config
@@ -19,6 +21,7 @@ from axolotl_spin.commands.plan.timing import Measured, Rate, Tokens, estimate_t
 from axolotl_spin.compat import text_config
 from axolotl_spin.data.endings import describe_endings
 from axolotl_spin.data.prompts import token_counts
+from axolotl_spin.data.thoughts import told_apart
 from axolotl_spin.disk.atomic import DamagedFileError, read_json
 from axolotl_spin.run.prepare import SpinRun
 
@@ -95,12 +98,25 @@ def plan_run(config: str, given: Given) -> tuple[SpinRun, dict[str, Any]]:
         trained_for=_trained_for(cfg),
         sequence_len=run.sequence_len,
         disk=_disk(run, cfg.adapter, size),
+        thoughts=_thoughts(run),
     )
     return run, {**figures, "advice": advise(facts)}
 
 
 # what keeps fp32 weights, or the remainder of what it rounds, by itself
 _OWN_PRECISION = ("optimi_adamw", "stable_adamw", "flash_adamw", "flash_adam", "flash_sgd", "flash_sgdw", "flash_lion")
+
+
+def _thoughts(run: SpinRun) -> str:
+    """Says what is wrong with the thoughts in the newest iteration's own answers, where some are on disk."""
+    for entry in reversed(run.plan.iterations):
+        try:
+            pairs = pq.read_table(run.directory.pairs(entry.iteration), columns=["chosen_ids", "rejected_ids"])
+        except (OSError, pa.ArrowException):
+            continue
+        new = [pairs[name].slice(0, entry.new_rows).combine_chunks() for name in ("chosen_ids", "rejected_ids")]
+        return told_apart(run.thoughts, *new)
+    return ""
 
 
 def _pure_half(cfg: Any) -> bool:
