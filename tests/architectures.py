@@ -48,11 +48,13 @@ class Architecture:
         changes: To the text part's config.
         outer: To the config of a model of several parts, beside its text part's.
         tower: To the configs of its other parts.
+        run: To the config of the run.
     """
 
     changes: dict[str, Any] = field(default_factory=dict)
     outer: dict[str, Any] = field(default_factory=dict)
     tower: dict[str, Any] = field(default_factory=dict)
+    run: dict[str, Any] = field(default_factory=dict)
 
 
 FULL_AND_SLIDING = {"layer_types": ["sliding_attention", "full_attention"]}
@@ -64,6 +66,7 @@ SHARED_KV = {
     "num_kv_shared_layers": 2,
 }
 LATENT = {"num_key_value_heads": 4}
+EAGER = {"attn_implementation": "eager"}  # with sdpa transformers adds a mask of truth values to the indexer's scores
 UNLIMITED = {"sliding_window": None}
 
 # by the type of their configs: those that are trained most, then the others
@@ -105,7 +108,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         {
             "layer_types": ["heavily_compressed_attention", "compressed_sparse_attention"],
             "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
-            **{"mlp_layer_types": ["hash_moe", "moe"], "index_topk": 2, "index_head_dim": 16, "index_n_heads": 2},
+            **{
+                "mlp_layer_types": ["hash_moe", "moe"],
+                "index_topk": 2,
+                "index_head_dim": 16,
+                "index_n_heads": 16,
+            },  # few heads tie
         }
     ),
     "ernie4_5": Architecture(),
@@ -118,7 +126,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma3n": Architecture({**SHARED_KV, "laurel_rank": 8}),
     "gemma3n_text": Architecture({**SHARED_KV, "laurel_rank": 8, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0]}),
     "glm4_moe": Architecture(),
-    "glm_moe_dsa": Architecture({**LATENT, "index_topk": 4, "index_n_heads": 2, "index_head_dim": 16}),
+    "glm_moe_dsa": Architecture({**LATENT, "index_topk": 4, "index_n_heads": 16, "index_head_dim": 16}, run=EAGER),
     "gpt2": Architecture(),
     "gptj": Architecture(),
     "gpt_neox": Architecture(),
@@ -152,6 +160,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     "smollm3": Architecture(),
     "stablelm": Architecture(),
     "starcoder2": Architecture(),
+}
+# what a host itself cannot train on a CPU, up to which version, and why
+HOST_CANNOT: dict[str, tuple[str, str]] = {
+    "voxtral": ("0.19", "the host's patch of it asks for a part that the model does not have"),
+    "kimi_linear": ("0.21", "its kernels need a GPU"),
 }
 
 

@@ -46,6 +46,18 @@ class Figures:
     missing: tuple[str, ...]
     moved: frozenset[str]
 
+    def measured(self) -> dict[str, Any]:
+        """Returns what stands in the table of the documentation."""
+        losses = [round(loss, 6) for loss in self.first_losses]
+        where = {"layout": self.layout, "why": self.why, "in_head": self.in_head}
+        return {
+            **where,
+            "first_losses": losses,
+            "off": float(f"{self.off:.1e}"),
+            "same": self.same,
+            "asked": self.asked,
+        }
+
 
 def settings_of(folder: Path, **changes: Any) -> dict[str, Any]:
     """Returns the config of the run: every answer the most probable one, steps that move the model."""
@@ -55,20 +67,20 @@ def settings_of(folder: Path, **changes: Any) -> dict[str, Any]:
     return host.config(folder, rows=12, **{**base, **changes})
 
 
-def play(name: str, folder: Path, warm: Warm, **changes: Any) -> Figures:
+def play(name: str, folder: Path, warm: Warm) -> Figures:
     """Runs an architecture's tiny model and compares what it left with the plainest way to compute it.
 
     Args:
         name: Of the architecture.
         folder: An empty one.
         warm: What forks the run.
-        changes: To the config.
     """
     import tiny
 
     architectures.save(name, folder / "model")
     tiny.conversations(folder / "data.jsonl", 12)
-    run = host.train(settings_of(folder, **changes), by=warm)
+    run = host.train(settings_of(folder, **architectures.ARCHITECTURES[name].run), by=warm)
+    assert "padding moves" not in run.output
     layout, why, where = _LINE.findall(run.output)[0]
     model, missing = loaded(name, run.out / "spin" / "iteration-0" / "model")
     losses, rows = run.losses(), run.pairs(1).to_pylist()
@@ -119,7 +131,7 @@ def same_answer(model: Any, row: dict[str, Any]) -> bool:
 
 
 def moved(before: Path, after: Path) -> frozenset[str]:
-    """Returns the modules whose weights differ between two saved models, up to the third part of their names."""
+    """Returns the modules whose weights differ between two saved models, by the first two parts of their names."""
     first, second = (load_file(folder / "model.safetensors") for folder in (before, after))
     names = {name for name in first.keys() & second.keys() if not torch.equal(first[name], second[name])}
     return frozenset(".".join(name.split(".")[:2]) for name in names)
