@@ -163,7 +163,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 # what a host itself cannot train on a CPU, up to which version, and why
 HOST_CANNOT: dict[str, tuple[str, str]] = {
-    "voxtral": ("0.19", "the host's patch of it asks for a part that the model does not have"),
+    "voxtral": ("0.21", "the host's patch of it asks for a part that the model does not have"),
     "kimi_linear": ("0.21", "its kernels need a GPU"),
 }
 
