@@ -2,6 +2,7 @@
 # make test         the tests, on the default host
 # make test-faults  kills the host's command everywhere and compares what it ends with; prints a table; half an hour
 # make test-vllm    the vLLM backend with the real engine on a CPU, in an environment that it makes; ten minutes
+# make test-configs two iterations of every architecture that transformers knows; writes the table of docs/models.md; 15 minutes
 # make test-hosts   contract and end-to-end tests on every pinned host, one rank and two
 # make bench        compares speed and memory with what one would use otherwise; prints a table; over an hour (BENCH=--quick: minutes)
 # make check        style and types; rewrites nothing
@@ -17,7 +18,7 @@ export HF_HUB_OFFLINE ?= 1
 export AXOLOTL_DO_NOT_TRACK ?= 1
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test test-faults test-vllm test-hosts bench check docs
+.PHONY: quickstart test test-faults test-vllm test-configs test-hosts bench check docs
 
 quickstart: .venv/complete
 	.venv/bin/python example_configs/quickstart/prepare.py
@@ -35,7 +36,7 @@ quickstart: .venv/complete
 test:
 	environment=$$(bash .ci/environment $(HOST)) && \
 	$$environment/bin/pip install $(TESTED) && \
-	$$environment/bin/python -m pytest $(BOTH) -m "not ranks and not game and not faults and not vllm"
+	$$environment/bin/python -m pytest $(BOTH) -m "not ranks and not game and not faults and not vllm and not configs"
 
 test-faults: export SPIN_FAULTS_TABLE := $(or $(TMPDIR),/tmp)/axolotl-spin-faults.md
 test-faults:
@@ -48,6 +49,13 @@ test-vllm:
 	$$environment/bin/pip install $(TESTED) && \
 	SPIN_VLLM_PYTHON=$$engine OMP_NUM_THREADS=$$(nproc) OMP_WAIT_POLICY=PASSIVE $$environment/bin/python -m pytest -m vllm -rA -p no:warnings
 
+# figures that a run measures stand in a file of their own, from which `make docs` makes the table
+test-configs:
+	environment=$$(bash .ci/environment $(HOST)) && \
+	$$environment/bin/pip install $(TESTED) && \
+	SPIN_CONFIGS_FIGURES=$(CURDIR)/tests/configs/figures.json $$environment/bin/python -m pytest tests/configs -rs -p no:warnings && \
+	PYTHONPATH=$(CURDIR) $$environment/bin/python tests/documents.py
+
 # on the default host, what `make test` leaves out; on the others, everything but what one host shows
 test-hosts:
 	set -e; for host in $(HOSTS); do \
@@ -58,7 +66,7 @@ test-hosts:
 	    $$environment/bin/python -m pytest -n 2 -m "game and not ranks"; \
 	    $$environment/bin/python -m pytest -m "ranks and not faults and not vllm"; \
 	  else \
-	    $$environment/bin/python -m pytest $(BOTH) -m "not ranks and not faults and not once and not vllm"; \
+	    $$environment/bin/python -m pytest $(BOTH) -m "not ranks and not faults and not once and not vllm and not configs"; \
 	    $$environment/bin/python -m pytest -m "ranks and not faults and not once and not vllm"; \
 	  fi; \
 	done

@@ -36,6 +36,27 @@ def text_config(config: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
+def empty_model(config: Any, *, multimodal: bool, trusted: bool) -> Any:
+    """Returns a model of the class that the host's loader takes for a config, not loaded (contract test:
+    test_host_contract.py::test_the_class_of_a_model_that_takes_more_than_text).
+
+    Args:
+        config: The model's (`transformers.PretrainedConfig`).
+        multimodal: The host's `is_multimodal`.
+        trusted: The host's `trust_remote_code`.
+    """
+    from axolotl.loaders.constants import MULTIMODAL_AUTO_MODEL_MAPPING
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    kind: Any = AutoModelForCausalLM
+    if multimodal:
+        kind = MULTIMODAL_AUTO_MODEL_MAPPING.get(config.model_type, AutoModelForImageTextToText)
+        kind = AutoModelForImageTextToText if isinstance(kind, str) else kind
+    if not hasattr(kind, "from_config"):
+        return kind(config)
+    return kind.from_config(config, trust_remote_code=trusted)
+
+
 @contextmanager
 def naming_data_keys(cfg: Any) -> Iterator[None]:
     """Names the keys where the host and `datasets` fail on the data in words of their own, deep in a map over processes.

@@ -45,8 +45,12 @@ REFUSED: tuple[tuple[str, Test, str], ...] = (
     ("streaming", _truthy, "self-play answers every prompt, so it needs a finite dataset; remove it"),
     ("pretraining_dataset", _truthy, "pretraining data has no prompt to answer; use `datasets:`"),
     ("skip_prepare_dataset", _truthy, "prompts are read from prepared rows; remove it"),
-    ("processor_type", _truthy, "multimodal models are not supported; use a text model"),
-    ("is_multimodal", _truthy, "multimodal models are not supported; use a text model"),
+    (
+        "processor_type",
+        _truthy,
+        "it has the host read images and sound with the data, and pairs are of text alone; remove it (a model that takes "
+        "more than text keeps its processor without it)",
+    ),
     ("reward_model", _truthy, "SPIN trains a language model and needs no reward model; remove it"),
     ("process_reward_model", _truthy, "SPIN trains a language model and needs no reward model; remove it"),
     (
@@ -183,11 +187,6 @@ def refuse_loaded(cfg: Any, other_trainers: list[str], needs_whole: bool) -> Non
     from transformers import SchedulerType
     from transformers.training_args import OptimizerNames
 
-    if cfg.get("is_multimodal"):
-        raise ValueError(
-            f"`base_model: {cfg.get('base_model')}` is multimodal, which does not work with `rl: spin`; "
-            "use a text model"
-        )
     schedule = cfg.get("lr_scheduler")
     known = {*(kind.value for kind in SchedulerType), "one_cycle", "rex"}
     if schedule and schedule not in known:

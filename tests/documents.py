@@ -8,6 +8,7 @@ writes those tables anew. A generated table stands between `<!-- name -->` and `
 from __future__ import annotations
 
 import ast
+import json
 import re
 import tomllib
 from collections.abc import Callable, Iterator
@@ -137,7 +138,26 @@ def _rooms() -> list[str]:
     return ["| room | what is in it | files |", "|---|---|---|", *rows]
 
 
+def _architectures() -> list[str]:
+    """Returns what `make test-configs` measured."""
+    figures = json.loads((ROOT / "tests" / "configs" / "figures.json").read_text())["figures"]
+    rows = []
+    for name, found in figures.items():
+        if isinstance(found, str):
+            rows.append(_row(f"`{name}`", "not run", found, "", "", "", ""))
+            continue
+        losses = ", ".join(f"{loss:.5f}" for loss in found["first_losses"])
+        where, answers = "head" if found["in_head"] else "output", f"{found['same']} of {found['asked']}"
+        rows.append(_row(f"`{name}`", found["layout"], found["why"], where, losses, f"{found['off']:.0e}", answers))
+    return [
+        "| architecture | layout | because | log-probs at | first losses | off by | answers |",
+        "|---" * 7 + "|",
+        *rows,
+    ]
+
+
 GENERATED: dict[str, tuple[str, Callable[[], list[str]]]] = {
+    "architectures": ("docs/models.md", _architectures),
     "keys": ("docs/configuration.md", _keys),
     "markers": ("CONTRIBUTING.md", _markers),
     "metrics": ("docs/monitoring.md", _metrics),

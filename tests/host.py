@@ -23,8 +23,9 @@ ROOT = TESTS.parent
 # real data, beside a checkout
 SHARED = ROOT.parent / "shared"
 
+HOST = Version(version("axolotl"))
 # from 0.21 on the host finds the installed plugin by itself
-OURS = ["axolotl_spin.SpinPlugin"] if Version(version("axolotl")) < Version("0.21") else []
+OURS = ["axolotl_spin.SpinPlugin"] if HOST.release < (0, 21) else []
 
 ZERO = {
     "train_micro_batch_size_per_gpu": 1,

@@ -99,7 +99,7 @@ def test_wrong_blocks_are_refused(block, message: str) -> None:
 # one offending value per refused key; the keys must cover the table
 OFFENDING = {
     "streaming": True, "pretraining_dataset": "x", "skip_prepare_dataset": True, "processor_type": "AutoProcessor",
-    "is_multimodal": True, "reward_model": True, "process_reward_model": True, "context_parallel_size": 2,
+    "reward_model": True, "process_reward_model": True, "context_parallel_size": 2,
     "sequence_parallel_degree": 2, "tensor_parallel_size": 2, "expert_parallel_size": 2, "relora": True,
     "peft_init_lora_weights": "pissa_niter_16",
     "auto_find_batch_size": True, "trainer_cls": "a.B", "rl_beta": 0.1, "dpo_beta": 0.1, "dpo_loss_type": ["ipo"],
@@ -121,6 +121,7 @@ def test_keys_that_do_not_work_are_refused_by_name(key: str) -> None:
         {"context_parallel_size": 1, "tensor_parallel_size": 1, "num_epochs": 2.0, "lr_scheduler": "cosine"},
         {"optimizer": "adamw_torch_fused", "load_best_model_at_end": False, "sample_packing": True},
         {"fsdp_version": 2, "fsdp_config": {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}},
+        {"is_multimodal": True, "freeze_mm_modules": True},
     ],
 )
 def test_keys_that_work_pass(config: dict) -> None:
@@ -242,7 +243,6 @@ def test_fsdp1_by_default_is_refused_where_the_host_still_has_it() -> None:
 @pytest.mark.parametrize(
     ("cfg", "message"),
     [
-        ({"is_multimodal": True, "base_model": "x"}, "base_model"),
         ({"deepspeed": {"scheduler": {"type": "WarmupLR"}}}, "scheduler"),
         ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "gather_16bit_weights_on_model_save: true"),
     ],

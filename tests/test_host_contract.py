@@ -23,6 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import architectures
 import dill
 import host
 import pytest
@@ -42,7 +43,7 @@ from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.core.training_args import AxolotlTrainingArguments
 from axolotl.integrations.base import BasePlugin, PluginManager
 from axolotl.integrations.config import merge_input_args
-from axolotl.loaders import load_tokenizer
+from axolotl.loaders import ModelLoader, load_tokenizer
 from axolotl.prompt_strategies import load as load_strategy
 from axolotl.utils.config import prepare_plugins, validate_config
 from axolotl.utils.data import prepare_datasets
@@ -56,14 +57,14 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
-from transformers import GenerationConfig, Trainer, TrainerControl, TrainerState
+from transformers import AutoModelForCausalLM, GenerationConfig, Trainer, TrainerControl, TrainerState
 from transformers.trainer_callback import DefaultFlowCallback, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 
 from axolotl_spin.args import SpinArgs, spin_config
 from axolotl_spin.callbacks import SaveAtIterationEnd
-from axolotl_spin.compat import FIRST_UNSUPPORTED, OLDEST, PairTrainer, check_host_version
+from axolotl_spin.compat import FIRST_UNSUPPORTED, OLDEST, PairTrainer, check_host_version, empty_model
 from axolotl_spin.data.pairs import PairDataset, read_pairs
 from axolotl_spin.data.prompts import prompts_of_row
 from axolotl_spin.game.schedule import IterationSchedule, learning_rate_table, restart_optimizer
@@ -392,14 +393,11 @@ def test_of_what_the_host_adds_to_a_config_nothing_is_compared(cfg: DictDefault,
 def test_host_has_every_key_that_we_refuse() -> None:
     """A refusal of a renamed key would never fire again.
 
-    `is_multimodal` the host works out by itself; `expert_parallel_size` belongs to one of its plugins.
+    `expert_parallel_size` belongs to one of its plugins.
     """
     absent = {key for key, _, _ in REFUSED} - set(AxolotlInputConfig.model_fields)
     newer = {"use_dft": (0, 20), "balance_labels": (0, 21)}
-    assert absent - {key for key, since in newer.items() if HOST.release < since} == {
-        "is_multimodal",
-        "expert_parallel_size",
-    }
+    assert absent - {key for key, since in newer.items() if HOST.release < since} == {"expert_parallel_size"}
 
 
 def test_fsdp_version_that_the_host_takes_where_none_is_given(folder: Path) -> None:
@@ -1101,3 +1099,17 @@ def test_deepspeed_optimizers_live_in_its_runtime_and_wrap_one() -> None:
         assert kind.__module__.startswith("deepspeed.runtime")
         assert "self.optimizer = " in inspect.getsource(kind.__init__)
         assert {"state", "param_groups"} <= set(dir(kind))
+
+
+@pytest.mark.parametrize("name", ["gemma3", "mistral3", "qwen3_5", "voxtral", "llama"])
+def test_the_class_of_a_model_that_takes_more_than_text(name: str) -> None:
+    """`empty_model` follows the host's loader, whose choice depends on `is_multimodal`."""
+    config, multimodal = architectures.config_of(name, 47), name != "llama"
+    loader: Any = ModelLoader.__new__(ModelLoader)
+    loader.cfg, loader.model_config = DictDefault(is_multimodal=multimodal), config
+    loader.auto_model_loader = AutoModelForCausalLM
+    loader._set_auto_model_loader()
+    kind = loader.auto_model_loader
+    with torch.device("meta"):
+        expected = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+        assert type(empty_model(config, multimodal=multimodal, trusted=False)) is type(expected)

@@ -41,6 +41,7 @@ from axolotl_spin.training.quantised import compute_as_in_training
 from axolotl_spin.training.routers import leave_out_router_logits
 from axolotl_spin.training.scoring import Scorer
 from axolotl_spin.training.step import pair_losses
+from axolotl_spin.training.towers import freeze_towers
 
 LOG = get_logger(__name__)
 
@@ -65,6 +66,8 @@ class Loop:
         if switched_off := disable_dropout(policy):
             LOG.info(f"dropout is off, so that policy and opponent agree at step 0: {', '.join(switched_off)}")
         compute_as_in_training(policy)
+        if towers := freeze_towers(policy):
+            LOG.info(f"text does not reach {', '.join(towers)}: they stay as they are")
         if leave_out_router_logits(policy):
             LOG.warning(
                 "`output_router_logits: true` in the model's config: the auxiliary loss that balances experts is no part "

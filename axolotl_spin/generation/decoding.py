@@ -113,6 +113,19 @@ def can_decode(model: Any) -> bool:
     return plain and {"position_ids", "past_key_values", "logits_to_keep"} <= set(taken)
 
 
+def takes_padding(model: Any) -> bool:
+    """Whether prompts of other lengths may stand padded beside each other where `generate` answers.
+
+    The library's own caches go by the mask. A model that brings a kind of its own may count places instead: DeepSeek 4
+    compresses the keys of every so many places, padding included.
+
+    Args:
+        model: A causal language model, with its adapter but no other wrapper.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return all(type(layer).__module__ == DynamicCache.__module__ for layer in DynamicCache(config=base.config).layers)
+
+
 class _Rows:
     """The answers being written: their cache, right-aligned, and where they are.
 

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from axolotl_spin.generation.backend import Completion, Keep, Sampling, cut
 from axolotl_spin.generation.chunks import Chunk
-from axolotl_spin.generation.decoding import Draw, can_decode, decode, left_padded
+from axolotl_spin.generation.decoding import Draw, can_decode, decode, left_padded, takes_padding
 from axolotl_spin.ranks.bare import bare
 from axolotl_spin.ranks.gather import Gather, whole_weights
 from axolotl_spin.ranks.main import Ranks
@@ -97,11 +97,21 @@ class TransformersBackend:
         hook = base.register_forward_pre_hook(lambda *_: self._before_forward(coupled), prepend=True)
         try:
             with _generation_config(policy), _without(policy, "generate"):
-                starts = range(0, len(chunk.rows), self.batch_size)
-                parts = [chunk.part(start, start + self.batch_size) for start in starts]
+                parts = self._batches(chunk, alike=not takes_padding(policy))
                 return [completion for part in parts for completion in self._generate_batch(policy, part)]
         finally:
             hook.remove()
+
+    def _batches(self, chunk: Chunk, alike: bool) -> list[Chunk]:
+        """Cuts a chunk into what `generate` answers at once: prompts of one length, where none may be padded."""
+        parts, start, lengths = [], 0, [len(prompt) for prompt in chunk.prompts]
+        while start < len(lengths):
+            end = min(start + self.batch_size, len(lengths))
+            if alike:
+                end = next((place for place in range(start, end) if lengths[place] != lengths[start]), end)
+            parts.append(chunk.part(start, end))
+            start = end
+        return parts
 
     def _generate_batch(self, policy: Any, chunk: Chunk) -> list[Completion]:
         device = self.ranks.device

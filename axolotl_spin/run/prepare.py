@@ -13,6 +13,7 @@ from axolotl_spin.data.endings import Endings, count_endings, describe_endings, 
 from axolotl_spin.data.heldout import heldout_prompts
 from axolotl_spin.data.initial_pairs import GivenPairs, pairs_file, read_file
 from axolotl_spin.data.marks import declared_ends, end_ids, special_tokens, turn_marks
+from axolotl_spin.data.media import refuse_media
 from axolotl_spin.data.prompts import prompt_dataset, token_counts
 from axolotl_spin.data.thoughts import ThinkBlock, think_block
 from axolotl_spin.disk.atomic import DamagedFileError, read_json, write_json
@@ -119,9 +120,11 @@ def prepare_run(
         eval_dataset: The host's held-out rows, with the same columns, or None.
 
     Raises:
-        ValueError: The data leaves nothing to train on (see `prompt_dataset`), no human answer has an end (see
-            `refuse_endless`), or the held-out rows leave nothing to play on.
+        ValueError: The data has images (see `refuse_media`) or leaves nothing to train on (see `prompt_dataset`), no human
+            answer has an end (see `refuse_endless`), or the held-out rows leave nothing to play on.
     """
+    refuse_media(train_dataset, cfg, tokenizer)
+    refuse_media(eval_dataset, cfg, tokenizer, "test_datasets" if cfg.test_datasets else "datasets")
     ends, special = declared_ends(cfg, tokenizer), special_tokens(tokenizer)
     marks = turn_marks(cfg, tokenizer, ends)
     prompts = prompt_dataset(train_dataset, turns=settings.turns, max_prompts=settings.max_prompts, marks=marks)

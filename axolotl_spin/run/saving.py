@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +51,8 @@ def save_whole(trainer: Any, folder: Path) -> None:
             if config.get("architectures"):
                 config["architectures"] = [name.removeprefix("FSDP") for name in config["architectures"]]
                 write_json(config_path, config)
+        for path in Path(trainer.args.output_dir).glob("*processor_config.json"):
+            shutil.copy(path, aside)  # of a model that takes more than text: the host saves them at its start, once
         publish_folder(aside, folder)
     trainer.accelerator.wait_for_everyone()
 

@@ -155,6 +155,30 @@ def layout_off(model: Any, pairs: Sequence[Pair], collator: PairCollator, device
     return float(off), float(_root_mean_square(noise))
 
 
+def padding_off(model: Any, pairs: Sequence[Pair], collator: PairCollator, device: Any) -> tuple[float, float]:
+    """Returns how far padding moves log-probs, and how far rounding does, in nats per root of a token.
+
+    Args:
+        model: The policy as the trainer wraps it, in `eval()`; every rank must call.
+        pairs: Some.
+        collator: Of the padded layout, with `in_head` as it will be.
+        device: Where the model is.
+    """
+    apart, noise = [], []
+    for pair in pairs:
+        alike = {**pair, "rejected_ids": pair["chosen_ids"][::-1]}  # two sequences of one length: nothing is padded
+        longer = {**alike, "prompt_ids": [*alike["prompt_ids"], *alike["prompt_ids"], *alike["chosen_ids"]]}
+        alone, beside = (
+            _logps(model, rows, collator, device, in_head=collator.in_head) for rows in ([alike], [alike, longer])
+        )
+        with rounded_otherwise(model):
+            rounded = _logps(model, [alike], collator, device, in_head=collator.in_head)
+        root = len(pair["chosen_ids"]) ** 0.5
+        apart.append((beside[::2] - alone) / root)
+        noise.append((rounded - alone) / root)
+    return float(_root_mean_square(apart)), float(_root_mean_square(noise))
+
+
 @contextmanager
 def rounded_otherwise(model: torch.nn.Module) -> Iterator[None]:
     """Moves what each linear layer gives by up to half a unit in the last place, at random, as another kernel may.
@@ -225,7 +249,7 @@ def settle_layout(
                 figures = question(model, some, candidate, accelerator.device)
         except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
             LOG.warning(f"the model does not take pairs in the {tried} layout: {error}")
-            figures = (float("inf"), 0.0) if question is layout_off else float("inf")
+            figures = float("inf") if question is head_off else (float("inf"), 0.0)
         return accelerator.gather(torch.tensor([figures], device=accelerator.device).view(1, -1)).amax(0).tolist()
 
     def in_head(tried: Layout) -> bool:
@@ -238,6 +262,13 @@ def settle_layout(
             off_by = f"{off:.2g} nats per root of a token (rounding: {noise:.2g})"
             why = f"in the {layout} layout its log-probs are off by {off_by}"
             collator.layout, collator.in_head = "padded", in_head("padded")
+    if collator.layout == "padded":
+        off, noise = ask(padding_off, pairs[-_LONG:], "padded", collator.in_head)
+        if not off <= max(_NOISE * noise, _LEAST):
+            LOG.warning(
+                f"padding moves the model's log-probs by {off:.2g} nats per root of a token (rounding: {noise:.2g}): its "
+                "attention does not heed its mask, here as in SFT; try another `attn_implementation` (`eager`)"
+            )
     where = "where the LM head gives its logits" if collator.in_head else "from the forward's output"
     return f"pairs are laid out {collator.layout}: {why}; log-probs are taken {where}"
 

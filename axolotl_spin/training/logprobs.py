@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from axolotl_spin.compat import text_config
 from axolotl_spin.training.layouts import shared_block_mask, shared_mask
 
 # fp32 numbers that exist at once while log-probs are computed: 64 MiB
@@ -82,13 +83,14 @@ def _mask_for(model: Any, segments: Tensor) -> Any:
 
     Flex attention takes blocks, `eager` adds its mask, the others select by it.
     """
-    config = _causal_model(model).config
+    config = text_config(_causal_model(model).config)
     if config._attn_implementation == "flex_attention":
         return shared_block_mask(segments)
     allowed = shared_mask(segments)
     if config._attn_implementation != "eager":
         return allowed
     kind = getattr(config, "dtype", None) or torch.float32
+    kind = getattr(torch, kind) if isinstance(kind, str) else kind  # a config that was written out has its name
     return torch.zeros_like(allowed, dtype=kind).masked_fill(~allowed, torch.finfo(kind).min)
 
 

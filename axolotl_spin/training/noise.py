@@ -14,11 +14,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from axolotl_spin.training.logprobs import completion_logps
 
 # dropout and layerdrop by all their names (`attn_pdrop`, `drop_path_rate`), and the noise of routers
-_NOISY = ("drop", "jitter")
+_DROP, _JITTER = "drop", "jitter"
+_NOISY = (_DROP, _JITTER)
 
 
 def disable_dropout(model: torch.nn.Module) -> list[str]:
     """Sets every dropout of a model to 0, LoRA's and attention's included, as the host's preference trainers do.
+
+    Routers with noise route as in `eval()` throughout. Their rate stays: Phi-MoE's is also how near to the best an expert
+    must come to be weighed against it, so that another would make another model of it.
 
     Args:
         model: Changed in place. Layers keep their rates as plain numbers, or read them from the model's config at each
@@ -36,7 +40,10 @@ def disable_dropout(model: torch.nn.Module) -> list[str]:
             module.p = 0.0
         for name, rate in noisy(vars(module)).items():
             found[name] = rate
-            setattr(module, name, 0.0)
+            if _JITTER in name:
+                module.register_forward_pre_hook(_as_in_eval)
+            else:
+                setattr(module, name, 0.0)
         held: Any = vars(module).get("config")
         rates = noisy(vars(held)) if isinstance(held, PreTrainedConfig) else {}
         if rates and not isinstance(module, PreTrainedModel):
@@ -46,6 +53,11 @@ def disable_dropout(model: torch.nn.Module) -> list[str]:
                 vars(quiet[id(held)]).update(dict.fromkeys(rates, 0.0))
             vars(module)["config"] = quiet[id(held)]
     return [f"{name}={rate:g}" for name, rate in sorted(found.items())]
+
+
+def _as_in_eval(module: torch.nn.Module, _: Any) -> None:
+    """Switches a module's own noise off, whatever mode the trainer has put it into; what is inside it keeps its mode."""
+    module.training = False
 
 
 def noisy(values: Mapping[str, Any]) -> dict[str, float]:

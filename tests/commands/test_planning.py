@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import architectures
 import host
 import numpy as np
 import pyarrow.parquet as pq
@@ -221,6 +222,17 @@ def test_models_are_counted_from_their_config_alone(tmp_path: Path) -> None:
     assert lora.parameters == size.parameters + 4096
     quantised = model_size(Cfg(base, **{**host.LORA, "adapter": "qlora", "load_in_4bit": True}))
     assert quantised.quantised == 2 * (layer - 2 * 32)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "mistral3"])
+def test_of_a_model_that_takes_more_the_language_model_is_trained(name: str, tmp_path: Path) -> None:
+    model = architectures.save(name, tmp_path)
+    parts = [model.get_decoder(), model.get_output_embeddings()]
+    text = {id(weight): weight.numel() for part in parts for weight in part.parameters()}
+    base = Cfg(base_model=str(tmp_path), base_model_config=str(tmp_path), is_multimodal=True)
+    size = model_size(base)
+    assert (size.parameters, size.trainable) == (model.num_parameters(), sum(text.values()))
+    assert size.parameters > size.trainable and (size.layers, size.hidden, size.vocabulary) == (2, 32, 47)
 
 
 @pytest.mark.parametrize(

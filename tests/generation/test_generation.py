@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 
+import architectures
 import numpy as np
 import pytest
 import tiny
@@ -198,6 +199,21 @@ def test_models_without_plain_keys_and_values_answer_by_generate(model, monkeypa
     assert can_decode(model) and not can_decode(mamba)
     [found] = answers(mamba, PROMPTS[:1], temperature=0)
     assert found.ids == greedy_by_the_definition(mamba, PROMPTS[0], 12)
+
+
+@pytest.mark.parametrize(("name", "together"), [("deepseek_v4", False), ("falcon_h1", True)])
+def test_what_counts_places_is_given_no_padding(name: str, together: bool) -> None:
+    """DeepSeek 4 compresses the keys of every few places; the state of Falcon-H1 goes by the mask."""
+    hybrid = architectures.build(name, 20, seed=1).eval()
+    prompts = [[1 + (7 * row + place) % 19 for place in range(length)] for row, length in enumerate((9, 9, 7, 6, 3))]
+    batches: list[int] = []
+    hook = hybrid.register_forward_pre_hook(
+        lambda _, __, inputs: batches.append(len(inputs["input_ids"])), with_kwargs=True
+    )
+    found = answers(hybrid, prompts, temperature=0, limits=[8] * 5)
+    hook.remove()
+    assert [answer.ids for answer in found] == [greedy_by_the_definition(hybrid, prompt, 8) for prompt in prompts]
+    assert set(batches) == ({5} if together else {1, 2})
 
 
 def test_the_model_is_left_in_its_training_state() -> None:

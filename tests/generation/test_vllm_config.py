@@ -80,6 +80,12 @@ def test_full_fine_tuning_serves_the_whole_opponent() -> None:
     assert served.arguments(VllmConfig())["revision"] == "v2"  # the base model, when it is looked at
 
 
+def test_of_a_model_that_takes_more_the_language_model_alone_is_served() -> None:
+    served = served_model(cfg(is_multimodal=True), settings(), LENGTHS)
+    assert served.arguments(VllmConfig())["language_model_only"] is True
+    assert "language_model_only" not in served_model(cfg(), settings(), LENGTHS).arguments(VllmConfig())
+
+
 @pytest.mark.parametrize(("rank", "expected"), [(4, 8), (8, 8), (20, 32), (512, 512)])
 def test_an_adapter_is_served_over_the_base_model(rank: int, expected: int) -> None:
     served = served_model(cfg(adapter="lora", lora_r=rank, bf16=False), settings(), LENGTHS)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import random
 from collections.abc import Callable
 from typing import Any
 
+import architectures
 import pytest
 import tiny
 import torch
@@ -304,3 +306,20 @@ def test_a_state_space_model_is_found_out() -> None:
     model = Mamba2ForCausalLM(Mamba2Config(vocab_size=47, num_hidden_layers=2, **shape)).eval()
     line, collator = settled(model, prompts())
     assert "pairs are laid out padded" in line and collator.layout == "padded"
+
+
+@BOTH
+def test_an_attention_that_does_not_heed_padding_is_told(
+    kind: torch.dtype, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GLM's sparse attention over truth values (`sdpa`), where Mamba 2 and a sound one are quiet."""
+    monkeypatch.setattr(logging.getLogger("axolotl"), "propagate", True)
+    for model, told in (
+        (tiny.model(47, seed=3, attn_implementation="sdpa"), False),
+        (architectures.build("mamba2", 47), False),
+        (architectures.build("glm_moe_dsa", 47), True),
+    ):
+        caplog.clear()
+        collator = PairCollator(0)
+        settle_layout(collator, model.to(kind), prompts(answer=(5, 9)), Ranks, sample_packing=False, longest=64)
+        assert ("padding moves the model's log-probs" in caplog.text) == told, type(model).__name__

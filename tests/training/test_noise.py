@@ -21,6 +21,7 @@ from transformers import (
     GPTJConfig,
     GPTNeoConfig,
     PersimmonConfig,
+    PhimoeConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -29,6 +30,7 @@ from warm import Warm
 from axolotl_spin.game.health import UnhealthyRunError
 from axolotl_spin.game.noise import refuse_noise
 from axolotl_spin.training.layouts import PairCollator
+from axolotl_spin.training.logprobs import completion_logps
 from axolotl_spin.training.noise import disable_dropout, noise, noisy
 
 SIZE = {"vocab_size": 47, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -69,6 +71,24 @@ def test_rates_of_every_kind_are_switched_off(name: str, attention: str) -> None
     assert disable_dropout(model) == []
     assert model.config.to_dict() == kept  # as it is saved
     assert loud > 1e-3  # else the case shows nothing
+
+
+def test_a_router_without_its_noise_is_the_same_router() -> None:
+    """Phi-MoE draws its experts in training; its rate is also how near to the best one an expert must come to count."""
+    config = PhimoeConfig(
+        **SIZE, intermediate_size=64, num_local_experts=4, num_key_value_heads=2, router_jitter_noise=0.3
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.3) if weight.dim() > 1 else None
+    with torch.no_grad():
+        plain = completion_logps(model.eval(), pairs())
+        assert noise(model, pairs()) > 1e-3
+        assert disable_dropout(model) == ["router_jitter_noise=0.3"]
+        assert noise(model, pairs()) == 0.0
+        assert torch.equal(completion_logps(model.train(), pairs()), plain)
+        assert torch.equal(completion_logps(model.eval(), pairs()), plain)
 
 
 def test_modes_and_the_random_state_are_as_before() -> None:

@@ -139,6 +139,14 @@ def test_layouts_agree(attention: str, layout: Any, hidden_size: int, in_head: b
         assert torch.allclose(ours[name], gradient, atol=1e-5 * largest), name
 
 
+def test_an_eager_model_whose_config_names_its_type() -> None:
+    """As one does that was read from a file and has been through the host."""
+    model = tiny.model(47, seed=3, attn_implementation="eager").eval()
+    expected = completion_logps(model, PairCollator(0, "shared")(pairs()))
+    model.config.dtype = "float32"
+    assert torch.equal(completion_logps(model, PairCollator(0, "shared")(pairs())), expected)
+
+
 SMALL = {"vocab_size": 47, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 

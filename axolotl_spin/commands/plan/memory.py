@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from axolotl.utils.dict import DictDefault
 
-from axolotl_spin.compat import text_config
+from axolotl_spin.compat import empty_model, text_config
+from axolotl_spin.training.towers import freeze_towers
 
 # buffers as large as the trained weights that an optimizer keeps
 _STATE = {"adam": 2, "rmsprop": 1, "lion": 1, "sgd": 0}
@@ -51,12 +52,11 @@ def model_size(cfg: Any) -> ModelSize:
         ValueError: The model's config cannot be read or built.
     """
     from axolotl.loaders.utils import load_model_config
-    from transformers import AutoModelForCausalLM
 
     try:
         config = load_model_config(cfg)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=bool(cfg.trust_remote_code))
+            model = empty_model(config, multimodal=bool(cfg.is_multimodal), trusted=bool(cfg.trust_remote_code))
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError) as error:
         raise ValueError(
             f"the model of `base_model: {cfg.base_model}` cannot be built from its config: {error}"
@@ -68,10 +68,12 @@ def model_size(cfg: Any) -> ModelSize:
     if cfg.load_in_4bit or cfg.load_in_8bit:
         linear = [part for part in model.modules() if isinstance(part, torch.nn.Linear) and part is not head]
         quantised = sum(part.weight.numel() for part in linear)
-    trainable = parameters
     if cfg.adapter:
         trainable = _adapter_parameters(model, cfg)
         parameters += trainable
+    else:
+        freeze_towers(model)
+        trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     heads = int(getattr(text, "num_attention_heads", 0) or 0)
     kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
     hidden = int(getattr(text, "hidden_size", 0) or 0)

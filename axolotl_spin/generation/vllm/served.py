@@ -33,6 +33,7 @@ class ServedModel:
         lora_rank: Of the adapter; None for full fine-tuning.
         quantized: The base is held in 4 bits (QLoRA), so the engine quantizes it in the same way.
         longest: Most tokens of a prompt and its answer together.
+        multimodal: The model takes more than text.
     """
 
     base_model: str
@@ -42,6 +43,7 @@ class ServedModel:
     lora_rank: int | None
     quantized: bool
     longest: int
+    multimodal: bool = False
 
     def arguments(self, settings: VllmConfig, opponent: Path | None = None) -> dict[str, Any]:
         """Returns arguments of `vllm.EngineArgs`; those that the user gave come last, and count.
@@ -68,6 +70,8 @@ class ServedModel:
         if self.lora_rank is not None:
             rank = next((rank for rank in _LORA_RANKS if rank >= self.lora_rank), self.lora_rank)
             arguments |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1}
+        if self.multimodal:
+            arguments["language_model_only"] = True  # no memory for images, and no processor is asked for
         if self.quantized:
             arguments["quantization"] = "bitsandbytes"
         return {**arguments, **settings.engine_arguments()}
@@ -113,6 +117,7 @@ def served_model(cfg: Any, settings: SpinConfig, prompt_lengths: np.ndarray) -> 
         lora_rank=int(cfg.lora_r) if adapter else None,
         quantized=adapter and bool(cfg.load_in_4bit),
         longest=longest,
+        multimodal=bool(cfg.is_multimodal),
     )
 
 

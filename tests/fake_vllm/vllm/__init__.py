@@ -43,6 +43,7 @@ class EngineArgs:
     kv_cache_memory_bytes: int | None = None
     max_num_seqs: int = 8
     enforce_eager: bool = False
+    language_model_only: bool = False
 
     def create_engine_config(self) -> None:
         if _FAULT == "model":

@@ -1,0 +1,65 @@
+"""Every architecture plays two iterations through the host's command and is compared with the plainest way to compute it.
+
+`SPIN_CONFIGS_FIGURES` names the file that the figures are written to, of which the table in `docs/models.md` is made.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import architectures
+import played
+import pytest
+from host import HOST
+from warm import Warm
+
+pytestmark = pytest.mark.host
+
+# very different ones, which every run of the tests plays: towers and windows, experts, a state, a head that scales
+SAMPLE = ("gemma3", "phimoe", "granitemoehybrid", "cohere")
+
+
+@pytest.fixture(scope="module")
+def figures() -> Iterator[dict[str, Any]]:
+    """What was measured, by architecture; a reason where one was left out."""
+    found: dict[str, Any] = {}
+    yield found
+    path = os.environ.get("SPIN_CONFIGS_FIGURES")
+    if path and found.keys() == architectures.ARCHITECTURES.keys():
+        Path(path).write_text(json.dumps({"host": str(HOST), "figures": found}, indent=1) + "\n")
+
+
+def left_out(name: str) -> str:
+    """Returns why the host cannot train an architecture here; empty where it can."""
+    last, why = architectures.HOST_CANNOT.get(name, ("0.0", ""))
+    try:
+        architectures.build(name, 47)
+    except KeyError:
+        return "its transformers does not know it"
+    except ImportError as error:
+        return next(line for line in str(error).splitlines() if line).partition(" but ")[0]
+    return why if HOST.release[:2] <= tuple(map(int, last.split("."))) else ""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in SAMPLE else pytest.mark.configs) for name in architectures.ARCHITECTURES],
+)
+def test_two_iterations(name: str, tmp_path: Path, warm: Warm, figures: dict[str, Any]) -> None:
+    if why := left_out(name):
+        figures[name] = why
+        pytest.skip(why)
+    found = played.play(name, tmp_path / "run", warm)
+    shutil.rmtree(tmp_path / "run")
+    figures[name] = found.measured()
+    assert found.first_losses == pytest.approx([math.log(2)] * 2, abs=1e-5)
+    assert found.off < 1e-5
+    assert found.same == found.asked > 0
+    assert not found.missing
+    assert found.moved and not any(part in name for name in found.moved for part in ("vision", "audio", "projector"))
