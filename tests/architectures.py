@@ -161,11 +161,25 @@ ARCHITECTURES: dict[str, Architecture] = {
     "stablelm": Architecture(),
     "starcoder2": Architecture(),
 }
-# what a host itself cannot train on a CPU, up to which version, and why
+# what a host itself cannot train, up to which version, and why
 HOST_CANNOT: dict[str, tuple[str, str]] = {
     "voxtral": ("0.21", "the host's patch of it asks for a part that the model does not have"),
-    "kimi_linear": ("0.21", "its kernels need a GPU"),
 }
+
+
+def lacking(name: str) -> str:
+    """Returns what an architecture needs that is not here; empty where it runs."""
+    try:
+        build(name, 47)(input_ids=torch.tensor([[7, 8, 9]]), use_cache=False)
+    except KeyError:
+        return "its transformers does not know it"
+    except ImportError as error:
+        return next(line for line in str(error).splitlines() if line).partition(" but ")[0]
+    except RuntimeError as error:
+        if "active drivers" not in str(error):  # Triton's
+            raise
+        return "its kernels that are installed need a GPU"
+    return ""
 
 
 def config_of(name: str, vocabulary: int) -> Any:
@@ -235,5 +249,5 @@ def save_processor(tokenizer: Any, folder: Path) -> None:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     LlavaProcessor(
-        CLIPImageProcessorPil(), tokenizer, patch_size=8, chat_template=tokenizer.chat_template
+        CLIPImageProcessorPil(), tokenizer, patch_size=8, image_token="<|user|>", chat_template=tokenizer.chat_template
     ).save_pretrained(folder)

@@ -148,7 +148,8 @@ def _architectures() -> list[str]:
             continue
         losses = ", ".join(f"{loss:.5f}" for loss in found["first_losses"])
         where, answers = "head" if found["in_head"] else "output", f"{found['same']} of {found['asked']}"
-        rows.append(_row(f"`{name}`", found["layout"], found["why"], where, losses, f"{found['off']:.0e}", answers))
+        why = found["why"].replace("`", "")  # no keys that a reader would set
+        rows.append(_row(f"`{name}`", found["layout"], why, where, losses, f"{found['off']:.0e}", answers))
     return [
         "| architecture | layout | because | log-probs at | first losses | off by | answers |",
         "|---" * 7 + "|",

@@ -26,10 +26,9 @@ VISION = r".*vision_tower.*(q|k|v|out)_proj"
 
 
 def build(name: str) -> Any:
-    try:
-        return architectures.build(name, 47)
-    except (KeyError, ImportError) as error:
-        pytest.skip(f"{name}: {error}")
+    if why := architectures.lacking(name):
+        pytest.skip(why)
+    return architectures.build(name, 47)
 
 
 @pytest.mark.parametrize(
