@@ -144,12 +144,12 @@ def _architectures() -> list[str]:
     rows = []
     for name, found in figures.items():
         if isinstance(found, str):
-            rows.append(_row(f"`{name}`", "not run", found, "", "", "", ""))
+            rows.append(_row(name, "not run", found, "", "", "", ""))
             continue
         losses = ", ".join(f"{loss:.5f}" for loss in found["first_losses"])
         where, answers = "head" if found["in_head"] else "output", f"{found['same']} of {found['asked']}"
         why = found["why"].replace("`", "")  # no keys that a reader would set
-        rows.append(_row(f"`{name}`", found["layout"], why, where, losses, f"{found['off']:.0e}", answers))
+        rows.append(_row(name, found["layout"], why, where, losses, f"{found['off']:.0e}", answers))
     return [
         "| architecture | layout | because | log-probs at | first losses | off by | answers |",
         "|---" * 7 + "|",
