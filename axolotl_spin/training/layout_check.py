@@ -8,7 +8,6 @@ more than padded rows' do when other rows stand beside them, which is rounding (
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -265,7 +264,7 @@ def settle_layout(
             collator.layout, collator.in_head = "padded", in_head("padded")
     if collator.layout == "padded":
         off, noise = ask(padding_off, pairs[-_LONG:], "padded", collator.in_head)
-        if math.isfinite(off) and off > max(_NOISE * noise, _LEAST):
+        if np.isfinite(off) and off > max(_NOISE * noise, _LEAST):
             LOG.warning(
                 f"padding moves the model's log-probs by {off:.2g} nats per root of a token (rounding: {noise:.2g}): its "
                 "attention does not heed its mask, here as in SFT; try another `attn_implementation` (`eager`)"
