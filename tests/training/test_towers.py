@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,15 @@ def test_the_hosts_pattern_of_target_modules(tmp_path: Path, warm: Warm) -> None
     assert len(adapter) == 2 * 2 * 7 and all("language_model.layers" in name for name in adapter)
     assert all(weight.any() for weight in adapter.values())
     assert (run.out / "spin" / "iteration-1" / "model" / "processor_config.json").exists()
+
+
+@pytest.mark.host
+def test_rows_with_images_stop_the_run_before_a_model_loads(tmp_path: Path, warm: Warm) -> None:
+    base, path = settings(tmp_path), tmp_path / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "image_token_index": 4}))  # `<|user|>`, in every row
+    run = host.train(base, by=warm, fails=True)
+    assert "`datasets`: prepared row 0 has '<|user|>', the model's `image_token_i" in run.output
+    assert not host.loaded_a_model(run.out)
 
 
 @pytest.mark.host
