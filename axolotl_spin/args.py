@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from axolotl_spin.keys import levels, refuse_misplaced
-from axolotl_spin.refusals import refuse_unsupported
+from axolotl_spin.refusals import refuse_leftovers, refuse_unsupported
 from axolotl_spin.set_aside import set_aside
 
 # most tokens of an answer where `spin.generation.max_new_tokens` is not set
@@ -265,6 +265,7 @@ class SpinArgs(BaseModel):
             refuse_misplaced(data, levels(SpinConfig), cls.model_fields.keys())
             if block is not None and not isinstance(block, dict):
                 raise ValueError(f"spin: expected a block of keys, got {block!r}")
+            refuse_leftovers(data)
             data["rl"] = None
             data["spin"] = {**(block or {}), "active": True}
             set_aside(data)

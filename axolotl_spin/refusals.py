@@ -7,6 +7,11 @@ from typing import Any
 
 Test = Callable[[Any], bool]
 
+# another method's blocks, which the host fills in by itself once it has read a config
+_OTHER_BLOCKS = {
+    "trl": "answers are drawn as `spin.generation` says, and `spin.beta` is the beta",
+    "vllm": "SPIN's engines read `spin.generation.vllm`",
+}
 # keys that begin so are another method's, and would say nothing here
 _OTHER_METHODS = ("dpo_", "kto_", "cpo_", "orpo_", "simpo_", "rpo_", "gdpo", "grpo", "ebft", "center_rewards_")
 # types of `datasets:` that only other methods read: DPO's and KTO's, Bradley-Terry's, EBFT's
@@ -83,8 +88,6 @@ REFUSED: tuple[tuple[str, Test, str], ...] = (
     ("rl_beta", _truthy, "SPIN's beta is `spin.beta`; move the value there"),
     ("dpo_beta", _truthy, "SPIN's beta is `spin.beta`; move the value there"),
     ("dpo_loss_type", _truthy, "SPIN's loss is `spin.loss`; remove it"),
-    ("trl", _truthy, "the block is another method's: answers are drawn as `spin.generation` says; remove it"),
-    ("vllm", _truthy, "the block is another method's: SPIN's engines read `spin.generation.vllm`; remove it"),
     ("balance_labels", _truthy, "batches are made of whole pairs, each weighted the same; remove it"),
     ("jagged_restart_steps", _truthy, "warmup and decay restart at each iteration by themselves; remove it"),
     (
@@ -135,15 +138,26 @@ def refuse_unsupported(data: dict[str, Any]) -> None:
             f"`fsdp_version: {version}` does not work with `rl: spin`: generation runs under FSDP2; "
             "set `fsdp_version: 2`"
         )
-    found += _other_methods(data)
     if found:
         raise ValueError("\n".join(found))
 
 
-def _other_methods(data: dict[str, Any]) -> list[str]:
-    """Names what a config keeps of another method in whose place `rl: spin` was written."""
+def refuse_leftovers(data: dict[str, Any]) -> None:
+    """Refuses what a config keeps of another method in whose place `rl: spin` was written.
+
+    Args:
+        data: The config as the user wrote it, before the host fills in its defaults.
+
+    Raises:
+        ValueError: Names each key, or the dataset that holds preferences.
+    """
     named = {key for key, _, _ in REFUSED}
     found = [
+        f"`{key}:` is a block of another method: {why}; remove it"
+        for key, why in _OTHER_BLOCKS.items()
+        if data.get(key)
+    ]
+    found += [
         f"`{key}: {value}` is another method's and says nothing to `rl: spin`; remove it"
         for key, value in data.items()
         if value and key not in named and str(key).startswith(_OTHER_METHODS)
@@ -157,7 +171,8 @@ def _other_methods(data: dict[str, Any]) -> list[str]:
                     "and makes its own; give it prompts with one human answer each, in a format of SFT such as "
                     "`type: chat_template`"
                 )
-    return found
+    if found:
+        raise ValueError("\n".join(found))
 
 
 def _preferences(entry: dict[str, Any]) -> str | None:

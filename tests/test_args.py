@@ -103,7 +103,7 @@ OFFENDING = {
     "sequence_parallel_degree": 2, "tensor_parallel_size": 2, "expert_parallel_size": 2, "relora": True,
     "peft_init_lora_weights": "pissa_niter_16",
     "auto_find_batch_size": True, "trainer_cls": "a.B", "rl_beta": 0.1, "dpo_beta": 0.1, "dpo_loss_type": ["ipo"],
-    "trl": {"beta": 0.1}, "vllm": {"port": 8000}, "balance_labels": True, "jagged_restart_steps": 10,
+    "balance_labels": True, "jagged_restart_steps": 10,
     "lr_scheduler": "reduce_lr_on_plateau", "optimizer": "schedule_free_adamw", "num_epochs": 1.5,
     "micro_batch_size": 0, "gradient_accumulation_steps": -1, "learning_rate": 0.0,
 }  # fmt: skip
@@ -129,21 +129,22 @@ def test_keys_that_work_pass(config: dict) -> None:
 
 
 def test_every_offending_key_is_named_at_once() -> None:
-    with pytest.raises(
-        ValidationError, match=r"(?s)`relora.*`trainer_cls.*`kto_desirable_weight.*`datasets\[1\]` \(b\)"
-    ):
+    with pytest.raises(ValidationError, match=r"(?s)`relora.*`trainer_cls"):
+        claim(relora=True, trainer_cls="a.B")
+    with pytest.raises(ValidationError, match=r"(?s)`trl:`.*`kto_desirable_weight.*`datasets\[1\]` \(b\)"):
         claim(
-            relora=True,
-            trainer_cls="a.B",
+            trl={"beta": 0.1},
             kto_desirable_weight=0.2,
             datasets=[{"path": "a", "type": "chat_template"}, {"path": "b", "type": "chatml.intel"}],
         )
 
 
-@pytest.mark.parametrize("key", ["dpo_label_smoothing", "orpo_alpha", "simpo_gamma", "cpo_alpha", "rpo_alpha", "ebft"])
+@pytest.mark.parametrize(
+    "key", ["trl", "vllm", "dpo_label_smoothing", "orpo_alpha", "simpo_gamma", "cpo_alpha", "rpo_alpha", "ebft"]
+)
 def test_what_another_method_has_left_is_named(key: str) -> None:
-    with pytest.raises(ValidationError, match=f"`{key}: .*another method"):
-        claim(**{key: {"x": 1} if key == "ebft" else 0.1})
+    with pytest.raises(ValidationError, match=f"`{key}:.*another method"):
+        claim(**{key: {"x": 1} if key in ("ebft", "trl", "vllm") else 0.1})
     assert claim(**{key: None})["spin"]["active"]
 
 

@@ -200,7 +200,7 @@ def test_every_hook_is_inert_without_rl_spin() -> None:
         for name in ours():
             del sys.modules[name]
         sys.modules.update(kept)
-    light = ("args", "keys", "plugin", "refusals")
+    light = ("args", "keys", "plugin", "refusals", "set_aside")
     assert imported == {"axolotl_spin", *(f"axolotl_spin.{name}" for name in light)}
     assert afterwards == imported
     assert len(answers) > 20
