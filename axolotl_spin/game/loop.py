@@ -36,7 +36,7 @@ from axolotl_spin.training.batches import MicroBatches, pair_loader
 from axolotl_spin.training.layout_check import settle_layout
 from axolotl_spin.training.layouts import PairCollator
 from axolotl_spin.training.noise import disable_dropout
-from axolotl_spin.training.policy import nonfinite_weights
+from axolotl_spin.training.policy import nonfinite_weights, refuse_untrained
 from axolotl_spin.training.quantised import compute_as_in_training
 from axolotl_spin.training.routers import leave_out_router_logits
 from axolotl_spin.training.scoring import Scorer
@@ -68,6 +68,7 @@ class Loop:
         compute_as_in_training(policy)
         if towers := freeze_towers(policy):
             LOG.info(f"text does not reach {', '.join(towers)}: they stay as they are")
+        refuse_untrained(policy, adapter=hasattr(policy, "peft_config"))
         if leave_out_router_logits(policy):
             LOG.warning(
                 "`output_router_logits: true` in the model's config: the auxiliary loss that balances experts is no part "

@@ -81,3 +81,22 @@ def weights_digest(model: torch.nn.Module, accelerator: Any) -> str:
             for piece in held.flatten().split(1 << 24):  # fp32 holds every half-precision number exactly
                 total += piece.float().view(torch.int32).sum(dtype=torch.int64).to(total.device)
     return f"{(accelerator.reduce(total, 'sum') if parts else total).item():x}"
+
+
+def refuse_untrained(model: torch.nn.Module, *, adapter: bool) -> None:
+    """Refuses a policy of which nothing is trained: it would end as it began, hours later and without a word.
+
+    Args:
+        model: The policy, with what is trained marked.
+        adapter: Whether it has one.
+
+    Raises:
+        ValueError: Names the keys that choose what is trained.
+    """
+    if any(weight.requires_grad for weight in model.parameters()):
+        return
+    names = "; an adapter's weights have names that begin with `base_model.model.`" if adapter else ""
+    raise ValueError(
+        "nothing of the model is trained: `unfrozen_parameters` (and `lora_target_modules` with an adapter) reach none of "
+        f"its weights{names}. Remove `unfrozen_parameters`, or write patterns that match"
+    )
