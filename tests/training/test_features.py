@@ -121,7 +121,7 @@ def test_compiled(folder: Path, warm: Warm) -> None:
 
 @pytest.mark.host
 def test_patterns_that_reach_no_adapter_are_refused(folder: Path, warm: Warm) -> None:
-    """The host freezes the adapter too, whose names begin otherwise; SFT with recomputation runs then, and learns nothing."""
+    """The host freezes the adapter too, whose names begin otherwise; SFT with recomputation then learns nothing."""
     changes = {**PLAIN_LORA, "unfrozen_parameters": ["^model.layers.*"], "gradient_checkpointing": True}
     run = host.train(host.config(folder, output_dir=str(folder / "untrained"), **changes), by=warm, fails=True)
     assert "nothing of the model is trained: `unfrozen_parameters`" in run.output
