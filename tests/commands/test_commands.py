@@ -213,7 +213,7 @@ def test_a_second_start_with_other_settings_is_refused_with_both_values(
     ("change", "message"),
     [
         ({"spin": {"iteration": 2}}, "iteration"),
-        ({"train_on_inputs": True}, "set it to false"),
+        ({"relora": True}, "adapter: lora"),
         ({"datasets": "prompt_free"}, "there is no prompt before the answer"),
     ],
 )
