@@ -9,6 +9,7 @@ quantised weights, optimizers, schedules, recomputation, packing. Sharding and k
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -124,6 +125,24 @@ def check(entry: dict[str, Any], folder: Path) -> bool:
     else:
         assert not words, (entry["examples"], words)
     return True
+
+
+# not among what the pinned hosts install
+ABSENT = {"axolotl.integrations.llm_compressor.LLMCompressorPlugin"}
+
+
+def test_plugins_of_examples_leave_the_trainer_to_us() -> None:
+    """Kernels for experts and heads (Liger, cut cross entropy, ScatterMoE, SonicMoE) replace parts of a model, no trainer.
+
+    Diffusion models are trained otherwise: the one plugin that is refused, once the config is read.
+    """
+    names = {name for entry in EXAMPLES for name in entry["keys"].get("plugins", ())} - ABSENT
+    bring = set()
+    for name in names:
+        module, _, plugin = name.rpartition(".")
+        if getattr(importlib.import_module(module), plugin)().get_trainer_cls(DictDefault({})) is not None:
+            bring.add(name)
+    assert len(names) > 4 and bring == {"axolotl.integrations.diffusion.DiffusionPlugin"}
 
 
 def test_some_examples_with_one_key_added(folder: Path) -> None:
