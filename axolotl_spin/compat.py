@@ -72,11 +72,28 @@ def naming_data_keys(cfg: Any) -> Iterator[None]:
         words = str(error).strip()
         if not isinstance(error, ValueError) or not words:
             words = f"{type(error).__name__}: {words}".removesuffix(": ")
-        hint = " (a file without a row?)" if isinstance(error, StopIteration) else ""
+        hint = " (a file without a row?)" if isinstance(error, StopIteration) else _preferences(cfg)
         raise ValueError(
             f"the host could not prepare the data: {words}{hint}\nLook at `path`, `type` and the fields under `datasets:` "
             f"and `test_datasets:`; the traceback is in {cfg.output_dir}/debug.log"
         ) from error
+
+
+def _preferences(cfg: Any) -> str:
+    """Says which dataset that the host could not prepare holds preferences, as its columns show; else nothing."""
+    from axolotl.utils.data.shared import datasets_with_name_generator, load_dataset_with_config
+
+    for entry in datasets_with_name_generator(cfg.datasets or []):
+        try:
+            columns = load_dataset_with_config(entry, cfg.hf_use_auth_token, streaming=False).column_names
+        except Exception:  # what the host could not read, it has told already
+            continue
+        if {"chosen", "rejected"} <= set(columns):
+            return (
+                f" (`{entry.path}` has the columns `chosen` and `rejected`, which are preferences: SPIN needs no rejected "
+                "answers and makes its own; `field_messages: chosen` takes conversations from the one)"
+            )
+    return ""
 
 
 @contextmanager

@@ -136,6 +136,10 @@ DATA: dict[str, tuple[Change, str]] = {
     ),
     "no prompt": (rows(tokens([7, 8, 6]), type=None), "there is no prompt before the answer"),
     "nothing labelled": (rows(tokens([-100] * 3), type=None), "no row of the prepared dataset has a labelled answer"),
+    "preferences": (
+        rows({"prompt": "w1", "chosen": [turn("assistant", "w2")], "rejected": [turn("assistant", "w3")]}),
+        "has the columns `chosen` and `rejected`, which are preferences",
+    ),
     "completion data": (rows({"text": "w1 w2"}, type="completion"), "there is no prompt before the answer"),
     "rows that do not fit": ({"sequence_len": 2}, "sequence_len"),
     "no prompt held out": (
