@@ -184,7 +184,7 @@ class SelfPlay:
             )
         rows = 0
         for batch in answers.paired(self.run.prompts, entry.iteration):
-            yield pairs_end_alike(batch, self.stops, self.run.settings.generation.max_new_tokens)
+            yield self._ended_alike(batch)
             rows += len(batch)
         if entry.kept_rows:
             for batch in self._kept(self.run.plan.iterations[entry.iteration - 1]):
@@ -195,15 +195,7 @@ class SelfPlay:
     def _take(self, given: GivenPairs, entry: IterationPlan) -> tuple[PairDataset, Figures]:
         """Takes the iteration's pairs from `spin.initial_pairs`, still without the opponent's log-probs."""
         staged = self.run.directory.staged(entry.iteration)
-        self.ranks.on_main(
-            lambda: write_staged(
-                staged,
-                (
-                    pairs_end_alike(batch, self.stops, self.run.settings.generation.max_new_tokens)
-                    for batch in given.staged()
-                ),
-            )
-        )
+        self.ranks.on_main(lambda: write_staged(staged, map(self._ended_alike, given.staged())))
         pairs = PairDataset(read_staged(staged))
         counts = self._count(pairs, entry)
         self.ranks.say(f"iteration {entry.iteration}: took {entry.new_rows} pairs from {given.source}")
@@ -223,6 +215,9 @@ class SelfPlay:
         findings += self.ranks.on_main(lambda: self._about_thoughts(pairs.table, entry))
         act_on(findings, self.ranks.main)
         return counts.shares()
+
+    def _ended_alike(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        return pairs_end_alike(batch, self.stops, self.run.settings.generation.max_new_tokens)
 
     def _about_thoughts(self, pairs: pa.Table, entry: IterationPlan) -> list[Finding]:
         new = pairs.slice(0, entry.new_rows)
