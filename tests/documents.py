@@ -74,7 +74,7 @@ def heads(page: Path) -> set[str]:
 
 def spin_keys() -> dict[str, tuple[str, str]]:
     """Returns default and description of each key of the `spin:` block that a user may set, from the schema."""
-    from axolotl_spin.args import GenerationConfig, SpinConfig, VllmConfig
+    from axolotl_spin.settings import GenerationConfig, SpinConfig, VllmConfig
 
     found = {}
     for prefix, model in (("", SpinConfig), ("generation.", GenerationConfig), ("generation.vllm.", VllmConfig)):

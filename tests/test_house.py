@@ -18,6 +18,7 @@ ORDER = [
     *(
         "uclaml",
         "keys",
+        "settings",
         "refusals",
         "set_aside",
         "compat",

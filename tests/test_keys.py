@@ -8,8 +8,8 @@ import pytest
 import yaml
 from axolotl.utils.schemas.config import AxolotlConfigWCapabilities, AxolotlInputConfig
 
-from axolotl_spin.args import SpinConfig
 from axolotl_spin.keys import levels, refuse_misplaced
+from axolotl_spin.settings import SpinConfig
 
 LEVELS = levels(SpinConfig)
 

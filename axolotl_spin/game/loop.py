@@ -15,7 +15,6 @@ from axolotl.utils.logging import get_logger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from axolotl_spin.args import LOSS_AT_START
 from axolotl_spin.data.pairs import PairDataset
 from axolotl_spin.game.health import act_on, check_loss, check_step_zero, check_weights
 from axolotl_spin.game.heldout_play import HeldOutPlay
@@ -32,6 +31,7 @@ from axolotl_spin.ranks.main import Ranks
 from axolotl_spin.run.plan import IterationPlan
 from axolotl_spin.run.prepare import SpinRun
 from axolotl_spin.run.saving import save_whole
+from axolotl_spin.settings import LOSS_AT_START
 from axolotl_spin.training.batches import MicroBatches, pair_loader
 from axolotl_spin.training.layout_check import settle_layout
 from axolotl_spin.training.layouts import PairCollator

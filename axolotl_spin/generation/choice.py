@@ -6,13 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from axolotl_spin.args import GenerationConfig
 from axolotl_spin.disk.directory import RunDirectory
 from axolotl_spin.generation.backend import Backend, Sampling
 from axolotl_spin.generation.transformers import TransformersBackend
 from axolotl_spin.generation.vllm.backend import VllmBackend
 from axolotl_spin.generation.vllm.served import ServedModel
 from axolotl_spin.ranks.main import Ranks
+from axolotl_spin.settings import GenerationConfig
 
 
 def chosen_backend(

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from axolotl_spin.args import DEFAULT_MAX_NEW_TOKENS, GenerationConfig
 from axolotl_spin.data.prompts import token_counts
+from axolotl_spin.settings import DEFAULT_MAX_NEW_TOKENS, GenerationConfig
 
 
 @dataclass(frozen=True)

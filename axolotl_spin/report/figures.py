@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from axolotl_spin.args import LOSS_AT_START
 from axolotl_spin.report.answers import IterationAnswers
 from axolotl_spin.report.reading import RunData, number
+from axolotl_spin.settings import LOSS_AT_START
 
 
 @dataclass

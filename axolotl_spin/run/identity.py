@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from typing import Any
 
-from axolotl_spin.args import SpinConfig
 from axolotl_spin.run.compared import host_defaults, host_values, reasons
 from axolotl_spin.run.plan import Plan
+from axolotl_spin.settings import SpinConfig
 
 VERSION = 2
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from axolotl.utils.logging import get_logger
 
-from axolotl_spin.args import SpinConfig
 from axolotl_spin.compat import text_config
 from axolotl_spin.data.endings import Endings, count_endings, describe_endings, refuse_endless, stop_token_ids
 from axolotl_spin.data.heldout import heldout_prompts
@@ -22,6 +21,7 @@ from axolotl_spin.generation.vllm.served import ServedModel, served_model
 from axolotl_spin.run.identity import Identity, identify
 from axolotl_spin.run.merging import describe_merge, describe_shards
 from axolotl_spin.run.plan import Plan, make_plan
+from axolotl_spin.settings import SpinConfig
 
 LOG = get_logger(__name__)
 

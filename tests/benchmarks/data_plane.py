@@ -147,7 +147,6 @@ def exercise(folder: Path, count: int) -> dict[str, Any]:
     from accelerate import Accelerator
     from transformers import AutoTokenizer
 
-    from axolotl_spin.args import SpinConfig
     from axolotl_spin.data.endings import Endings
     from axolotl_spin.data.prompts import prompt_dataset
     from axolotl_spin.disk.directory import RunDirectory
@@ -156,6 +155,7 @@ def exercise(folder: Path, count: int) -> dict[str, Any]:
     from axolotl_spin.run.identity import Identity, _content_hash
     from axolotl_spin.run.plan import make_plan
     from axolotl_spin.run.prepare import Launch, SpinRun
+    from axolotl_spin.settings import SpinConfig
     from axolotl_spin.training.batches import MicroBatches, StepBatches
 
     work = folder / "data-plane"

@@ -62,7 +62,6 @@ def compete(folder: Path, name: str, count: int, most: int, repeats: int) -> dic
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
 
-    from axolotl_spin.args import VllmConfig
     from axolotl_spin.disk.directory import RunDirectory
     from axolotl_spin.generation.backend import Sampling
     from axolotl_spin.generation.chunks import Chunks, chunk_rows
@@ -71,6 +70,7 @@ def compete(folder: Path, name: str, count: int, most: int, repeats: int) -> dic
     from axolotl_spin.generation.vllm.engine import environment
     from axolotl_spin.generation.vllm.served import ServedModel
     from axolotl_spin.ranks.main import Ranks
+    from axolotl_spin.settings import VllmConfig
 
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     on_gpu = torch.cuda.is_available()

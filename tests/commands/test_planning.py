@@ -18,7 +18,6 @@ from datasets import Dataset
 from rows import PAIR, ids_file
 from warm import Warm
 
-from axolotl_spin.args import SpinConfig
 from axolotl_spin.commands.plan.advice import Facts, advise
 from axolotl_spin.commands.plan.estimate import _pure_half
 from axolotl_spin.commands.plan.lengths import describe_lengths, limits, repeated
@@ -27,6 +26,7 @@ from axolotl_spin.commands.plan.timing import Rate, Tokens, estimate_time, measu
 from axolotl_spin.disk.atomic import write_json
 from axolotl_spin.disk.directory import RunDirectory
 from axolotl_spin.run.plan import make_plan
+from axolotl_spin.settings import SpinConfig
 
 ENV = host.environment(ACCELERATE_USE_CPU="true")
 DATA = host.SHARED / "data"

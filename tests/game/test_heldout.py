@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from warm import Warm
 
-from axolotl_spin.args import SpinConfig
 from axolotl_spin.data.answers import distinct_2
 from axolotl_spin.data.heldout import heldout_prompts, refuse_missing_data
 from axolotl_spin.game.heldout_play import SCHEMA, auc, measure, play_seed
 from axolotl_spin.generation.chunks import iteration_seed
+from axolotl_spin.settings import SpinConfig
 
 # -- which prompts ----------------------------------------------------------------------------------------------------
 

@@ -29,7 +29,6 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from warm import Ranks, Warm
 
-from axolotl_spin.args import VllmConfig
 from axolotl_spin.disk.directory import RunDirectory
 from axolotl_spin.generation.backend import Completion, Sampling
 from axolotl_spin.generation.chunks import Chunk, Chunks, chunk_rows
@@ -37,6 +36,7 @@ from axolotl_spin.generation.transformers import TransformersBackend
 from axolotl_spin.generation.vllm.backend import VllmBackend
 from axolotl_spin.generation.vllm.served import ServedModel
 from axolotl_spin.ranks import main as ranks_main
+from axolotl_spin.settings import VllmConfig
 
 pytestmark = [pytest.mark.vllm, pytest.mark.host]
 

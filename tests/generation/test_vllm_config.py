@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from axolotl.utils.dict import DictDefault
 
-from axolotl_spin.args import SpinConfig, VllmConfig
 from axolotl_spin.generation.backend import Completion, Sampling
 from axolotl_spin.generation.chunks import Chunk
 from axolotl_spin.generation.vllm.backend import (
@@ -29,6 +28,7 @@ from axolotl_spin.generation.vllm.engine import EngineError, environment, interp
 from axolotl_spin.generation.vllm.preflight import check_environment
 from axolotl_spin.generation.vllm.served import check_serving, served_model
 from axolotl_spin.run.identity import _flat, _harmless
+from axolotl_spin.settings import SpinConfig, VllmConfig
 
 FAKE = host.TESTS / "fake_vllm"
 GIB = 2**30

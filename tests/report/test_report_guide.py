@@ -12,11 +12,11 @@ import finished
 import pyarrow.parquet as pq
 import pytest
 
-from axolotl_spin.args import GenerationConfig, SpinConfig
 from axolotl_spin.report.answers import read_answers
 from axolotl_spin.report.figures import Figures, collect
 from axolotl_spin.report.guide import RULES, judge
 from axolotl_spin.report.reading import read_run
+from axolotl_spin.settings import GenerationConfig, SpinConfig
 
 pytestmark = pytest.mark.once
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from axolotl_spin.args import DEFAULT_MAX_NEW_TOKENS, SpinConfig
 from axolotl_spin.game.updates import WAYS_OUT
 from axolotl_spin.run.plan import Plan
+from axolotl_spin.settings import DEFAULT_MAX_NEW_TOKENS, SpinConfig
 
 
 @dataclass(frozen=True)

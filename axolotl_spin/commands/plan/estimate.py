@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from axolotl_spin.args import DEFAULT_MAX_NEW_TOKENS
 from axolotl_spin.commands.config import load_config
 from axolotl_spin.commands.plan.advice import Facts, advise
 from axolotl_spin.commands.plan.lengths import describe_lengths, limits, repeated
@@ -24,6 +23,7 @@ from axolotl_spin.data.prompts import token_counts
 from axolotl_spin.data.thoughts import told_apart
 from axolotl_spin.disk.atomic import DamagedFileError, read_json
 from axolotl_spin.run.prepare import SpinRun
+from axolotl_spin.settings import DEFAULT_MAX_NEW_TOKENS
 
 
 @dataclass(frozen=True)

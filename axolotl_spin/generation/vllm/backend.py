@@ -21,7 +21,6 @@ import psutil
 import torch
 from axolotl.utils.logging import get_logger
 
-from axolotl_spin.args import VllmConfig
 from axolotl_spin.disk.directory import RunDirectory
 from axolotl_spin.generation.backend import Completion, Keep, Sampling
 from axolotl_spin.generation.chunks import Chunk, Chunks
@@ -29,6 +28,7 @@ from axolotl_spin.generation.vllm.engine import KEY, Engine, EngineError
 from axolotl_spin.generation.vllm.offload import offloaded
 from axolotl_spin.generation.vllm.served import ServedModel
 from axolotl_spin.ranks.main import Ranks
+from axolotl_spin.settings import VllmConfig
 
 LOG = get_logger(__name__)
 

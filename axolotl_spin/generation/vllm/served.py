@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from axolotl.utils.logging import get_logger
 
-from axolotl_spin.args import SpinConfig, VllmConfig
 from axolotl_spin.generation.chunks import token_limit
 from axolotl_spin.generation.vllm.preflight import check_environment
+from axolotl_spin.settings import SpinConfig, VllmConfig
 
 LOG = get_logger(__name__)
 

@@ -1,0 +1,235 @@
+"""The `spin:` block of the YAML: its keys, bounds and defaults.
+
+Only pydantic is imported here, as in `args.py`, which claims `rl: spin` and hands the block to the host's schema.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+# most tokens of an answer where `spin.generation.max_new_tokens` is not set
+DEFAULT_MAX_NEW_TOKENS = 512
+LossType = Literal["sigmoid", "hinge"]
+# the loss of a pair while policy and opponent are the same model: l(0)
+LOSS_AT_START: Mapping[str, float] = {"sigmoid": math.log(2), "hinge": 1.0}
+
+Beta = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+LearningRate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class VllmConfig(BaseModel):
+    """The vLLM engines (`spin.generation.vllm`): these keys, and any engine argument of vLLM by its own name."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    python: str | None = Field(
+        default=None,
+        description="Path of the Python that has vLLM, possibly in another environment. Default: the one that trains.",
+    )
+    tensor_parallel_size: int = Field(
+        default=1, ge=1, description="GPUs of one engine; the ranks of a node are grouped by so many."
+    )
+    gpu_memory_utilization: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Share of each GPU's memory for the engine. Default: nine tenths of what training leaves free.",
+    )
+    max_model_len: int | None = Field(
+        default=None, ge=2, description="Most tokens of a prompt and its answer together. Default: `sequence_len`."
+    )
+    offload: bool = Field(
+        default=False,
+        description="Move weights, gradients and optimizer state to the CPU while the engine runs.",
+    )
+    stall_seconds: float = Field(
+        default=600.0, gt=0, description="An engine without progress for so long is ended, and the run stops."
+    )
+
+    @model_validator(mode="after")
+    def _ours(self) -> VllmConfig:
+        for key in self.model_extra or {}:
+            if key in ENGINE_KEYS_OF_OURS:
+                raise ValueError(
+                    f"spin.generation.vllm.{key} is set by this plugin ({ENGINE_KEYS_OF_OURS[key]}): remove it"
+                )
+        return self
+
+    def engine_arguments(self) -> dict[str, Any]:
+        """Returns what the user gave of vLLM's engine arguments."""
+        own = ("gpu_memory_utilization", "max_model_len")
+        given = {key: getattr(self, key) for key in own if getattr(self, key) is not None}
+        return {**given, **(self.model_extra or {})}
+
+
+# engine arguments that cannot be the user's, and what they follow from
+ENGINE_KEYS_OF_OURS = {
+    "model": "from `base_model` or the opponent on disk",
+    "tokenizer": "prompts and answers are token ids",
+    "skip_tokenizer_init": "prompts and answers are token ids",
+    "generation_config": "sampling follows `spin.generation`",
+    "override_generation_config": "sampling follows `spin.generation`",
+    "logits_processors": "they would bend the samples",
+    "enable_lora": "from `adapter`",
+    "lora_modules": "from `adapter`",
+    "pipeline_parallel_size": "an engine's GPUs are those of `tensor_parallel_size` ranks",
+    "data_parallel_size": "there is an engine for every `tensor_parallel_size` ranks",
+}
+
+
+class GenerationConfig(BaseModel):
+    """How the opponent answers the prompts (`spin.generation`)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    backend: Literal["transformers", "vllm"] = Field(
+        default="transformers",
+        description="What generates: the training model itself, on every rank, or vLLM engines in processes of their own.",
+    )
+    max_new_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most tokens in an answer. Default: what `sequence_len` leaves after the "
+        f"prompt, at most {DEFAULT_MAX_NEW_TOKENS}. An answer never goes beyond `sequence_len`.",
+    )
+    temperature: float = Field(
+        default=1.0,
+        ge=0,
+        le=10,
+        description="Sampling temperature; the theory assumes 1. 0 is greedy decoding.",
+    )
+    top_p: float = Field(default=1.0, gt=0, le=1, description="Nucleus sampling; the theory assumes 1 (off).")
+    top_k: int | None = Field(default=None, ge=1, description="Sample among the k likeliest tokens. Default: off.")
+    batch_size: int = Field(
+        default=32,
+        ge=1,
+        description="Answers that one rank writes at once; one that has ended makes room for the next prompt.",
+    )
+    gather_weights: Literal["auto", True, False] = Field(
+        default="auto",
+        description="ZeRO-3 and FSDP2: hold the whole weights on every rank while answering and scoring, instead of "
+        "gathering them at every forward. `auto`: where they take at most half of the free memory.",
+    )
+    seed: int | None = Field(default=None, ge=0, description="Seed of the sampling. Default: the host's `seed`.")
+    vllm: VllmConfig = Field(
+        default_factory=VllmConfig,
+        description="Used with `backend: vllm`: the keys below, and any other engine argument by vLLM's own name.",
+    )
+
+
+class SpinConfig(BaseModel):
+    """Self-play settings (`spin`). Everything else is the host's key with the host's meaning."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    iterations: int = Field(
+        default=3, ge=1, le=1000, description="Self-play iterations T; `num_epochs` counts per iteration."
+    )
+    beta: Beta | list[Beta] = Field(
+        default=0.1,
+        description="The paper's lambda: how far the policy may move from the opponent. "
+        "A number, or one per iteration.",
+    )
+    learning_rate: LearningRate | list[LearningRate] | None = Field(
+        default=None,
+        description="Peak learning rate: a number, or one per iteration. Default: the host's `learning_rate`.",
+    )
+    history: int = Field(
+        default=1,
+        ge=0,
+        description="How many earlier iterations' generations are trained on again, 0 to "
+        "iterations-1 (the paper keeps 1).",
+    )
+    loss: LossType = Field(default="sigmoid", description="Logistic loss log(1+exp(-t)), or hinge relu(1-t).")
+    sft_weight: float = Field(
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Adds this times the human answer's negative log-likelihood per token.",
+    )
+    restart_optimizer: bool = Field(
+        default=True, description="Start each iteration with fresh optimizer state, as the paper does."
+    )
+    max_prompts: int | None = Field(
+        default=None, ge=1, description="Use only the first N prompts of the prepared dataset. Default: all."
+    )
+    initial_pairs: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Pairs for iteration 0, which then generates nothing: a `pairs.parquet`, a folder made by `axolotl "
+        "spin export`, or a dataset with `real` and `generated` messages (a file, a folder, or a name on the hub).",
+    )
+    turns: Literal["last", "all"] = Field(
+        default="last",
+        description="Which assistant turns become pairs: the last of each row, or every one.",
+    )
+    eval_prompts: int | None = Field(
+        default=None,
+        ge=0,
+        description="Held-out prompts that the policy answers at each iteration's end, and once before the first. "
+        "Default: 64 where there is held-out data (`val_set_size`, `test_datasets`), else 0.",
+    )
+    save_iterations: bool = Field(
+        default=True,
+        description="Keep each iteration's resulting model or adapter in OUTPUT_DIR/spin/iteration-N/model.",
+    )
+    generation: GenerationConfig = Field(
+        default_factory=GenerationConfig, description="How the opponent answers the prompts."
+    )
+    active: bool = Field(
+        default=False,
+        description="Set by `rl: spin`; not for users. Keeps the claim when the host validates a config twice.",
+    )
+
+    @field_validator("beta", "learning_rate", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any) -> Any:
+        """Reads `5e-7`, which YAML 1.1 leaves a string, and says what was expected instead of a union's errors."""
+        if value is None:
+            return None
+        numbers = []
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            try:
+                number = None if isinstance(item, bool) else float(item)
+            except (TypeError, ValueError):
+                number = None
+            if number is None:
+                raise ValueError(f"expected a number or a list of numbers, got {item!r}")
+            if not 0 < number < math.inf:
+                raise ValueError(f"must be greater than 0 and finite, got {number}")
+            numbers.append(number)
+        return numbers if isinstance(value, (list, tuple)) else numbers[0]
+
+    @model_validator(mode="after")
+    def _lengths(self) -> SpinConfig:
+        for key in ("beta", "learning_rate"):
+            value = getattr(self, key)
+            if isinstance(value, list) and len(value) != self.iterations:
+                raise ValueError(
+                    f"spin.{key} lists {len(value)} values, but spin.iterations is {self.iterations}: "
+                    f"give one number, or {self.iterations} of them"
+                )
+        if "history" not in self.model_fields_set:
+            self.history = min(self.history, self.iterations - 1)  # a single iteration has no earlier one
+        if self.history > self.iterations - 1:
+            raise ValueError(
+                f"spin.history is {self.history}, but only 0 to {self.iterations - 1} earlier iterations "
+                f"exist with spin.iterations: {self.iterations}"
+            )
+        return self
+
+    def betas(self) -> list[float]:
+        """Returns beta for each iteration."""
+        return _per_iteration(self.beta, self.iterations)
+
+    def learning_rates(self, default: float) -> list[float]:
+        """Returns the peak learning rate for each iteration; `default` is the host's."""
+        return _per_iteration(default if self.learning_rate is None else self.learning_rate, self.iterations)
+
+
+def _per_iteration(value: float | list[float], iterations: int) -> list[float]:
+    return list(value) if isinstance(value, list) else [value] * iterations
