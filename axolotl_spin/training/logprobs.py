@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from axolotl_spin.compat import text_config
+from axolotl_spin.training.head import TiledHead, logit_change, selected_logps, tiled_logps
 from axolotl_spin.training.layouts import shared_block_mask, shared_mask
-
-# fp32 numbers that exist at once while log-probs are computed: 64 MiB
-_CHUNK = 16 * 2**20
 
 
 def completion_logps(model: Any, batch: Mapping[str, Tensor], in_head: bool = False) -> Tensor:
@@ -27,7 +26,8 @@ def completion_logps(model: Any, batch: Mapping[str, Tensor], in_head: bool = Fa
         batch: As `PairCollator` makes it, in any layout.
         in_head: Takes the log-probs where the LM head gives its logits, for the very positions that are needed, instead of
             from the forward's output, of which accelerate makes an fp32 copy under mixed precision. Right where the model
-            does nothing to the logits after its head (see `layout_check`).
+            does to the logits after its head what its config says, or nothing (see `layout_check`). Only so a large
+            vocabulary's logits need not be held (see `head`).
 
     Returns:
         (sequences,) sums in nats, fp32: all human answers, then all of the opponent's.
@@ -47,23 +47,30 @@ def completion_logps(model: Any, batch: Mapping[str, Tensor], in_head: bool = Fa
         values = (values if some else values[:, columns]).flatten(0, 1)
         return values[batch["picks"]] if len(inputs["input_ids"]) > 1 else values
 
-    def log_probs(logits: Tensor) -> Tensor:
-        return selected_logps(logits, batch["targets"], overwrite=in_head)
-
+    targets = batch["targets"]
     if in_head:
-        head = _causal_model(model).get_output_embeddings()
+        causal = _causal_model(model)
+        head, change = causal.get_output_embeddings(), logit_change(text_config(causal.config))
         taken: list[Tensor] = []
 
-        def take(_: Any, __: Any, logits: Tensor) -> Tensor:
-            taken.append(log_probs(logits[0]))
-            return taken[0][None, :, None]
+        def give(logps: Tensor) -> Tensor:
+            taken.append(logps)
+            return logps[None, :, None]
 
-        hooks = [
-            head.register_forward_pre_hook(lambda _, hidden: (needed(hidden[0])[None], *hidden[1:])),
-            head.register_forward_hook(take),
-        ]
+        hooks = [head.register_forward_pre_hook(lambda _, hidden: (needed(hidden[0])[None], *hidden[1:]))]
+        way: AbstractContextManager[Any] = nullcontext()
+        tiled = TiledHead.of(head)
+        if tiled is not None and tiled.pays(len(targets)):
+            way = tiled.giving(lambda products, bias: give(tiled_logps(products, bias, targets, change)))
+        else:
+            hooks.append(
+                head.register_forward_hook(
+                    lambda _, __, logits: give(selected_logps(logits[0], targets, change, overwrite=True))
+                )
+            )
         try:
-            given = model(**inputs, **some, use_cache=False).logits[0, :, 0]
+            with way:
+                given = model(**inputs, **some, use_cache=False).logits[0, :, 0]
         finally:
             for hook in hooks:
                 hook.remove()
@@ -71,7 +78,7 @@ def completion_logps(model: Any, batch: Mapping[str, Tensor], in_head: bool = Fa
         # hooks of wrappers that gather weights for the backward pass sit there
         token_logps = taken[0] + 0.0 * given.float()
     else:
-        token_logps = log_probs(needed(model(**inputs, **some, use_cache=False).logits))
+        token_logps = selected_logps(needed(model(**inputs, **some, use_cache=False).logits), targets)
     lengths = batch["completion_lengths"]
     places = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]  # (sequences, longest)
     per_token_logps = token_logps.new_zeros(places.shape).masked_scatter(places, token_logps)
@@ -105,46 +112,3 @@ def _causal_model(model: Any) -> Any:
 def _keeps_some_logits(model: Any) -> bool:
     """Whether a model's forward takes the positions whose logits are wanted; some models with code of their own do not."""
     return "logits_to_keep" in inspect.signature(_causal_model(model).forward).parameters
-
-
-class _SelectedLogps(torch.autograd.Function):
-    """log softmax(logits)[target] in fp32, a chunk of tokens at a time, forward and backward."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, overwrite: bool) -> Tensor:
-        chunk = max(1, _CHUNK // logits.shape[-1])
-        normalizers, chosen = [], []
-        for part, target in zip(logits.split(chunk), targets.split(chunk), strict=True):
-            normalizers.append(part.float().logsumexp(-1))
-            chosen.append(part.gather(-1, target[:, None]).squeeze(-1).float())
-        normalizer = torch.cat(normalizers)
-        ctx.save_for_backward(logits, targets, normalizer)
-        ctx.overwrite = overwrite
-        return torch.cat(chosen) - normalizer
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        logits, targets, normalizer = ctx.saved_tensors
-        chunk = max(1, _CHUNK // logits.shape[-1])
-        gradient = logits.detach() if ctx.overwrite else torch.empty_like(logits)
-        for start in range(0, len(logits), chunk):
-            rows = slice(start, start + chunk)
-            part = torch.sub(logits[rows].float(), normalizer[rows, None]).exp_().mul_(-grad[rows, None])
-            part.scatter_add_(-1, targets[rows, None], grad[rows, None])
-            gradient[rows] = part
-        return gradient, None, None
-
-
-def selected_logps(logits: Tensor, targets: Tensor, overwrite: bool = False) -> Tensor:
-    """Returns the log-prob of each target, computed in fp32 without an fp32 copy of all logits.
-
-    Args:
-        logits: (tokens, vocabulary), of any floating type, as the model gives them: scaled, capped and biased.
-        targets: (tokens,) ids.
-        overwrite: The backward pass writes the gradient where the logits are. Nothing else may need them, and it runs
-            once.
-
-    Returns:
-        (tokens,) log-probs in nats, fp32.
-    """
-    return _SelectedLogps.apply(logits, targets, overwrite)

@@ -19,8 +19,9 @@ from transformers import (
     PhiConfig,
 )
 
+from axolotl_spin.training.head import selected_logps
 from axolotl_spin.training.layouts import PairCollator, _balanced_rows, _cheapest_rows, shared_block_mask, shared_mask
-from axolotl_spin.training.logprobs import completion_logps, selected_logps
+from axolotl_spin.training.logprobs import completion_logps
 
 
 def pairs(count: int = 7, seed: int = 0) -> list[dict[str, Any]]:
@@ -236,13 +237,13 @@ def test_flex_attention_gives_the_same_log_probs() -> None:
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_selected_logps_and_their_gradient(kind: torch.dtype, overwrite: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against torch's log-softmax of everything, with chunks of three tokens."""
-    monkeypatch.setattr("axolotl_spin.training.logprobs._CHUNK", 3 * 11)
+    monkeypatch.setattr("axolotl_spin.training.head._CHUNK", 3 * 11)
     torch.manual_seed(0)
     logits = (4 * torch.randn(10, 11)).to(kind).requires_grad_()
     targets = torch.randint(11, (10,))
     weights = torch.randn(10)
     given = logits.clone()  # as a head gives them: no leaf
-    found = selected_logps(given, targets, overwrite)
+    found = selected_logps(given, targets, overwrite=overwrite)
     (found * weights).sum().backward()
     assert torch.equal(given, logits) != overwrite
     ours, logits.grad = logits.grad, None
@@ -271,7 +272,7 @@ class LargestFp32(TorchDispatchMode):
 @pytest.mark.parametrize("in_head", [True, False])
 def test_no_fp32_copy_of_the_logits_under_mixed_precision(in_head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """accelerate makes one of the forward's output: what is taken in the head never becomes output."""
-    monkeypatch.setattr("axolotl_spin.training.logprobs._CHUNK", 40_000)
+    monkeypatch.setattr("axolotl_spin.training.head._CHUNK", 40_000)
     model: Any = tiny.model(4000, seed=3).train()
     context = torch.autocast("cpu", dtype=torch.bfloat16)
     model.forward = convert_outputs_to_fp32(context(model.forward))  # as `Accelerator.prepare` wraps it
