@@ -64,6 +64,18 @@ def logit_change(config: Any) -> Change:
     )
 
 
+def logits_held(tokens: int, vocabulary: int, width: int) -> int:
+    """Returns the bytes of logits that a step holds at once where its head can be taken in tiles.
+
+    Args:
+        tokens: Positions that reach the head.
+        vocabulary: Its size.
+        width: Bytes of a number.
+    """
+    whole = tokens * vocabulary * width
+    return whole if whole <= _HELD else 3 * 4 * _CHUNK  # a tile in the head's precision, in fp32, and its slope
+
+
 class Product(NamedTuple):
     """A linear map in a head, whose results add up to the logits.
 
@@ -115,7 +127,8 @@ class TiledHead:
 
         The same batch gives the same answer, so that policy and opponent are rounded alike.
         """
-        return tokens * self._linear.out_features * self._linear.weight.dtype.itemsize > _HELD
+        whole = tokens * self._linear.out_features * self._linear.weight.dtype.itemsize
+        return whole > _HELD
 
     @contextmanager
     def giving(self, values: Callable[[list[Product], Tensor | None], Tensor]) -> Iterator[None]:

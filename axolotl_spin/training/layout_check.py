@@ -21,6 +21,7 @@ from torch import Tensor
 from axolotl_spin.compat import text_config
 from axolotl_spin.data.prompts import token_counts
 from axolotl_spin.ranks.bare import bare
+from axolotl_spin.training.head import TiledHead
 from axolotl_spin.training.layouts import Layout, PairCollator
 from axolotl_spin.training.logprobs import completion_logps
 from axolotl_spin.training.policy import frozen
@@ -233,23 +234,22 @@ def settle_layout(
     """
     policy = bare(model, accelerator)
     layout, why = preferred_layout(policy.config, sample_packing=sample_packing, longest=longest)
-    text = text_config(policy.config)
-    collator.hidden_size = int(getattr(text, "hidden_size", None) or collator.hidden_size)
-    has_head = policy.get_output_embeddings() is not None if hasattr(policy, "get_output_embeddings") else False
+    collator.hidden_size = int(getattr(text_config(policy.config), "hidden_size", None) or collator.hidden_size)
     # a compiled forward may pass by hooks that its head got later, for some shapes and not for others
-    has_head = has_head and not is_compiled_module(model)
+    asked = hasattr(policy, "get_output_embeddings") and not is_compiled_module(model)
+    has_head = asked and policy.get_output_embeddings() is not None
     pairs = tried_pairs(prompts)
 
     def ask(question: Callable[..., Any], some: Sequence[Pair], tried: Layout, in_head: bool = False) -> list[float]:
         """Returns a question's figures, the largest of any rank's; infinite where the model does not take the layout."""
         candidate = PairCollator(collator.pad_token_id, tried, hidden_size=10**6)  # all pairs in one row
         candidate.in_head = in_head
+        figures: Any = float("inf") if question is head_off else (float("inf"), 0.0)
         try:
             with frozen(model):
                 figures = question(model, some, candidate, accelerator.device)
         except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
             LOG.warning(f"the model does not take pairs in the {tried} layout: {error}")
-            figures = float("inf") if question is head_off else (float("inf"), 0.0)
         return accelerator.gather(torch.tensor([figures], device=accelerator.device).view(1, -1)).amax(0).tolist()
 
     def in_head(tried: Layout) -> bool:
@@ -259,8 +259,7 @@ def settle_layout(
     if layout != "padded":
         off, noise = ask(layout_off, pairs, layout, collator.in_head)
         if not off <= max(_NOISE * noise, _LEAST):
-            off_by = f"{off:.2g} nats per root of a token (rounding: {noise:.2g})"
-            why = f"in the {layout} layout its log-probs are off by {off_by}"
+            why = f"{layout}, its log-probs are off by {off:.2g} nats per root of a token (rounding: {noise:.2g})"
             collator.layout, collator.in_head = "padded", in_head("padded")
     if collator.layout == "padded":
         off, noise = ask(padding_off, pairs[-_LONG:], "padded", collator.in_head)
@@ -270,6 +269,8 @@ def settle_layout(
                 "attention does not heed its mask, here as in SFT; try another `attn_implementation` (`eager`)"
             )
     where = "where the LM head gives its logits" if collator.in_head else "from the forward's output"
+    if collator.in_head and TiledHead.of(policy.get_output_embeddings()) is None:
+        where += ", all of which are held: it is more than linear layers"
     return f"pairs are laid out {collator.layout}: {why}; log-probs are taken {where}"
 
 
@@ -286,8 +287,7 @@ def tried_pairs(prompts: Any) -> list[Pair]:
     longest = np.argsort(-lengths, kind="stable")[:_LONG].tolist()
     spread = np.linspace(0, len(lengths) - 1, min(_TRIED, len(lengths))).astype(int).tolist()
     picked = [*longest, *(row for row in spread if row not in longest)][: min(_TRIED, len(lengths))]
-    rows = [prompts[row] for row in picked]
-    texts = [[*row["prompt_ids"], *row["chosen_ids"]] for row in rows]
+    texts = [[*prompts[row]["prompt_ids"], *prompts[row]["chosen_ids"]] for row in picked]
     texts = [ids[: _MOST_LONG if place < _LONG else _MOST] for place, ids in enumerate(texts)]
     answers = [ids[-min(len(ids) // 2, _MOST_ANSWER) :] for ids in texts]
     return [

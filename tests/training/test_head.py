@@ -13,7 +13,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig
 
-from axolotl_spin.training.head import Change, Product, TiledHead, logit_change, selected_logps, tiled_logps
+from axolotl_spin.training.head import (
+    Change,
+    Product,
+    TiledHead,
+    logit_change,
+    logits_held,
+    selected_logps,
+    tiled_logps,
+)
 from axolotl_spin.training.layouts import PairCollator
 from axolotl_spin.training.logprobs import completion_logps
 
@@ -163,6 +171,12 @@ def test_logits_that_fit_are_held() -> None:
     tiled = TiledHead.of(head)
     assert tiled is not None
     assert [tiled.pays(tokens) for tokens in (512, 513)] == [False, True]  # 256 MiB are 512 * 131072 * 4 bytes
+
+
+def test_what_a_step_holds_of_its_logits() -> None:
+    """All of them up to 256 MiB; above, three tiles of 64 MiB."""
+    assert logits_held(512, 131_072, 4) == 2**28
+    assert logits_held(513, 131_072, 4) == 3 * 2**26
 
 
 def test_a_head_that_is_more_than_a_product_is_left_alone() -> None:

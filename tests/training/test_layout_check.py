@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -262,21 +263,48 @@ def test_a_model_that_does_not_take_it_falls_back(
     assert ("nats per root of a token" in line) == (layout == "padded")
 
 
+def caps_its_logits(model: Any) -> Any:
+    """As Gemma 2 does it, without a word in its config."""
+    inner = model.forward
+
+    def capped(*args: Any, **kwargs: Any) -> Any:
+        out = inner(*args, **kwargs)
+        out.logits = torch.tanh(out.logits / 30.0) * 30.0
+        return out
+
+    capped.__signature__ = inspect.signature(inner)  # type: ignore[attr-defined]
+    model.forward = capped
+    return model
+
+
 @BOTH
 @pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
-def test_the_head_is_taken_where_it_gives_the_models_logits_exactly(kind: torch.dtype, layout: Any) -> None:
-    """A cap of 30 on logits of a few, as Gemma 2 has it, is less than bf16's noise between layouts; within one it shows."""
+@pytest.mark.parametrize("capped", ["not", "by its config", "in silence"])
+def test_the_head_is_taken_where_it_gives_the_models_logits_exactly(
+    kind: torch.dtype, layout: Any, capped: str
+) -> None:
+    """A cap of 30 on logits of a few is less than bf16's noise between layouts; within one it shows."""
     pairs, collator = tried_pairs(prompts(answer=(20, 60)))[:2], PairCollator(0, layout, 10**6)
     torch.manual_seed(0)
-    shape = {**SMALL, "head_dim": 8, "initializer_range": 0.2}
-    for cap in (None, 30.0):
-        config = Gemma2Config(**shape, final_logit_softcapping=cap, attn_logit_softcapping=None)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(kind).eval()
-        off = head_off(model, pairs, collator, "cpu")
-        assert off == 0.0 if cap is None else off > 1e-3
-        if layout == "shared":
-            line, found = settled(model, prompts(answer=(20, 60)))
-            assert "laid out shared" in line and found.in_head == (cap is None)
+    cap = 30.0 if capped == "by its config" else None
+    shape = {**SMALL, "head_dim": 8, "initializer_range": 0.2, "attn_logit_softcapping": None}
+    config = Gemma2Config(**shape, final_logit_softcapping=cap)
+    model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(kind).eval()
+    if capped == "in silence":
+        model = caps_its_logits(model)
+    off = head_off(model, pairs, collator, "cpu")
+    assert off > 1e-3 if capped == "in silence" else off == 0.0
+    if layout == "shared":
+        line, found = settled(model, prompts(answer=(20, 60)))
+        assert "laid out shared" in line and found.in_head == (capped != "in silence")
+
+
+def test_a_head_whose_logits_cannot_but_be_held_is_told() -> None:
+    model = get_peft_model(
+        tiny.model(47, attn_implementation="sdpa"), LoraConfig(target_modules=["lm_head"], use_dora=True)
+    )
+    line, collator = settled(model, prompts())
+    assert collator.in_head and line.endswith("gives its logits, all of which are held: it is more than linear layers")
 
 
 def test_a_model_that_does_not_repeat_itself_is_given_its_own_noise() -> None:

@@ -27,6 +27,7 @@ pytestmark = [pytest.mark.host, pytest.mark.ranks]
 FULL = ["single", "ddp", "zero2", "zero3", "fsdp2"]
 LORA = [f"{name}-lora" for name in FULL]
 GATHER = {"zero3-lora": False, "fsdp2": False}  # the others choose by the free memory
+TILED = ("zero3", "fsdp2", "zero2-lora", "fsdp2-lora")  # log-probs are taken in tiles there, and from logits elsewhere
 ITERATIONS = 3
 HELD_OUT = 9
 LN2 = 0.6931472
@@ -75,6 +76,8 @@ def settings_of(name: str, folder: Path) -> dict[str, Any]:
     changes: dict[str, Any] = host.layout(name, folder)
     if name.endswith("-lora"):
         changes["lora_model_dir"] = str(folder / "adapter")
+    if name in TILED:
+        changes["plugins"] = ["tiled.TiledPlugin", *changes["plugins"]]
     # of the very rows that are trained on, so that their number stays
     changes["test_datasets"] = [{**entry, "split": "train"} for entry in host.config(folder)["datasets"]]
     spin = {

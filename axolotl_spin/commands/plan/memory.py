@@ -13,6 +13,7 @@ import torch
 from axolotl.utils.dict import DictDefault
 
 from axolotl_spin.compat import empty_model, text_config
+from axolotl_spin.training.head import logits_held
 from axolotl_spin.training.towers import freeze_towers
 
 # buffers as large as the trained weights that an optimizer keeps
@@ -165,7 +166,10 @@ def estimate_memory(size: ModelSize, cfg: Any, load: Load) -> dict[str, Any]:
     if "param" in offload:
         notes.append(f"{gib(weights)} of weights are in main memory (offload)")
         weights = 0.0
-    activations = _activations(size, load, bool(cfg.gradient_checkpointing), 2 if half else 4)
+    logits = load.answer_tokens * size.vocabulary * (2 if half else 4)
+    if not cfg.torch_compile:
+        logits = logits_held(load.answer_tokens, size.vocabulary, 2 if half else 4)
+    activations = _activations(size, load, bool(cfg.gradient_checkpointing), 2 if half else 4) + logits
     notes.append("activations are rough (34 x hidden size bytes a token and layer; less with gradient checkpointing)")
     cache = load.generation_tokens * size.kv_per_token * (2 if half else width)
     answering = cache + (whole if fsdp or zero == 3 else 0)
@@ -216,7 +220,7 @@ def _offloaded(cfg: Any) -> set[str]:
 def _activations(size: ModelSize, load: Load, checkpointing: bool, width: int) -> float:
     layer = _LAYER * size.hidden * width / 2
     kept = size.layers * size.hidden * width + layer if checkpointing else size.layers * layer
-    return load.training_tokens * kept + load.answer_tokens * size.vocabulary * width
+    return load.training_tokens * kept
 
 
 def gib(count: float | None, digits: int = 1) -> str:
