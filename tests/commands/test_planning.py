@@ -351,6 +351,7 @@ def some(rows: int, usual: int, other: int, count: int) -> np.ndarray:
     ("changes", "key", "figure"),
     [
         ({"spin": {"history": 0}}, "spin.history", "beta 0.1 with `history: 0`"),
+        ({"spin": {"loss": "space"}}, "spin.beta", "at 0.1 it lies beyond it"),
         ({"spin": {"generation": {"temperature": 0.7}}}, "spin.generation", "temperature 0.7"),
         ({"spin": {"generation": {"top_k": 9}}}, "spin.generation", "top_k 9"),
         ({"rate": 2e-5}, "learning_rate", "2e-05 is high for full fine-tuning"),
@@ -374,7 +375,7 @@ def some(rows: int, usual: int, other: int, count: int) -> np.ndarray:
     ],
 )
 def test_advice_names_the_key_and_the_figures(changes: dict[str, Any], key: str, figure: str) -> None:
-    assert advise(facts()) == []
+    assert advise(facts()) == [] == advise(facts(spin={"loss": "space", "beta": 1, "history": 0}))
     found = [item for item in advise(facts(**changes)) if item["key"] == key]
     assert found and figure in found[0]["text"], advise(facts(**changes))
 
