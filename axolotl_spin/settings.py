@@ -165,8 +165,20 @@ class SpinConfig(BaseModel):
     restart_optimizer: bool = Field(
         default=True, description="Start each iteration with fresh optimizer state, as the paper does."
     )
+    schedule_epochs: int | None = Field(
+        default=None,
+        ge=1,
+        description="Epochs over which the learning rate's schedule of each iteration is laid out, warmup included; "
+        "`num_epochs` of them are run. Default: `num_epochs`.",
+    )
     max_prompts: int | None = Field(
         default=None, ge=1, description="Use only the first N prompts of the prepared dataset. Default: all."
+    )
+    prompts_per_iteration: int | None = Field(
+        default=None,
+        ge=1,
+        description="Prompts that each iteration answers: a part of all, drawn by `seed`, other ones each time until all have "
+        "had their turn. Default: all.",
     )
     initial_pairs: str | None = Field(
         default=None,

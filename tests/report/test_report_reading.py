@@ -150,6 +150,24 @@ def test_a_sample_is_the_same_each_time_and_spread_over_the_data(tmp_path: Path)
     )
 
 
+def test_iterations_that_answer_different_prompts(tmp_path: Path) -> None:
+    """Each prompt stands once, with the answers that it has, found by itself and not by its place."""
+    finished.make(tmp_path, prompts=12, iterations=3, **{"spin.prompts_per_iteration": 12})
+    run = read_run(tmp_path)
+    for iteration, rows in ((0, [0, 1, 2, 3, 4, 5]), (1, [11, 10, 9, 8, 4])):
+        path = run.directory.pairs(iteration)
+        pq.write_table(pq.read_table(path).take(rows), path)
+    shown = sample([read_answers(run)])
+    assert (len(shown.prompts), shown.total) == (12, 6 + 5 + 12)
+    found = [{prompt["prompt"]: prompt["answers"][column] for prompt in shown.prompts} for column in range(3)]
+    assert [sum(answer is not None for answer in column.values()) for column in found] == [6, 5, 12]
+    for iteration, column in enumerate(found):
+        table = pq.read_table(run.directory.pairs(iteration)).to_pylist()
+        texts = {row["prompt"]: row["rejected"] for row in table if row["generated_in"] == iteration}
+        assert {prompt: answer["text"] for prompt, answer in column.items() if answer} == texts
+    assert len({prompt["n"] for prompt in shown.prompts}) == 12
+
+
 def test_texts_are_cut_until_they_fit() -> None:
     """240 prompts of five texts of 20 thousand bytes: cut, and of a prompt the end is kept."""
     text = "x" * 19_999 + "é"

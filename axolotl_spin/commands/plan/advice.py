@@ -174,8 +174,9 @@ def _about_steps(facts: Facts, say) -> None:
     for entry in entries:
         rest = entry.rows % batch
         if rest and 4 * rest <= batch and entry.steps_per_epoch > 1:
+            key = "spin.max_prompts" if facts.settings.prompts_per_iteration is None else "spin.prompts_per_iteration"
             say(
-                "spin.max_prompts",
+                key,
                 f"the last step of each epoch of iteration {entry.iteration} has {rest} pairs instead of {batch}, and "
                 "moves as far as the others",
             )
