@@ -159,7 +159,7 @@ class SpinConfig(BaseModel):
     )
     length_normalized: bool = Field(
         default=False,
-        description="Divide each answer's reward by its tokens, for data whose answers are told apart by their length alone. "
+        description="Divide each answer's reward by its tokens, for data whose answers are told apart by length alone. "
         "The optimum is then not the data's distribution.",
     )
     restart_optimizer: bool = Field(
@@ -177,8 +177,8 @@ class SpinConfig(BaseModel):
     prompts_per_iteration: int | None = Field(
         default=None,
         ge=1,
-        description="Prompts that each iteration answers: a part of all, drawn by `seed`, other ones each time until all have "
-        "had their turn. Default: all.",
+        description="Prompts that each iteration answers: a part of all, drawn by `seed`, other ones each time until all "
+        "have had their turn. Default: all.",
     )
     initial_pairs: str | None = Field(
         default=None,

@@ -129,7 +129,7 @@ class SelfPlay:
     # -- generation ---------------------------------------------------------------------------------------------------
 
     def _generate(self, entry: IterationPlan, model: Any) -> tuple[PairDataset, Figures]:
-        """Answers the iteration's prompts; finished chunks are on disk, so an interrupted phase makes only the missing ones.
+        """Answers the prompts; finished chunks are on disk, so an interrupted phase makes only the missing ones.
 
         Returns:
             The iteration's pairs, still without the opponent's log-probs, and figures.

@@ -172,7 +172,13 @@ def sample(runs: Sequence[list[IterationAnswers]]) -> Sample:
             keys[key] = number
             length = int(asked[0].chosen_length[index])
             made.prompts.append(
-                {"n": number, "row": known["row"], "prompt": known["prompt"], "human": known["chosen"], "tokens": length}
+                {
+                    "n": number,
+                    "row": known["row"],
+                    "prompt": known["prompt"],
+                    "human": known["chosen"],
+                    "tokens": length,
+                }
             )
         made.total += max(len(found.rows) for found in asked)
     for found in with_answers:

@@ -177,8 +177,8 @@ def make_plan(
     schedule_epochs = schedule_epochs or num_epochs
     if schedule_epochs < num_epochs:
         raise ValueError(
-            f"`spin.schedule_epochs: {schedule_epochs}` is less than `num_epochs: {num_epochs}`, so the learning rate would "
-            f"have no value in the last epochs of an iteration: use {num_epochs} or more, or leave it out"
+            f"`spin.schedule_epochs: {schedule_epochs}` is less than `num_epochs: {num_epochs}`, so the learning rate "
+            f"would have no value in the last epochs of an iteration: use {num_epochs} or more, or leave it out"
         )
     entries: list[IterationPlan] = []
     first_step = 0

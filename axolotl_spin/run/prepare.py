@@ -199,8 +199,8 @@ def _prompts_of_an_iteration(settings: SpinConfig, prompts: int) -> int:
     size = settings.prompts_per_iteration
     if size is not None and size > prompts:
         raise ValueError(
-            f"`spin.prompts_per_iteration: {size}` is more than the {prompts} prompts of the data: lower it, or leave it out, "
-            "and each iteration answers all of them"
+            f"`spin.prompts_per_iteration: {size}` is more than the {prompts} prompts of the data: lower it, or leave it "
+            "out, and each iteration answers all of them"
         )
     return prompts if size is None else size
 

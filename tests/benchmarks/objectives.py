@@ -4,9 +4,9 @@
 
 The vocabulary is the end token and three letters, an answer has at most four tokens: 121 outcomes. The policy is a table of
 logits, four for each of the 40 beginnings; start and data are drawn. Every pair of a human and an own answer is weighted by
-its probability, so that a gradient is the population's. An iteration is so many steps of Adam at 0.05. What is told is the
-total variation to the data's distribution after each iteration, as a share of the start's. It takes half a minute, and prints
-the table of `docs/objectives.md`.
+its probability, so that a gradient is the population's. An iteration is so many steps of Adam. What is told is the total
+variation to the data's distribution after each iteration, as a share of the start's. It takes half a minute, and prints the
+table of `docs/objectives.md`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ OUTCOMES = [
     for letters in itertools.product(LETTERS, repeat=length)
 ]
 LENGTHS = torch.tensor([len(outcome) for outcome in OUTCOMES])
-SPREAD, RATE = 1.5, 0.05  # of the logits that start and data are drawn with; of Adam
+SPREAD = 1.5  # of the logits that start and data are drawn with
 
 
 def _choices() -> Tensor:
@@ -92,6 +92,7 @@ class Game(NamedTuple):
     objective: Objective
     iterations: int = 3
     steps: int = 200
+    rate: float = 0.05
 
 
 GAMES = {
@@ -105,6 +106,8 @@ GAMES = {
     "short space 1": Game("`space`, beta 1", objective("space", 1.0), 5, 20),
     "short sigmoid per token": Game("`sigmoid`, beta 1, `length_normalized`", objective("sigmoid", 1.0, True), 5, 20),
     "short space per token": Game("`space`, beta 1, `length_normalized`", objective("space", 1.0, True), 5, 20),
+    "small sigmoid 0.1": Game("`sigmoid`, beta 0.1", objective("sigmoid", 0.1), 5, 20, 0.01),
+    "small sigmoid 1": Game("`sigmoid`, beta 1", objective("sigmoid", 1.0), 5, 20, 0.01),
 }
 SEEDS = (0, 1)
 
@@ -118,7 +121,7 @@ def play(game: Game, seed: int) -> list[float]:
     first, truth = logps(start), logps(data)
     table, opponent, left = start.clone().requires_grad_(), first, []
     for _ in range(game.iterations):
-        optimizer = torch.optim.Adam([table], lr=RATE)
+        optimizer = torch.optim.Adam([table], lr=game.rate)
         for _ in range(game.steps):
             optimizer.zero_grad()
             game.objective(logps(table), opponent, first, truth).backward()
@@ -131,10 +134,10 @@ def play(game: Game, seed: int) -> list[float]:
 def row(game: Game) -> str:
     """Returns a game's row of the table."""
     cells = (" ".join(f"{share:.3f}".removeprefix("0") for share in play(game, seed)) for seed in SEEDS)
-    return f"| {game.name} | {game.steps} | {' | '.join(cells)} |"
+    return f"| {game.name} | {game.steps} at {game.rate:g} | {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":
-    print("| objective | steps | left after each iteration | with another seed |\n|---|---|---|---|")
+    print("| objective | steps | left after each iteration | from another start |\n|---|---|---|---|")
     for one in GAMES.values():
         print(row(one), flush=True)

@@ -72,7 +72,9 @@ def test_the_rate_follows_the_longer_schedule(single: host.Run) -> None:
     """Linear with two steps of warmup over 5 epochs: of 10 steps 4 are taken, of 15 steps 6."""
     rates = [row["learning_rate"] for row in single.logs() if "loss" in row]
     expected = [
-        1e-3 * min(step / 2, (whole - step) / (whole - 2)) for whole, taken in ((10, 4), (15, 6)) for step in range(taken)
+        1e-3 * min(step / 2, (whole - step) / (whole - 2))
+        for whole, taken in ((10, 4), (15, 6))
+        for step in range(taken)
     ]
     assert rates == pytest.approx(expected)
 
@@ -95,7 +97,9 @@ def test_loss_and_rewards_of_every_step(folder: Path, warm: Warm, kind: str, per
     assert len(logs) == len(rows) == 16
     for log, pair in zip(logs, (rows[index] for index in order), strict=True):
         rewards = [
-            0.7 * (log[f"logps/{side}"] - pair[f"opponent_{side}_logp"]) / (len(pair[f"{side}_ids"]) if per_token else 1)
+            0.7
+            * (log[f"logps/{side}"] - pair[f"opponent_{side}_logp"])
+            / (len(pair[f"{side}_ids"]) if per_token else 1)
             for side in ("chosen", "rejected")
         ]
         assert [log["rewards/chosen"], log["rewards/rejected"]] == pytest.approx(rewards, abs=1e-5)
@@ -131,7 +135,9 @@ def test_layouts_agree(name: str, folder: Path, warm: Warm, warm_ranks: Ranks, s
     kind = name.partition("-")[0]
     changes = {**host.layout(name, folder), "plugins": ["cpu_cluster.CpuClusterPlugin", *host.OURS]}
     run = host.train(settings(folder, name, **changes), kind, by=warm if kind == "single" else warm_ranks)
-    assert [run.metrics(iteration)["loss_first"] for iteration in range(2)] == pytest.approx([2 * math.log(2)] * 2, abs=1e-5)
+    assert [run.metrics(iteration)["loss_first"] for iteration in range(2)] == pytest.approx(
+        [2 * math.log(2)] * 2, abs=1e-5
+    )
     assert "is off by" not in run.output
     # what an adapter has learnt until iteration 1 is another thing, and so are its answers there
     same = 1 if name.endswith("-lora") else 2

@@ -90,7 +90,7 @@ def test_max_steps_cuts_a_longer_schedule_in_proportion() -> None:
 
 
 def test_a_schedule_shorter_than_what_is_run_is_an_error() -> None:
-    with pytest.raises(ValueError, match="`spin.schedule_epochs: 1` is less than `num_epochs: 2`"):
+    with pytest.raises(ValueError, match=r"`spin\.schedule_epochs: 1` is less than `num_epochs: 2`"):
         plan(schedule_epochs=1)
 
 

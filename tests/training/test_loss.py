@@ -173,7 +173,11 @@ def test_equal_answers_hold_space_where_it_is() -> None:
 
 
 def test_beta_is_by_default_that_of_the_loss() -> None:
-    assert [SpinConfig(loss=kind).betas() for kind in ("sigmoid", "hinge", "space")] == [[0.1] * 3, [0.1] * 3, [1.0] * 3]
+    assert [SpinConfig(loss=kind).betas() for kind in ("sigmoid", "hinge", "space")] == [
+        [0.1] * 3,
+        [0.1] * 3,
+        [1.0] * 3,
+    ]
     assert SpinConfig(loss="space", beta=0.1).beta == 0.1
     again = SpinConfig.model_validate(SpinConfig(loss="space").model_dump())  # as the host does
     assert again.betas() == [1.0] * 3

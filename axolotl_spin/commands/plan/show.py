@@ -43,8 +43,8 @@ def _about_the_table(plan: Plan, figures: dict[str, Any]) -> list[str]:
     if last.schedule is not None:
         lines.append(
             f"the learning rate's schedule is laid out over {figures['schedule_epochs']} epochs of an iteration, of which "
-            f"{plan.num_epochs} are run: in iteration {last.iteration} over {last.schedule} steps, of which {last.steps} are "
-            "taken"
+            f"{plan.num_epochs} are run: in iteration {last.iteration} over {last.schedule} steps, of which {last.steps} "
+            "are taken"
         )
     return lines
 
