@@ -204,6 +204,16 @@ def test_charts_are_valid_figures_of_what_was_logged(tmp_path: Path) -> None:
     assert all(sum(trace["y"]) == pytest.approx(1.0, abs=1e-4) for trace in lengths.data)
 
 
+@pytest.mark.parametrize(
+    ("kind", "level", "text"), [("sigmoid", 0.693147, "ln 2"), ("hinge", 1.0, "1"), ("space", 1.386294, "2 ln 2")]
+)
+def test_the_level_at_which_the_loss_starts(tmp_path: Path, kind: str, level: float, text: str) -> None:
+    finished.make(tmp_path, **{"spin.loss": kind})
+    layout = curves([read_run(tmp_path)])[0].layout
+    assert [shape["y0"] for shape in layout["shapes"] if shape.get("y0") == shape.get("y1")] == [pytest.approx(level)]
+    assert text in [label["text"] for label in layout["annotations"]]
+
+
 def test_long_logs_are_averaged_and_the_page_says_so(tmp_path: Path) -> None:
     plan = finished.make(tmp_path, prompts=40, iterations=1)
     directory = RunDirectory(tmp_path)
