@@ -89,7 +89,9 @@ def test_space_is_as_near_as_the_logistic_loss(
 def test_space_shows_a_planted_defect(
     warm: Warm, tmp_path: Path, sigmoid: Callable[[int], list[float]], defect: str
 ) -> None:
-    left = play(tmp_path, warm, seed=3, iterations=2, defect=defect, loss="space")
+    """A wrong loss shows in the first iteration (measured: 1.30, 1.88, 0.35 of the distance are left, instead of 0.13)."""
+    iterations = 2 if defect == "frozen_opponent" else 1
+    left = play(tmp_path, warm, seed=3, iterations=iterations, defect=defect, loss="space")
     assert not as_near(left, sigmoid(3)), (left, sigmoid(3))
 
 
