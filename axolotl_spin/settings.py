@@ -13,9 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 # most tokens of an answer where `spin.generation.max_new_tokens` is not set
 DEFAULT_MAX_NEW_TOKENS = 512
-LossType = Literal["sigmoid", "hinge"]
-# the loss of a pair while policy and opponent are the same model: l(0)
-LOSS_AT_START: Mapping[str, float] = {"sigmoid": math.log(2), "hinge": 1.0}
+LossType = Literal["sigmoid", "hinge", "space"]
+# the loss of a pair while policy and opponent are the same model
+LOSS_AT_START: Mapping[str, float] = {"sigmoid": math.log(2), "hinge": 1.0, "space": 2 * math.log(2)}
+# beta where `spin.beta` is not set; at 1 the optimum of `space` is the data's distribution
+BETA: Mapping[str, float] = {"sigmoid": 0.1, "hinge": 0.1, "space": 1.0}
 
 Beta = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 LearningRate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -130,9 +132,9 @@ class SpinConfig(BaseModel):
         default=3, ge=1, le=1000, description="Self-play iterations T; `num_epochs` counts per iteration."
     )
     beta: Beta | list[Beta] = Field(
-        default=0.1,
+        default=BETA["sigmoid"],
         description="The paper's lambda: how far the policy may move from the opponent. "
-        "A number, or one per iteration.",
+        f"A number, or one per iteration. Default with `loss: space`: {BETA['space']:g}.",
     )
     learning_rate: LearningRate | list[LearningRate] | None = Field(
         default=None,
@@ -144,18 +146,39 @@ class SpinConfig(BaseModel):
         description="How many earlier iterations' generations are trained on again, 0 to "
         "iterations-1 (the paper keeps 1).",
     )
-    loss: LossType = Field(default="sigmoid", description="Logistic loss log(1+exp(-t)), or hinge relu(1-t).")
+    loss: LossType = Field(
+        default="sigmoid",
+        description="Of the margin t: the logistic loss log(1+exp(-t)), or `hinge`, relu(1-t). `space`: a logistic loss of "
+        "each answer's reward by itself.",
+    )
     sft_weight: float = Field(
         default=0.0,
         ge=0,
         allow_inf_nan=False,
         description="Adds this times the human answer's negative log-likelihood per token.",
     )
+    length_normalized: bool = Field(
+        default=False,
+        description="Divide each answer's reward by its tokens, for data whose answers are told apart by length alone. "
+        "The optimum is then not the data's distribution.",
+    )
     restart_optimizer: bool = Field(
         default=True, description="Start each iteration with fresh optimizer state, as the paper does."
     )
+    schedule_epochs: int | None = Field(
+        default=None,
+        ge=1,
+        description="Epochs over which the learning rate's schedule of each iteration is laid out, warmup included; "
+        "`num_epochs` of them are run. Default: `num_epochs`.",
+    )
     max_prompts: int | None = Field(
         default=None, ge=1, description="Use only the first N prompts of the prepared dataset. Default: all."
+    )
+    prompts_per_iteration: int | None = Field(
+        default=None,
+        ge=1,
+        description="Prompts that each iteration answers: a part of all, drawn by `seed`, other ones each time until all "
+        "have had their turn. Default: all.",
     )
     initial_pairs: str | None = Field(
         default=None,
@@ -203,6 +226,12 @@ class SpinConfig(BaseModel):
                 raise ValueError(f"must be greater than 0 and finite, got {number}")
             numbers.append(number)
         return numbers if isinstance(value, (list, tuple)) else numbers[0]
+
+    @model_validator(mode="after")
+    def _beta_of_the_loss(self) -> SpinConfig:
+        if "beta" not in self.model_fields_set:
+            self.beta = BETA[self.loss]
+        return self
 
     @model_validator(mode="after")
     def _lengths(self) -> SpinConfig:

@@ -124,7 +124,7 @@ class SpinTrainer(TokenLoss, AxolotlTrainer, PairTrainer):
         trainer.args = copy.copy(self.args)
         trainer.args.learning_rate = entry.learning_rate
         trainer.args.warmup_steps = entry.warmup_steps
-        return trainer.create_scheduler(entry.steps, optimizer=optimizer)
+        return trainer.create_scheduler(entry.schedule_steps, optimizer=optimizer)
 
     # -- loss ---------------------------------------------------------------------------------------------------------
 

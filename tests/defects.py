@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 
 from axolotl.integrations.base import BasePlugin
+from torch.nn.functional import logsigmoid
 
 
 class DefectPlugin(BasePlugin):
@@ -23,10 +24,12 @@ def _plant(defect: str) -> None:
     from axolotl_spin.game import loop
     from axolotl_spin.game.self_play import SelfPlay
     from axolotl_spin.generation.transformers import TransformersBackend
+    from axolotl_spin.training import step
     from axolotl_spin.training.batches import WeightedRows
 
     start = {}
     score, answer, row = SelfPlay._score, TransformersBackend.answer, WeightedRows.__getitem__
+    loss = step.spin_loss
 
     def frozen_opponent(self, entry, model, pairs):
         start.setdefault("model", copy.deepcopy(model))
@@ -41,6 +44,14 @@ def _plant(defect: str) -> None:
         swaps = {"chosen_ids": "rejected_ids", "opponent_chosen_logp": "opponent_rejected_logp"}
         swaps |= {there: here for here, there in swaps.items()}
         return {name: pair[swaps.get(name, name)] for name in pair}
+
+    def signs_swapped(chosen, rejected, opponent_chosen, opponent_rejected, **settings):
+        found = loss(rejected, chosen, opponent_rejected, opponent_chosen, **settings)
+        return found._replace(chosen_rewards=found.rejected_rewards, rejected_rewards=found.chosen_rewards)
+
+    def term_left_out(side, *logps, beta, **settings):
+        found, sign = loss(*logps, beta=beta, **settings), (1, -1)[side]
+        return found._replace(losses=found.losses + logsigmoid(sign * beta * (logps[side] - logps[side + 2])))
 
     def dies_after_two_chunks(self, model, chunks, keep, iteration=0):
         kept = []
@@ -64,5 +75,9 @@ def _plant(defect: str) -> None:
         TransformersBackend.answer = dies_after_two_chunks
     elif defect == "swapped_answers":
         WeightedRows.__getitem__ = swapped_answers
+    elif defect == "signs_swapped":
+        step.spin_loss = signs_swapped
+    elif defect in ("human_term_left_out", "own_term_left_out"):
+        step.spin_loss = functools.partial(term_left_out, int(defect == "own_term_left_out"))
     else:
         raise ValueError(defect)

@@ -87,7 +87,7 @@ def deal(folder: Path, seed: int, pairs: int) -> torch.Tensor:
     return truth
 
 
-def config(folder: Path, *, iterations: int, pairs: int, epochs: int, batch: int = 256) -> dict:
+def config(folder: Path, *, iterations: int, pairs: int, epochs: int, batch: int = 256, loss: str = "sigmoid") -> dict:
     """Returns the host's config of the game."""
     return {
         "base_model": str(folder / "model"),
@@ -96,6 +96,7 @@ def config(folder: Path, *, iterations: int, pairs: int, epochs: int, batch: int
         "spin": {
             "iterations": iterations,
             "beta": 1,
+            "loss": loss,
             "history": 0,
             "generation": {"max_new_tokens": MOST, "batch_size": 1024},
         },

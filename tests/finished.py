@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +53,7 @@ def make(
         betas=[0.1] * iterations,
         learning_rates=rates,
     )
-    entries = json.loads(json.dumps([asdict(entry) for entry in plan.iterations]))
+    entries = json.loads(json.dumps([entry.to_json() for entry in plan.iterations]))
     identity = Identity({"base_model": "a/model", "seed": seed, **fixed}, {}, entries)
     complete = begun in (None, iterations)
     write_json(

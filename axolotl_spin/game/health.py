@@ -169,7 +169,7 @@ def check_answers(
     elif same >= _WARNED_SHARE and count >= _FEWEST:
         find(
             False,
-            f"{same:.1%} of {count} answers equal the human's, which give no gradient: the data may have been made by "
+            f"{same:.1%} of {count} answers equal the human's and teach nothing: the data may have been made by "
             "this very model, or the game is nearly over",
         )
     if empty == 1.0 and count >= _FEWEST:
@@ -269,12 +269,12 @@ def check_weights(bad: list[str], *, step: int) -> list[Finding]:
 def check_step_zero(
     losses: Tensor, nats_per_token: Tensor, *, expected: float, beta: float, iteration: int
 ) -> list[Finding]:
-    """Checks that policy and opponent are one model at an iteration's first step, so that every pair's loss is l(0).
+    """Checks that policy and opponent are one model at an iteration's first step, so that every reward is 0.
 
     Args:
         losses: (pairs,) of the first micro-batch.
         nats_per_token: (pairs,) how far the policy's log-probs are from the opponent's, per token, on either answer.
-        expected: l(0).
+        expected: The loss of a pair whose rewards are 0.
         beta: The iteration's.
         iteration: The running iteration.
     """

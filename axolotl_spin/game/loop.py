@@ -131,6 +131,7 @@ class Loop:
             beta=entry.beta,
             loss_type=settings.loss,
             sft_weight=settings.sft_weight,
+            length_normalized=settings.length_normalized,
             in_head=self.collator.in_head,
         )
         act_on(check_loss(found.spin.losses, found.logps, step=step, iteration=entry.iteration), main=True)

@@ -1,4 +1,4 @@
-"""An iteration's pairs: the policy answers every prompt, and scores both answers as its own opponent.
+"""An iteration's pairs: the policy answers its prompts, and scores both answers as its own opponent.
 
 Data flows from prompts to answers (`_generate`, in chunks over the ranks), from answers and the previous iteration's
 pairs to a file that every rank maps (`_assemble`), through one forward pass of the policy as its own opponent (`_score`)
@@ -129,7 +129,7 @@ class SelfPlay:
     # -- generation ---------------------------------------------------------------------------------------------------
 
     def _generate(self, entry: IterationPlan, model: Any) -> tuple[PairDataset, Figures]:
-        """Answers every prompt; finished chunks are on disk, so an interrupted phase makes only the missing ones.
+        """Answers the prompts; finished chunks are on disk, so an interrupted phase makes only the missing ones.
 
         Returns:
             The iteration's pairs, still without the opponent's log-probs, and figures.
@@ -139,7 +139,7 @@ class SelfPlay:
         files = ChunkFiles(self.run.directory, iteration, self.run.identity.before(iteration), self._weights)
         seed = iteration_seed(self.run.sampling_seed, iteration)
         finished = self.ranks.on_main(lambda: files.finished(entry.new_rows))
-        todo = Chunks.of(self.run.prompts, settings, self.run.sequence_len, seed).left(finished)
+        todo = Chunks.of(self.run.prompts_of(entry), settings, self.run.sequence_len, seed).left(finished)
         if finished.chunks:
             done = int(finished.answered.sum())
             self.ranks.say(f"iteration {iteration}: {done} of {entry.new_rows} prompts are already answered")
@@ -183,7 +183,7 @@ class SelfPlay:
                 f"{missing[:5].tolist()}: `output_dir` must be on a filesystem that all nodes share"
             )
         rows = 0
-        for batch in answers.paired(self.run.prompts, entry.iteration):
+        for batch in answers.paired(self.run.prompts_of(entry), entry.iteration):
             yield self._ended_alike(batch)
             rows += len(batch)
         if entry.kept_rows:

@@ -38,7 +38,8 @@ METRICS = (
     Metric("spin/beta", "its beta"),
     Metric(
         "loss",
-        "ln 2 at each iteration's first step, by construction; it cannot be compared between iterations",
+        "ln 2 at each iteration's first step (`hinge`: 1, `space`: 2 ln 2), by construction; it cannot be compared between "
+        "iterations",
         line=("loss", "{:.4f}"),
     ),
     Metric("loss_first", "mean loss per pair of the first step", "loss\nfirst", "{:.4f}"),
@@ -51,7 +52,11 @@ METRICS = (
         line=("acc", "{:.2f}"),
     ),
     Metric("rewards/margins", "reward of human minus own answers", "\nmargin", "{:.3f}", line=("margin", "{:+.3f}")),
-    Metric("rewards/chosen", "beta * (log p - log p_opponent) of the human answers", line=("human", "{:+.3f}")),
+    Metric(
+        "rewards/chosen",
+        "beta * (log p - log p_opponent) of the human answers; per token with `length_normalized`",
+        line=("human", "{:+.3f}"),
+    ),
     Metric("rewards/rejected", "the same of the opponent's answers", line=("own", "{:+.3f}")),
     Metric("logps/chosen", "log-probs of the human answers under the policy, summed over tokens, in nats"),
     Metric("logps/rejected", "the same of the opponent's answers"),

@@ -31,7 +31,7 @@ _COUNTED = 1000
 
 @dataclass
 class IterationAnswers:
-    """The answers that an iteration's opponent gave, one for each prompt, in the order of the prompts.
+    """The answers that an iteration's opponent gave, one for each prompt that it was asked, in the order of the prompts.
 
     Attributes:
         run: Whose they are.
@@ -72,7 +72,7 @@ class Sample:
     Attributes:
         columns: Label, run and iteration of each column of answers.
         prompts: Each with `prompt`, `human`, ... and `answers`, one for each column, None where there is none.
-        total: Prompts that the first run answers.
+        total: Prompts that the first run answers; where iterations answer different ones, of all iterations.
         cut_at: Characters after which a text is cut.
     """
 
@@ -128,17 +128,18 @@ def _batches(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         yield from file.iter_batches(8192, columns=list(columns))
 
 
-def choose(answers: Sequence[IterationAnswers]) -> list[int]:
+def choose(answers: Sequence[IterationAnswers], spread: int = SPREAD) -> list[int]:
     """Picks prompts to show: spread evenly over all, and the extremes of each iteration.
 
     Args:
-        answers: Of one run.
+        answers: Of one run, to the same prompts.
+        spread: How many are spread evenly.
 
     Returns:
         Indices among the prompts, in order.
     """
     total = max((len(found.rows) for found in answers), default=0)
-    picked = set(np.linspace(0, max(total - 1, 0), min(SPREAD, total)).round().astype(int).tolist())
+    picked = set(np.linspace(0, max(total - 1, 0), min(spread, total)).round().astype(int).tolist())
     for found in answers:
         for measure in (found.margin, found.rejected_length, found.rejected_length - found.chosen_length):
             for order in (np.argsort(measure, kind="stable"), np.argsort(-measure, kind="stable")):
@@ -151,27 +152,40 @@ def sample(runs: Sequence[list[IterationAnswers]]) -> Sample:
 
     Args:
         runs: Each run's answers, as `read_answers` gives them. Prompts are those of the first run that has any; the
-            other runs' are found by prompt and human answer.
+            other runs' are found by prompt and human answer, as are those of a run whose iterations answer different ones.
     """
     with_answers = [found for found in runs if found]
     if not with_answers:
         return Sample()
     first = with_answers[0]
-    picked = choose(first)
-    made = Sample(total=max(len(found.rows) for found in first))
-    texts = _texts(first[0], picked, ("prompt", "chosen", "row"))
-    keys = {_key(texts[index]): index for index in picked if index in texts}
-    for index in picked:
-        if index not in texts:
-            continue
-        known = texts[index]
-        length = int(first[0].chosen_length[index])
-        made.prompts.append(
-            {"n": index, "row": known["row"], "prompt": known["prompt"], "human": known["chosen"], "tokens": length}
-        )
+    same = first[0].run.same_prompts
+    made, keys = Sample(), {}
+    for asked in [first] if same else [[of_iteration] for of_iteration in first]:
+        picked = choose(asked, SPREAD if same else SPREAD // len(first))
+        texts = _texts(asked[0], picked, ("prompt", "chosen", "row"))
+        for index in picked:
+            if index not in texts:
+                continue
+            known, number = texts[index], made.total + index
+            if (key := _key(known)) in keys and not same:
+                continue  # an iteration before answered it too
+            keys[key] = number
+            length = int(asked[0].chosen_length[index])
+            made.prompts.append(
+                {
+                    "n": number,
+                    "row": known["row"],
+                    "prompt": known["prompt"],
+                    "human": known["chosen"],
+                    "tokens": length,
+                }
+            )
+        made.total += max(len(found.rows) for found in asked)
     for found in with_answers:
-        where = {index: index for index in picked} if found is first else _find(found[0], keys)
+        where = {prompt["n"]: prompt["n"] for prompt in made.prompts} if found is first else _find(found[0], keys)
         for of_iteration in found:
+            if not of_iteration.run.same_prompts:
+                where = _find(of_iteration, keys)
             made.columns.append({"run": of_iteration.run.name, "iteration": of_iteration.iteration})
             own = _texts(of_iteration, sorted(where.values()), ("rejected",))
             for prompt in made.prompts:

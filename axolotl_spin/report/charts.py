@@ -78,7 +78,8 @@ _CURVES = (
     Curve(
         "rewards",
         "Rewards",
-        "Beta times the change of an answer's log-prob since the iteration's start. Best is a human curve that rises; "
+        "Beta times the change of an answer's log-prob since the iteration's start (per token with "
+        "`spin.length_normalized`). Best is a human curve that rises; "
         "where both fall, the model forgets human answers too, only more slowly than its own.",
         (("rewards/chosen", "human", "@human"), ("rewards/rejected", "own", "@own")),
     ),
@@ -144,7 +145,7 @@ def _level_of_the_loss(layout: dict[str, Any], runs: Sequence[RunData]) -> None:
     if len(levels) > 1:
         return
     level = levels.pop()
-    text = "ln 2" if level == math.log(2.0) else f"{level:g}"
+    text = {math.log(2.0): "ln 2", 2 * math.log(2.0): "2 ln 2"}.get(level, f"{level:g}")
     layout["shapes"].append(line(y0=level, y1=level, x0=0, x1=1, xref="paper", color="@text", dash="dash"))
     layout["annotations"].append(label_at(text, x=1, xref="paper", xanchor="right", y=level, yanchor="bottom"))
 

@@ -22,6 +22,7 @@ class Figures:
         rows: Logged rows of its training, in order.
         done: Whether its training is over.
         distinct_2: Of own and of human answers; see `Answers`.
+        normalized: Whether rewards are divided by the answers' tokens (`spin.length_normalized`).
     """
 
     iteration: int
@@ -30,13 +31,15 @@ class Figures:
     rows: list[dict[str, Any]]
     done: bool
     distinct_2: tuple[float | None, float | None] = (None, None)
+    normalized: bool = False
 
     def get(self, name: str) -> float | None:
         return number(self.metrics, name)
 
     def per_token(self, name: str) -> float | None:
         """Returns a reward of the last log as nats per token of the human answer: how far a log-prob has moved."""
-        reward, beta, length = self.get(name), self.get("spin/beta"), self.get("spin/chosen_length")
+        reward, beta = self.get(name), self.get("spin/beta")
+        length = 1.0 if self.normalized else self.get("spin/chosen_length")
         return None if reward is None or not beta or not length else reward / beta / length
 
 
@@ -52,6 +55,7 @@ def collect(run: RunData, answers: Sequence[IterationAnswers]) -> list[Figures]:
             rows=run.training[entry.iteration],
             done="spin/training_seconds" in run.metrics[entry.iteration],
             distinct_2=distinct.get(entry.iteration, (None, None)),
+            normalized=bool(run.fixed.get("spin.length_normalized")),
         )
         for entry in run.iterations
         if entry.iteration in run.metrics

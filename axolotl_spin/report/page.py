@@ -123,7 +123,7 @@ def _view(run: RunData, answers: Sequence[Any]) -> RunView:
     for entry in run.iterations:
         identity = run.mark(entry.iteration) if run.fixed else ""
         opponents.append(
-            {**asdict(entry), "opponent": run.opponent(entry.iteration), "identity": identity,
+            {**entry.to_json(), "opponent": run.opponent(entry.iteration), "identity": identity,
              "answered": entry.iteration in marked}
         )  # fmt: skip
     config = run.about.get("config")

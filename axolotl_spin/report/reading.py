@@ -77,6 +77,12 @@ class RunData:
     def loss_type(self) -> str:
         return self.fixed.get("spin.loss", "sigmoid")
 
+    @property
+    def same_prompts(self) -> bool:
+        """Whether every iteration answers the same prompts, in the same order."""
+        parts = ("spin.prompts_per_iteration", "spin.initial_pairs (pairs as token ids)")
+        return not any(self.fixed.get(key) for key in parts)
+
     def mark(self, iteration: int) -> str:
         """Returns the SHA-256 that identifies an iteration's opponent; its pairs carry it."""
         planned = self.plan.get("planned") or {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -22,7 +22,7 @@ VERSION = 2
 
 # keys that act through the plan's iterations alone
 _PLANNED = ("learning_rate", "warmup_steps", "warmup_ratio", "num_epochs", "max_steps")
-_PLANNED_SPIN = ("iterations", "beta", "learning_rate", "history")
+_PLANNED_SPIN = ("iterations", "beta", "learning_rate", "history", "schedule_epochs")
 # parameter groups with a rate of their own refer to the base rate
 _GROUP_RATES = ("embedding_lr", "embedding_lr_scale", "lr_groups", "loraplus_lr_ratio")
 # settings of the spin block that change nothing in the result: another backend draws from the same distribution
@@ -136,7 +136,7 @@ def identify(cfg: Any, settings: SpinConfig, prompts: Any, plan: Plan, given: st
     if any(host.get(key) for key in _GROUP_RATES):
         fixed["learning_rate"] = values.get("learning_rate")
     planned = {**{key: host.get(key) for key in _PLANNED}, **{key: spin[key] for key in sorted(planned_spin)}}
-    iterations = _plain([asdict(entry) for entry in plan.iterations])
+    iterations = _plain([entry.to_json() for entry in plan.iterations])
     return Identity(fixed, _plain(planned), iterations, values, defaults)
 
 

@@ -19,7 +19,8 @@ class IterationPlan:
     Attributes:
         iteration: Counted from 0.
         rows: Pairs trained on, new and kept.
-        new_rows: Pairs generated in this iteration, one per prompt; in iteration 0 those of `spin.initial_pairs`, if set.
+        new_rows: Pairs generated in this iteration, one per prompt that it answers; in iteration 0 those of
+            `spin.initial_pairs`, if set.
         kept_rows: Pairs of earlier iterations that are trained on again.
         epochs: Passes over the rows; the last may be cut by the host's `max_steps`.
         steps_per_epoch: Optimizer steps in one whole pass.
@@ -28,6 +29,7 @@ class IterationPlan:
         warmup_steps: Steps of learning-rate warmup at this iteration's start.
         learning_rate: Peak learning rate.
         beta: The paper's lambda.
+        schedule: Steps over which the learning rate's schedule is laid out, where they are more than `steps`.
     """
 
     iteration: int
@@ -41,6 +43,16 @@ class IterationPlan:
     warmup_steps: int
     learning_rate: float
     beta: float
+    schedule: int | None = None
+
+    @property
+    def schedule_steps(self) -> int:
+        """Steps over which the learning rate's schedule is laid out; the first `steps` of them are taken."""
+        return self.steps if self.schedule is None else self.schedule
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the iteration as plain JSON values, without `schedule` where runs made before it was there had none."""
+        return {name: value for name, value in asdict(self).items() if name != "schedule" or value is not None}
 
 
 @dataclass(frozen=True)
@@ -108,7 +120,7 @@ class Plan:
             "global_batch": self.global_batch,
             "num_epochs": self.num_epochs,
             "total_steps": self.total_steps,
-            "iterations": [asdict(entry) for entry in self.iterations],
+            "iterations": [entry.to_json() for entry in self.iterations],
         }
 
 
@@ -116,7 +128,7 @@ def warmup_steps(steps: int, *, warmup_steps: int | None, warmup_ratio: float | 
     """Returns an iteration's warmup in steps, by the host's rule applied to the iteration instead of the run.
 
     Args:
-        steps: Optimizer steps in the iteration.
+        steps: Optimizer steps over which the iteration's schedule is laid out.
         warmup_steps: The host's `warmup_steps`, which wins.
         warmup_ratio: The host's `warmup_ratio`; without either, the host warms up 3% of the steps, at most 100.
     """
@@ -140,11 +152,12 @@ def make_plan(
     max_steps: int | None = None,
     warmup: dict[str, Any] | None = None,
     given: int | None = None,
+    schedule_epochs: int | None = None,
 ) -> Plan:
     """Lays out the run.
 
     Args:
-        prompts: Pairs generated in each iteration.
+        prompts: Pairs generated in each iteration, one for each prompt that it answers.
         global_batch: Pairs in one optimizer step over all ranks.
         num_epochs: Epochs in each iteration.
         history: How many earlier iterations' pairs are kept.
@@ -153,12 +166,20 @@ def make_plan(
         max_steps: The host's cap on the whole run's optimizer steps; iterations beyond it are dropped.
         warmup: `warmup_steps` and `warmup_ratio` of the host's config.
         given: Pairs that iteration 0 is given (`spin.initial_pairs`) instead of answering the prompts.
+        schedule_epochs: Epochs over which each iteration's schedule is laid out. Where `max_steps` cuts an iteration short,
+            its schedule is cut in the same proportion. None: `num_epochs`.
 
     Raises:
-        ValueError: There is nothing to train on.
+        ValueError: There is nothing to train on, or the schedule is shorter than what is trained.
     """
     if prompts < 1:
         raise ValueError("no prompt is left to answer: check `datasets:`, `sequence_len` and `val_set_size`")
+    schedule_epochs = schedule_epochs or num_epochs
+    if schedule_epochs < num_epochs:
+        raise ValueError(
+            f"`spin.schedule_epochs: {schedule_epochs}` is less than `num_epochs: {num_epochs}`, so the learning rate "
+            f"would have no value in the last epochs of an iteration: use {num_epochs} or more, or leave it out"
+        )
     entries: list[IterationPlan] = []
     first_step = 0
     for iteration, (beta, learning_rate) in enumerate(zip(betas, learning_rates, strict=True)):
@@ -171,6 +192,7 @@ def make_plan(
             steps = min(steps, max_steps - first_step)
         if steps <= 0:
             break
+        schedule = math.ceil(steps * schedule_epochs / num_epochs)
         entries.append(
             IterationPlan(
                 iteration=iteration,
@@ -181,9 +203,10 @@ def make_plan(
                 steps_per_epoch=steps_per_epoch,
                 steps=steps,
                 first_step=first_step,
-                warmup_steps=warmup_steps(steps, **(warmup or {"warmup_steps": None, "warmup_ratio": None})),
+                warmup_steps=warmup_steps(schedule, **(warmup or {"warmup_steps": None, "warmup_ratio": None})),
                 learning_rate=learning_rate,
                 beta=beta,
+                schedule=schedule if schedule > steps else None,
             )
         )
         first_step += steps

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from axolotl.utils.logging import get_logger
 
 from axolotl_spin.compat import text_config
@@ -14,13 +15,14 @@ from axolotl_spin.data.initial_pairs import GivenPairs, pairs_file, read_file
 from axolotl_spin.data.marks import declared_ends, end_ids, special_tokens, turn_marks
 from axolotl_spin.data.media import refuse_media
 from axolotl_spin.data.prompts import prompt_dataset, token_counts
+from axolotl_spin.data.slices import prompt_slice
 from axolotl_spin.data.thoughts import ThinkBlock, think_block
 from axolotl_spin.disk.atomic import DamagedFileError, read_json, write_json
 from axolotl_spin.disk.directory import RunDirectory
 from axolotl_spin.generation.vllm.served import ServedModel, served_model
 from axolotl_spin.run.identity import Identity, identify
 from axolotl_spin.run.merging import describe_merge, describe_shards
-from axolotl_spin.run.plan import Plan, make_plan
+from axolotl_spin.run.plan import IterationPlan, Plan, make_plan
 from axolotl_spin.settings import SpinConfig
 
 LOG = get_logger(__name__)
@@ -87,6 +89,19 @@ class SpinRun:
         seed = self.settings.generation.seed
         return self.seed if seed is None else seed
 
+    def asked(self, entry: IterationPlan) -> np.ndarray | None:
+        """Returns which prompts an iteration answers, as rising indices; None where it answers all of them."""
+        size = self.settings.prompts_per_iteration
+        if size is None:
+            return None
+        answered_before = entry.iteration - int(self.given is not None)  # iterations that took a slice
+        return prompt_slice(len(self.prompts), size, answered_before, self.seed)
+
+    def prompts_of(self, entry: IterationPlan) -> Any:
+        """Returns the prompts that an iteration answers, like `prompts`."""
+        asked = self.asked(entry)
+        return self.prompts if asked is None else self.prompts.select(asked)
+
     def stop_tokens(self, model: Any) -> tuple[int, ...]:
         """Returns the tokens that end an answer.
 
@@ -139,7 +154,7 @@ def prepare_run(
     ranks = int(cfg.world_size or 1)
     global_batch = cfg.micro_batch_size * cfg.gradient_accumulation_steps * ranks
     plan = make_plan(
-        len(prompts),
+        _prompts_of_an_iteration(settings, len(prompts)),
         global_batch=global_batch,
         num_epochs=int(cfg.num_epochs),
         history=settings.history,
@@ -148,6 +163,7 @@ def prepare_run(
         max_steps=cfg.max_steps,
         warmup={"warmup_steps": cfg.warmup_steps, "warmup_ratio": cfg.warmup_ratio},
         given=given.rows if given else None,
+        schedule_epochs=settings.schedule_epochs,
     )
     directory = RunDirectory(cfg.output_dir)
     identity = identify(cfg, settings, prompts, plan, given.digest if given else None)
@@ -172,6 +188,21 @@ def prepare_run(
         heldout=heldout_prompts(eval_dataset, settings, marks),
         thoughts=think_block(cfg, tokenizer, marks.blanks),
     )
+
+
+def _prompts_of_an_iteration(settings: SpinConfig, prompts: int) -> int:
+    """Returns how many prompts each iteration answers.
+
+    Raises:
+        ValueError: It would be more than there are.
+    """
+    size = settings.prompts_per_iteration
+    if size is not None and size > prompts:
+        raise ValueError(
+            f"`spin.prompts_per_iteration: {size}` is more than the {prompts} prompts of the data: lower it, or leave it "
+            "out, and each iteration answers all of them"
+        )
+    return prompts if size is None else size
 
 
 def _as_on_disk(identity: Identity, directory: RunDirectory) -> Identity:

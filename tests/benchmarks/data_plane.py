@@ -141,7 +141,6 @@ class OutOfTheAir:
 
 def exercise(folder: Path, count: int) -> dict[str, Any]:
     """Runs all phases and returns seconds and memory."""
-    from dataclasses import asdict
 
     import torch
     from accelerate import Accelerator
@@ -187,7 +186,7 @@ def exercise(folder: Path, count: int) -> dict[str, Any]:
         )  # fmt: skip
         run = SpinRun(
             settings=settings, prompts=prompts, plan=plan, directory=RunDirectory(work / "out"),
-            identity=Identity({"data": content}, {}, [asdict(entry) for entry in plan.iterations]),
+            identity=Identity({"data": content}, {}, [entry.to_json() for entry in plan.iterations]),
             tokenizer=tokenizer, sequence_len=2048, seed=7, shuffle=True, stops=(2,), endings=Endings(count, 0, 0, None),
             launch=Launch(1, None), sample_packing=None,
         )  # fmt: skip

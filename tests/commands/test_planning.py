@@ -15,14 +15,16 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
-from rows import PAIR, ids_file
+from rows import PAIR, ids_file, load
 from warm import Warm
 
 from axolotl_spin.commands.plan.advice import Facts, advise
-from axolotl_spin.commands.plan.estimate import _pure_half
+from axolotl_spin.commands.plan.estimate import _pure_half, _tokens
 from axolotl_spin.commands.plan.lengths import describe_lengths, limits, repeated
 from axolotl_spin.commands.plan.memory import Load, ModelSize, estimate_memory, model_size
 from axolotl_spin.commands.plan.timing import Rate, Tokens, estimate_time, measure
+from axolotl_spin.data.prompts import token_counts
+from axolotl_spin.data.slices import prompt_slice
 from axolotl_spin.disk.atomic import write_json
 from axolotl_spin.disk.directory import RunDirectory
 from axolotl_spin.run.plan import make_plan
@@ -124,9 +126,26 @@ def test_human_answers_without_an_end_are_counted(warm: Warm, tmp_path: Path) ->
     assert code == 0 and f"{endings['without']} of 37 human answers have no end token among their labels" in output
 
 
+def test_tokens_are_those_of_the_prompts_that_are_answered(tmp_path: Path) -> None:
+    """As many as the human answers have, or all 10 that there is room for; the second iteration has both's pairs."""
+    spin = {"iterations": 2, "prompts_per_iteration": 5, "generation": {"max_new_tokens": 10}}
+    run = load(tmp_path, spin=spin)[0]
+    prompts, answers = (token_counts(run.prompts, name) for name in ("prompt_ids", "chosen_ids"))
+    found = _tokens(run, prompts, answers, np.full(37, 10), None)
+    parts = [prompt_slice(37, 5, number, seed=7) for number in range(2)]
+    asked = [float((prompts + answers)[part].sum()) for part in parts]
+    human = [float(answers[part].sum()) for part in parts]
+    assert [tokens.drawn for tokens in found] == [(human[0], 50.0), (human[1], 50.0)]
+    assert found[0].pairs == (asked[0] + human[0], asked[0] + 50)
+    assert found[1].pairs == (sum(asked) + sum(human), sum(asked) + 100)
+    assert _tokens(run, prompts, answers, np.full(37, 10), 3.0)[1].drawn == (15.0, 15.0)  # as measured
+
+
 @pytest.mark.host
 def test_for_people(warm: Warm, tmp_path: Path) -> None:
+    """20 of 37 prompts each time: 5, then 10 steps; a schedule three times as long."""
     settings = {**host.config(tmp_path), **host.LORA}
+    settings["spin"] |= {"prompts_per_iteration": 20, "schedule_epochs": 3, "loss": "space"}
     path = host.write(settings)
     speeds = [
         "--generation-tokens-per-second",
@@ -138,13 +157,15 @@ def test_for_people(warm: Warm, tmp_path: Path) -> None:
     code, output = warm.run("axolotl_spin", "plan", str(path), *speeds, "100", env=ENV, cwd=tmp_path)
     assert code == 0, output[-3000:]
     for phrase in (
-        "Plan: 29 steps of 4 pairs",
+        "Plan: 15 steps of 4 pairs",
+        "each iteration answers 20 of 37 prompts, others each time until all have had their turn, after 2 iterations",
+        "over 3 epochs of an iteration, of which 1 are run: in iteration 1 over 30 steps, of which 10 are taken",
         "tokens of a human answer: ",
         "an answer has at most 10 tokens and ends at sequence_len 64: 0 human answers are longer, 0 prompts",
         "25,696 parameters, 4,096 trained",
         "generation: 50 tokens/s (given)",
         "holds no run",
-        "gradient_accumulation_steps: iteration 0 has 10 steps of 4 pairs",
+        "gradient_accumulation_steps: iteration 0 has 5 steps of 4 pairs",
     ):
         assert phrase in output, phrase
     assert not host.loaded_a_model(tmp_path / "out")
@@ -351,6 +372,7 @@ def some(rows: int, usual: int, other: int, count: int) -> np.ndarray:
     ("changes", "key", "figure"),
     [
         ({"spin": {"history": 0}}, "spin.history", "beta 0.1 with `history: 0`"),
+        ({"spin": {"loss": "space"}}, "spin.beta", "at 0.1 it lies beyond it"),
         ({"spin": {"generation": {"temperature": 0.7}}}, "spin.generation", "temperature 0.7"),
         ({"spin": {"generation": {"top_k": 9}}}, "spin.generation", "top_k 9"),
         ({"rate": 2e-5}, "learning_rate", "2e-05 is high for full fine-tuning"),
@@ -374,7 +396,7 @@ def some(rows: int, usual: int, other: int, count: int) -> np.ndarray:
     ],
 )
 def test_advice_names_the_key_and_the_figures(changes: dict[str, Any], key: str, figure: str) -> None:
-    assert advise(facts()) == []
+    assert advise(facts()) == [] == advise(facts(spin={"loss": "space", "beta": 1, "history": 0}))
     found = [item for item in advise(facts(**changes)) if item["key"] == key]
     assert found and figure in found[0]["text"], advise(facts(**changes))
 

@@ -18,12 +18,22 @@ PLAN = make_plan(
 
 
 def host_scheduler(entry, optimizer):
-    return get_scheduler("linear", optimizer, num_warmup_steps=entry.warmup_steps, num_training_steps=entry.steps)
+    steps = entry.schedule_steps
+    return get_scheduler("linear", optimizer, num_warmup_steps=entry.warmup_steps, num_training_steps=steps)
 
 
 def test_each_iteration_warms_up_and_decays_from_its_own_peak() -> None:
     """Linear, 4 steps, 2 of warmup: 0, 1/2, 1, 1/2 of the peak; twice."""
     assert learning_rate_table(PLAN, host_scheduler) == pytest.approx([0, 0.5, 1, 0.5, 0, 0.05, 0.1, 0.05])
+
+
+def test_an_iteration_takes_the_first_steps_of_a_longer_schedule() -> None:
+    """Linear, 12 steps, 2 of warmup, of which 4 are taken: 0, 1/2, 1, 9/10 of the peak; twice."""
+    plan = make_plan(
+        8, global_batch=2, num_epochs=1, history=0, betas=[1, 1], learning_rates=[1.0, 0.1], schedule_epochs=3,
+        warmup={"warmup_steps": 2, "warmup_ratio": None},
+    )  # fmt: skip
+    assert learning_rate_table(plan, host_scheduler) == pytest.approx([0, 0.5, 1, 0.9, 0, 0.05, 0.1, 0.09])
 
 
 def test_groups_keep_their_ratio_and_state_is_the_step_alone() -> None:

@@ -37,6 +37,19 @@ def iteration(
     return Figures(number, LN2, {**FINE, **names}, rows, done, (distinct, 0.6))
 
 
+def test_rewards_per_token_are_not_divided_again() -> None:
+    """A margin of 0.1 at beta 0.1: 0.1 nats per token of ten tokens, or 1 where it is per token."""
+    assert iteration().per_token("rewards/margins") == pytest.approx(0.1)
+    found = Figures(0, LN2, FINE, [], True, normalized=True)
+    assert found.per_token("rewards/margins") == pytest.approx(1.0)
+
+
+def test_figures_are_read_by_the_runs_objective(tmp_path: Path) -> None:
+    finished.make(tmp_path, **{"spin.loss": "space", "spin.length_normalized": True})
+    found = collect(read_run(tmp_path), [])
+    assert [(figures.first_loss, figures.normalized) for figures in found] == [(2 * LN2, True)] * 2
+
+
 def titles(*found: Figures) -> list[str]:
     return [advice.title for advice in judge(found)]
 

@@ -150,6 +150,24 @@ def test_a_sample_is_the_same_each_time_and_spread_over_the_data(tmp_path: Path)
     )
 
 
+def test_iterations_that_answer_different_prompts(tmp_path: Path) -> None:
+    """Each prompt stands once, with the answers that it has, found by itself and not by its place."""
+    finished.make(tmp_path, prompts=12, iterations=3, **{"spin.prompts_per_iteration": 12})
+    run = read_run(tmp_path)
+    for iteration, rows in ((0, [0, 1, 2, 3, 4, 5]), (1, [11, 10, 9, 8, 4])):
+        path = run.directory.pairs(iteration)
+        pq.write_table(pq.read_table(path).take(rows), path)
+    shown = sample([read_answers(run)])
+    assert (len(shown.prompts), shown.total) == (12, 6 + 5 + 12)
+    found = [{prompt["prompt"]: prompt["answers"][column] for prompt in shown.prompts} for column in range(3)]
+    assert [sum(answer is not None for answer in column.values()) for column in found] == [6, 5, 12]
+    for iteration, column in enumerate(found):
+        table = pq.read_table(run.directory.pairs(iteration)).to_pylist()
+        texts = {row["prompt"]: row["rejected"] for row in table if row["generated_in"] == iteration}
+        assert {prompt: answer["text"] for prompt, answer in column.items() if answer} == texts
+    assert len({prompt["n"] for prompt in shown.prompts}) == 12
+
+
 def test_texts_are_cut_until_they_fit() -> None:
     """240 prompts of five texts of 20 thousand bytes: cut, and of a prompt the end is kept."""
     text = "x" * 19_999 + "é"
@@ -184,6 +202,16 @@ def test_charts_are_valid_figures_of_what_was_logged(tmp_path: Path) -> None:
     assert [y for y in loss["y"] if y is not None] == pytest.approx([row["loss"] for row in rows], rel=1e-5)
     lengths = next(chart for chart in made if chart.name == "iteration-lengths")
     assert all(sum(trace["y"]) == pytest.approx(1.0, abs=1e-4) for trace in lengths.data)
+
+
+@pytest.mark.parametrize(
+    ("kind", "level", "text"), [("sigmoid", 0.693147, "ln 2"), ("hinge", 1.0, "1"), ("space", 1.386294, "2 ln 2")]
+)
+def test_the_level_at_which_the_loss_starts(tmp_path: Path, kind: str, level: float, text: str) -> None:
+    finished.make(tmp_path, **{"spin.loss": kind})
+    layout = curves([read_run(tmp_path)])[0].layout
+    assert [shape["y0"] for shape in layout["shapes"] if shape.get("y0") == shape.get("y1")] == [pytest.approx(level)]
+    assert text in [label["text"] for label in layout["annotations"]]
 
 
 def test_long_logs_are_averaged_and_the_page_says_so(tmp_path: Path) -> None:

@@ -76,6 +76,25 @@ def test_a_key_of_a_coming_host_is_compared() -> None:
     assert reasons("a_key_that_no_host_has_yet") == []
 
 
+def test_the_keys_of_the_objective_and_the_plan(tmp_path: Path) -> None:
+    """At their defaults they are as if they were not there; beyond them each is another run, and says what differs."""
+    plain = load(tmp_path)[0]
+    spelt_out = {"loss": "sigmoid", "beta": 0.1, "length_normalized": False, "schedule_epochs": 1}
+    same = load(tmp_path, spin={"generation": {"max_new_tokens": 10}, **spelt_out})[0]
+    base = load(tmp_path, spin={"generation": {"max_new_tokens": 10}})[0]
+    assert changes(base, same) == [] and base.identity.hash == same.identity.hash
+    assert not [key for key in plain.identity.fixed if key.startswith("spin.") and "generation" not in key]
+    for key, value, lines in (
+        ("length_normalized", True, ["spin.length_normalized: False -> True"]),
+        ("prompts_per_iteration", 5, ["spin.prompts_per_iteration: None -> 5"]),
+        ("schedule_epochs", 3, ["spin.schedule_epochs: None -> 3"]),
+        ("loss", "space", ["spin.loss: 'sigmoid' -> 'space'", "spin.beta: 0.1 -> 1.0"]),
+    ):
+        other = load(tmp_path, spin={"generation": {"max_new_tokens": 10}, key: value})[0]
+        assert changes(base, other) == lines
+        assert other.identity.hash != base.identity.hash
+
+
 def first_version(run: SpinRun, cfg: Any, **kept: Any) -> dict[str, Any]:
     """Returns the plan.json that version 0.1 wrote, put together as it did."""
     values = run.identity.values

@@ -66,6 +66,34 @@ def test_warmup_by_the_hosts_rule() -> None:
     assert warmup_steps(100_000, warmup_steps=None, warmup_ratio=None) == 100
 
 
+def test_a_schedule_longer_than_what_is_run() -> None:
+    """The authors': 6 epochs laid out and 2 run. 10 prompts, batch 4: epochs of 3, 5 and 5 steps."""
+    long = plan(schedule_epochs=6, warmup={"warmup_steps": None, "warmup_ratio": 0.2})
+    assert [(entry.steps, entry.schedule_steps) for entry in long.iterations] == [(6, 18), (10, 30), (10, 30)]
+    # 20% of what is laid out: int(3.6) and 6
+    assert [entry.warmup_steps for entry in long.iterations] == [3, 6, 6]
+    assert [entry.first_step for entry in long.iterations] == [0, 6, 16]
+    assert plan(schedule_epochs=6, warmup={"warmup_steps": 8, "warmup_ratio": None}).iterations[0].warmup_steps == 8
+
+
+def test_a_schedule_as_long_as_what_is_run_is_the_plan_without_it() -> None:
+    """So that a run begun before the key was there is the same run."""
+    assert plan(schedule_epochs=2) == plan()
+    assert "schedule" not in plan().iterations[0].to_json()
+    assert plan(schedule_epochs=3).iterations[0].to_json()["schedule"] == 9
+
+
+def test_max_steps_cuts_a_longer_schedule_in_proportion() -> None:
+    """The last iteration takes 1 of its 10 steps: of 3/2 as many, 1.5, rounded up."""
+    short = plan(max_steps=17, schedule_epochs=3)
+    assert [(entry.steps, entry.schedule_steps) for entry in short.iterations] == [(6, 9), (10, 15), (1, 2)]
+
+
+def test_a_schedule_shorter_than_what_is_run_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"`spin\.schedule_epochs: 1` is less than `num_epochs: 2`"):
+        plan(schedule_epochs=1)
+
+
 def test_nothing_to_train_on_is_an_error() -> None:
     with pytest.raises(ValueError, match="datasets"):
         plan(0)

@@ -19,9 +19,11 @@ from transformers import (
     PhiConfig,
 )
 
+from axolotl_spin.settings import LossType
 from axolotl_spin.training.head import selected_logps
 from axolotl_spin.training.layouts import PairCollator, _balanced_rows, _cheapest_rows, shared_block_mask, shared_mask
 from axolotl_spin.training.logprobs import completion_logps
+from axolotl_spin.training.step import pair_losses
 
 
 def pairs(count: int = 7, seed: int = 0) -> list[dict[str, Any]]:
@@ -138,6 +140,32 @@ def test_layouts_agree(attention: str, layout: Any, hidden_size: int, in_head: b
     assert largest > 1
     for name, gradient in theirs.items():
         assert torch.allclose(ours[name], gradient, atol=1e-5 * largest), name
+
+
+@pytest.mark.parametrize("layout", ["packed", "shared"])
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", ["sigmoid", "space"])
+def test_every_layout_gives_the_same_loss_per_token(layout: Any, adapter: bool, kind: LossType) -> None:
+    """The loss, its rewards and its gradients, from lengths that are the layout's own; an empty answer among them."""
+    model: Any = tiny.model(47, seed=3).train()
+    if adapter:
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    rows = [{**pair, "opponent_chosen_logp": -9.0, "opponent_rejected_logp": -20.0, "weight": 1.0} for pair in pairs()]
+    rows[2] |= {"rejected_ids": np.zeros(0, dtype=np.int32), "opponent_rejected_logp": 0.0}
+
+    def losses(of: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+        batch = PairCollator(0, of)(rows)
+        settings: dict[str, Any] = {"beta": 2.0, "loss_type": kind, "sft_weight": 0.5, "length_normalized": True}
+        found = pair_losses(model, batch, **settings, in_head=False)
+        return found, gradients(model, found.losses)
+
+    (expected, theirs), (found, ours) = losses("padded"), losses(layout)
+    by_hand = (expected.logps[:7].detach() + 9.0) * 2.0 / torch.tensor([len(row["chosen_ids"]) for row in rows])
+    assert torch.allclose(expected.spin.chosen_rewards, by_hand, atol=1e-6)
+    assert expected.spin.rejected_rewards[2] == 0.0 and expected.spin.rejected_rewards.abs().max() > 0.1
+    assert torch.allclose(found.losses, expected.losses, atol=1e-5)
+    for name, gradient in theirs.items():
+        assert torch.allclose(ours[name], gradient, atol=1e-5 * max(1, gradient.abs().max().item())), name
 
 
 def test_an_eager_model_whose_config_names_its_type() -> None:

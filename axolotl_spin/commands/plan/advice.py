@@ -70,8 +70,16 @@ def _about_the_game(facts: Facts, say) -> None:
     settings, generation = facts.settings, facts.settings.generation
     entries = facts.plan.iterations
     low = [beta for beta in settings.betas() if beta <= 0.5]
+    beyond = [beta for beta in settings.betas() if beta < 1]
     many = max(entry.steps for entry in entries) >= _FEW_STEPS
-    if low and settings.history == 0 and settings.iterations > 1 and many:
+    if settings.loss == "space":
+        if beyond and many:
+            say(
+                "spin.beta",
+                f"the optimum of `loss: space` is the data's distribution at a beta of 1, its default; at {beyond[0]:g} it "
+                "lies beyond it, and iterations swing: keep learning rate and epochs small, or leave beta out",
+            )
+    elif low and settings.history == 0 and settings.iterations > 1 and many:
         say(
             "spin.history",
             f"beta {low[0]:g} with `history: 0`: full optimisation converges only for beta > 1/2; keep the previous "
@@ -166,8 +174,9 @@ def _about_steps(facts: Facts, say) -> None:
     for entry in entries:
         rest = entry.rows % batch
         if rest and 4 * rest <= batch and entry.steps_per_epoch > 1:
+            key = "spin.max_prompts" if facts.settings.prompts_per_iteration is None else "spin.prompts_per_iteration"
             say(
-                "spin.max_prompts",
+                key,
                 f"the last step of each epoch of iteration {entry.iteration} has {rest} pairs instead of {batch}, and "
                 "moves as far as the others",
             )

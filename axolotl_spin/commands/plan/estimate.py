@@ -51,7 +51,8 @@ def plan_run(config: str, given: Given) -> tuple[SpinRun, dict[str, Any]]:
         given: What the user knows of the machine.
 
     Returns:
-        The run, and everything that is known of it as plain JSON: `plan.json`'s content and `tokens`, `lengths`, `cut`,
+        The run, and everything that is known of it as plain JSON: `plan.json`'s content and `prompts`,
+        `prompts_per_iteration`, `schedule_epochs`, `tokens`, `lengths`, `cut`,
         `endings`, `memory`, `time`, `folder` and `advice`.
 
     Raises:
@@ -73,6 +74,9 @@ def plan_run(config: str, given: Given) -> tuple[SpinRun, dict[str, Any]]:
     size, memory = _memory(cfg, run, prompts, answers, longest)
     figures = {
         **run.plan.to_json(),
+        "prompts": len(run.prompts),
+        "prompts_per_iteration": run.settings.prompts_per_iteration,
+        "schedule_epochs": run.settings.schedule_epochs or run.plan.num_epochs,
         "tokens": [{"iteration": i, "drawn": part.drawn, "pairs": part.pairs} for i, part in enumerate(tokens)],
         "lengths": {"prompt": describe_lengths(prompts), "human_answer": describe_lengths(answers)},
         "cut": {
@@ -144,17 +148,19 @@ def _tokens(
     run: SpinRun, prompts: np.ndarray, answers: np.ndarray, longest: np.ndarray, answer_tokens: float | None
 ) -> list[Tokens]:
     """Returns each iteration's tokens: answers as long as the human's at the least, all cut at the most; or as measured."""
-    if answer_tokens is not None:
-        drawn = (answer_tokens * len(prompts),) * 2
-    else:
-        drawn = (float(np.minimum(answers, longest).sum()), float(longest.sum()))
-    asked = float(prompts.sum() + answers.sum())
     new: list[tuple[tuple[float, float], tuple[float, float]]] = []  # drawn, and of the new pairs
     found = []
     for entry in run.plan.iterations:
         if run.given is not None and entry.iteration == 0:
             new.append(((0.0, 0.0), (float(run.given.tokens),) * 2))
         else:
+            rows = run.asked(entry)
+            rows = np.arange(len(prompts)) if rows is None else rows
+            if answer_tokens is not None:
+                drawn = (answer_tokens * len(rows),) * 2
+            else:
+                drawn = (float(np.minimum(answers, longest)[rows].sum()), float(longest[rows].sum()))
+            asked = float((prompts + answers)[rows].sum())
             new.append((drawn, (asked + drawn[0], asked + drawn[1])))
         trained = new[max(0, entry.iteration - run.settings.history) :]
         found.append(Tokens(new[-1][0], (sum(pairs[0] for _, pairs in trained), sum(pairs[1] for _, pairs in trained))))

@@ -18,7 +18,7 @@ def plan_lines(plan: Plan, figures: dict[str, Any]) -> list[Any]:
         plan: The run's.
         figures: See `planning.plan_run`.
     """
-    parts: list[Any] = [plan_table(plan), ""]
+    parts: list[Any] = [plan_table(plan), *_about_the_table(plan, figures), ""]
     for name, lengths in figures["lengths"].items():
         parts += _histogram(name.replace("_", " "), lengths)
     parts += ["", *_cut(figures["cut"]), *filter(None, [figures["endings"]["text"]]), ""]
@@ -29,6 +29,24 @@ def plan_lines(plan: Plan, figures: dict[str, Any]) -> list[Any]:
     if figures["advice"]:
         parts += ["", "Unusual:", *(f"  {item['key']}: {item['text']}" for item in figures["advice"])]
     return parts
+
+
+def _about_the_table(plan: Plan, figures: dict[str, Any]) -> list[str]:
+    """Says what the table of iterations does not show: a part of the prompts each time, and a longer schedule."""
+    lines, last = [], plan.iterations[-1]
+    size, prompts = figures["prompts_per_iteration"], figures["prompts"]
+    if size is not None:
+        lines.append(
+            f"each iteration answers {size} of {prompts} prompts, others each time until all have had their turn, after "
+            f"{-(-prompts // size)} iterations"
+        )
+    if last.schedule is not None:
+        lines.append(
+            f"the learning rate's schedule is laid out over {figures['schedule_epochs']} epochs of an iteration, of which "
+            f"{plan.num_epochs} are run: in iteration {last.iteration} over {last.schedule} steps, of which {last.steps} "
+            "are taken"
+        )
+    return lines
 
 
 def _histogram(name: str, lengths: dict[str, Any]) -> list[str]:
