@@ -63,7 +63,7 @@ METRICS = (
     Metric("spin/empty", "share of its answers that say nothing", "\nempty", "{:.1%}", page_only=True),
     Metric("spin/identical", "share of its answers that equal the human's", "\nidentical", "{:.1%}", page_only=True),
     Metric("eval_loss", "nats per token of held-out human answers after the iteration", "held-out\nNLL", "{:.4f}"),
-    Metric("eval_loss_stderr", "its standard error over held-out rows", "\n±", "{:.4f}"),
+    Metric("eval_loss_stderr", "its standard error over held-out rows", "held-out\nNLL ±", "{:.4f}", page_only=True),
     Metric("spin/start_eval_loss", "`eval_loss` of the start model, in iteration 0's `metrics.json`"),
     Metric("spin/start_eval_loss_stderr", "its standard error"),
     Metric(
@@ -105,7 +105,7 @@ METRICS = (
     Metric("spin/heldout_human_length", "mean length of the human answers to them, in tokens"),
     Metric("spin/heldout_distinct_2", "share of different bigrams in its answers to them"),
     Metric("spin/heldout_seconds", "seconds of the held-out play"),
-    Metric("spin/generation_seconds", "seconds of answering the prompts", "generate\ns", "{:.1f}", "time"),
+    Metric("spin/generation_seconds", "seconds of answering the prompts", "gener-\nate", "{:.1f}", "time"),
     Metric("spin/generation_tokens_per_second", "tokens drawn a second, over all ranks"),
     Metric(
         "spin/engine_start_seconds", "with vLLM: seconds until the engine was ready, part of `spin/generation_seconds`"

@@ -62,9 +62,8 @@ def iteration_table(metrics: list[dict[str, Any]], best: dict[str, Any] | None =
         rows.append((f"{star}{'?' if iteration is None else iteration}", figures))
     played = any(name.startswith(HELD_OUT) for _, figures in rows for name in figures)
     columns = [metric for metric in _COLUMNS if played or not metric.name.startswith(HELD_OUT)]
-    table = Table(
-        title="Self-play iterations", header_style="bold", box=box.SIMPLE_HEAD, show_edge=False, collapse_padding=True
-    )
+    looks: dict[str, Any] = {"box": box.SIMPLE_HEAD, "show_edge": False, "collapse_padding": True, "pad_edge": False}
+    table = Table(title="Self-play iterations", header_style="bold", **looks)
     table.add_column("\niter", justify="right")
     for metric in columns:
         table.add_column(metric.heading, justify="right", no_wrap=True)

@@ -62,7 +62,9 @@ def test_without_standard_errors_any_difference_counts_and_none_is_claimed() -> 
 
 def test_what_is_said_of_noise_and_of_the_start_model() -> None:
     better, ahead = judged(2.9, 2.89, start=3.0).lines()
-    assert better.startswith("best by `eval_loss` (lower is better): iteration 0, 2.9000 ± 0.0100; better than the start")
+    assert better.startswith(
+        "best by `eval_loss` (lower is better): iteration 0, 2.9000 ± 0.0100; better than the start"
+    )
     assert better.endswith("model by 0.1000 ± 0.0141")
     assert ahead == "iteration 1 is ahead by 0.0100 ± 0.0141, which is noise: the earlier one leads"
     noise, worse = judged(2.99, start=3.0).lines()[1], judged(3.2, 3.1, start=3.0).lines()[1]
