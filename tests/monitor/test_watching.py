@@ -348,7 +348,7 @@ def test_the_table_stays_within_120_columns(capsys: pytest.CaptureFixture[str]) 
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert max(map(len, lines)) <= 120
     start = next(line for line in lines if line.lstrip().startswith("start"))
-    assert start.split()[-8:] == ["3.3000", "-2.500", "0.062", "-", "-", "-", "-"]
+    assert start.split()[-7:] == ["3.3000", "-2.500", "0.062", "-", "-", "-", "-"]
     assert lines[-1].split() == [
         "*", "11", "0.6931", "0.2000", "1.00", "-11.123", "1211.6", "1211.6", "100%", "3.2432", "-1.232", "0.232", "62%",
         "5221.4", "1221.4", "31221.4",
