@@ -100,7 +100,7 @@ def export(result: TextIO, **options: Any) -> None:
 @prints_result
 def table(output_dir: Path, result: TextIO) -> None:
     """Print the table of iterations of the run in OUTPUT_DIR, finished or not, and where it stands."""
-    from axolotl_spin.monitor.tables import iteration_table, print_wide, read_metrics
+    from axolotl_spin.monitor.tables import best_lines, iteration_table, print_wide, read_best, read_metrics
     from axolotl_spin.report.reading import NoRunError, read_run
 
     try:
@@ -108,7 +108,8 @@ def table(output_dir: Path, result: TextIO) -> None:
     except NoRunError as error:
         raise click.ClickException(str(error)) from error
     metrics = read_metrics(run.directory.metrics(entry.iteration) for entry in run.iterations)
-    print_wide(iteration_table(metrics), run.standing, file=result)
+    best = read_best(run.directory)
+    print_wide(iteration_table(metrics, best), *best_lines(best), run.standing, file=result)
 
 
 @spin.command()

@@ -75,8 +75,10 @@ class SpinPlugin(BasePlugin):
         from axolotl_spin.compat import naming_data_keys, rows_only
         from axolotl_spin.data.heldout import refuse_missing_data
         from axolotl_spin.run.prepare import prepare_run
+        from axolotl_spin.run.selected import refuse_selection
 
         refuse_missing_data(settings, cfg)
+        refuse_selection(settings, cfg)
         if not torch.cuda.is_available():
             cfg.device_map = None  # with several ranks the host sets an accelerator's index
         tokenizer = load_tokenizer(cfg)
@@ -162,22 +164,27 @@ class SpinPlugin(BasePlugin):
     def post_train_unload(self, cfg: Any) -> None:
         """Notes how far the run came and prints the table of iterations, behind everything that the host says.
 
-        It is complete where it took its last step: the host may end it before, for reasons of its own.
+        It is complete where it took its last step, or where `spin.patience` ended it: the host may end it before, for
+        reasons of its own. A complete run's final model is the one that `spin.keep` names.
         """
         reached, self._reached = self._reached, None
         if reached is not None and self.run is not None and _is_main():
             from axolotl_spin.monitor.about import note_end
-            from axolotl_spin.monitor.tables import print_table
+            from axolotl_spin.monitor.tables import End, print_table
             from axolotl_spin.report import report_at_end
+            from axolotl_spin.run.keeping import keep_one
+            from axolotl_spin.run.resume import is_complete
 
-            complete = reached == self.run.plan.total_steps
-            note_end(self.run.directory.about, reached, complete)
+            run, complete = self.run, is_complete(self.run, reached)
+            final = keep_one(run, run.plan.locate(reached - 1).iteration) if complete else ""
+            why = complete if isinstance(complete, str) else None
+            note_end(run.directory.about, reached, bool(complete), why)
             # before the run counts as complete, so that a kill leaves none without it
-            report_at_end(self.run.directory, complete)
+            report_at_end(run.directory, bool(complete))
             if complete:
-                self.run.write_plan(completed=True)
-            keeps = self.run.settings.save_iterations
-            print_table(self.run.directory, self.run.plan, _command(cfg), cfg.adapter or None, keeps, reached)
+                run.write_plan(completed_steps=reached)
+            end = End(reached, complete, final)
+            print_table(run.directory, run.plan, _command(cfg), cfg.adapter or None, run.settings.save_iterations, end)
 
 
 def _is_main() -> bool:

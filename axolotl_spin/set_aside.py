@@ -7,22 +7,25 @@ from typing import Any
 
 Test = Callable[[Any], bool]
 
-_NOT_COMPARED = (
-    "training losses of different iterations have different opponents and do not compare; every planned iteration is "
-    "run, and `axolotl spin table OUTPUT_DIR` shows each one's held-out figures"
-)
+_NOT_COMPARED = "training losses of different iterations have different opponents and do not compare"
+_BEST = "`spin.keep: best` makes the best iteration's model, by `spin.select`, the final one"
 _NOISE = "noise in the policy's embeddings alone would tell it from the opponent before anything is learnt"
 _OTHER_LOSS = "it changes the loss of SFT, and `spin.loss` is what is trained"
 
 # key of the host's YAML, the values meant, what is put in their place, why
 SET_ASIDE: tuple[tuple[str, Test, Any, str], ...] = (
-    ("load_best_model_at_end", bool, False, _NOT_COMPARED),
-    ("early_stopping_patience", bool, None, _NOT_COMPARED),
+    ("load_best_model_at_end", bool, False, f"{_NOT_COMPARED}; {_BEST}"),
+    (
+        "early_stopping_patience",
+        bool,
+        None,
+        f"{_NOT_COMPARED}; `spin.patience` ends a run whose iterations get no better",
+    ),
     (
         "save_strategy",
         lambda value: str(value).lower() == "best",
         "epoch",
-        "checkpoints are what a stopped run goes on from, so they are saved after each epoch",
+        f"checkpoints are what a stopped run goes on from, so they are saved after each epoch; {_BEST}",
     ),
     ("neftune_noise_alpha", bool, None, _NOISE),
     ("noisy_embedding_alpha", bool, None, _NOISE),

@@ -200,6 +200,19 @@ class SpinConfig(BaseModel):
         default=True,
         description="Keep each iteration's resulting model or adapter in OUTPUT_DIR/spin/iteration-N/model.",
     )
+    select: str | None = Field(
+        default=None,
+        description="The figure that tells which iteration is the best: `eval_loss`, `heldout_auc` (its distance from "
+        "0.5), or a task's metric as `task/metric`. Default: `eval_loss` where there is held-out data, else none.",
+    )
+    keep: Literal["best", "last"] = Field(
+        default="last", description="Which iteration's model is the final one in `output_dir`: the last, or the best."
+    )
+    patience: int | None = Field(
+        default=None,
+        ge=1,
+        description="End the run after N iterations in a row that are no better by `select`. Default: run all.",
+    )
     generation: GenerationConfig = Field(
         default_factory=GenerationConfig, description="How the opponent answers the prompts."
     )

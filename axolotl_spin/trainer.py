@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.utils.logging import get_logger
@@ -192,6 +193,11 @@ class SpinTrainer(TokenLoss, AxolotlTrainer, PairTrainer):
         if loop.ended(entry):
             with loop.ranks:
                 loop.end(entry)
+
+    def evaluated(self, loss: float, stderr: float | None, rows: dict[str, np.ndarray]) -> None:
+        """Keeps each held-out row's NLL; see `TokenLoss`."""
+        if self.loop is not None:
+            self.loop.outcome.evaluated(loss, stderr, rows)
 
     # -- logging ------------------------------------------------------------------------------------------------------
 

@@ -79,11 +79,12 @@ POINTS: dict[str, Point] = {
     ),
     "train/last step of the iteration": Point(WEIGHTS, after=True, call=8),
     "iteration end/checkpoint complete": Point(LOOP + "end"),
-    "iteration end/evaluated": Point("transformers:Trainer.evaluate", after=True),
+    "iteration end/evaluated": Point("transformers:Trainer.evaluate", after=True, call=2),  # after the start model
     "iteration end/model written aside": Point("axolotl_spin.run.saving:publish_folder"),
     "iteration end/model whole": Point("axolotl_spin.run.saving:publish_folder", after=True),
-    "iteration end/held-out play written aside": Point(REPLACE, where=_to("heldout.parquet")),
-    "iteration end/held-out play whole": Point(REPLACE, after=True, where=_to("heldout.parquet")),
+    "iteration end/held-out play written aside": Point(REPLACE, where=_to("heldout.parquet", "iteration")),
+    "iteration end/held-out play whole": Point(REPLACE, after=True, where=_to("heldout.parquet", "iteration")),
+    "iteration end/judged": Point("axolotl_spin.game.outcome:write_best"),
     "iteration end/closed": Point(LOOP + "end", after=True),
     "iteration 1/generating": Point(CHUNK, call=6),
     "iteration 1/keeping pairs": Point("axolotl_spin.game.self_play:SelfPlay._kept", after=True),
@@ -103,6 +104,12 @@ POINTS: dict[str, Point] = {
     "final/saved": Point("axolotl.train:save_trained_model", after=True),
     "final/marked as complete": Point("axolotl_spin.run.prepare:SpinRun.write_plan", after=True, call=2),
 }
+# only where `spin.keep: best` or `spin.patience` has something to do
+CHOOSING: dict[str, Point] = {
+    "patience/has run out": Point("axolotl_spin.game.outcome:Outcome.after", after=True, call=2),
+    "best/copied aside": Point(REPLACE, where=_to("model.safetensors", "out")),
+    "best/in place": Point("axolotl_spin.run.keeping:write_best"),
+}
 
 
 class FaultPlugin(BasePlugin):
@@ -111,7 +118,7 @@ class FaultPlugin(BasePlugin):
     def get_input_args(self):
         name = os.environ.get("SPIN_KILL")
         if name and os.environ.get("SPIN_KILL_RANK", os.environ.get("RANK", "0")) == os.environ.get("RANK", "0"):
-            _plant(name, POINTS[name])
+            _plant(name, {**POINTS, **CHOOSING}[name])
         return None
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from axolotl_spin.data.pairs import BATCH_ROWS, SCHEMA, write_pairs
 from axolotl_spin.disk.atomic import write_json
@@ -72,6 +73,7 @@ def make(
         parts = [new] if before is None else [new, before]
         write_pairs(directory.pairs(entry.iteration), _batches(asked, human, parts), identity.before(entry.iteration))
         before = new
+        _play(directory.heldout(entry.iteration), f"answer of {entry.iteration}", entry.iteration + 1)
         for step in range(entry.first_step + 1, entry.first_step + entry.steps + 1):
             done = (step - entry.first_step) / entry.steps
             rows.append(_row(done, 1e-5, step, plan.total_steps))
@@ -81,15 +83,35 @@ def make(
             "spin/rejected_length": float(own["length"].mean()), "spin/chosen_length": float(human["length"].mean()),
             "spin/truncated": 0.1, "spin/empty": 0.0, "spin/identical": 0.0, "eval_loss": 2.0 - 0.1 * entry.iteration,
             "spin/heldout_auc": 0.7, "spin/heldout_margin": 0.4, "spin/heldout_length": 7.0, "spin/heldout_distinct_2": 0.6,
-            "spin/heldout_seconds": 12.0,
+            "spin/heldout_seconds": 12.0, "eval_loss_stderr": 0.02, "spin/heldout_auc_stderr": 0.04,
+            "spin/heldout_wins": 0.6, "spin/heldout_length_wins": 0.55,
             "spin/generation_seconds": 30.0, "spin/scoring_seconds": 5.0, "spin/training_seconds": 60.0,
         }  # fmt: skip
+        if entry.iteration == 0:
+            figures |= {"spin/start_eval_loss": 2.2, "spin/start_eval_loss_stderr": 0.03, "spin/heldout_start_auc": 0.2}
         rows.append(
             {"eval_loss": figures["eval_loss"], "step": entry.first_step + entry.steps, "epoch": entry.iteration + 1}
         )
         write_json(directory.metrics(entry.iteration), figures)
     restart_log(directory.log, rows)
+    _play(directory.heldout(None), "answer of the start", 0)
+    lines = [
+        "best by `eval_loss` (lower is better): iteration 0, 2.0000 ± 0.0200",
+        "iteration 1 is ahead, which is noise",
+    ]
+    write_json(directory.best, {"select": "eval_loss", "best": 0, "kept": 0, "says": lines})
     return plan
+
+
+def _play(path: Path, own: str, number: int) -> None:
+    """Writes a play on twelve held-out prompts, of which the human answers to the first half become likelier each time."""
+    rows = [
+        {"prompt": f"<b>held-out {i}", "human": f"human {i}", "own": own, "prompt_ids": [i], "human_ids": [1, 2],
+         "own_ids": [1] * (number + 1), "human_logp": -9.0 + number * (1 if i < 6 else -1) * (i + 1) / 4}
+        for i in range(12)
+    ]  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), path, write_page_checksum=True)
 
 
 def _row(done: float, rate: float, step: int, steps: int) -> dict[str, Any]:

@@ -432,11 +432,13 @@ def run_files() -> set[str]:
     from axolotl_spin.disk.directory import RunDirectory
 
     directory = RunDirectory("")
-    whole = {directory.plan, directory.log, directory.about, directory.report, directory.lock}
+    whole = {directory.plan, directory.log, directory.about, directory.report, directory.lock, directory.best}
+    whole |= {directory.heldout(None), directory.eval_rows(None)}
     parts = {
         directory.pairs(0),
         directory.metrics(0),
         directory.heldout(0),
+        directory.eval_rows(0),
         directory.model(0),
         directory.chunk(0, 0).parent,
     }

@@ -41,6 +41,20 @@ class RunDirectory:
         """Held by the process that writes here."""
         return self.root / "run.lock"
 
+    @property
+    def best(self) -> Path:
+        """Which iteration is the best, and why."""
+        return self.root / "best.json"
+
+    @property
+    def start(self) -> Path:
+        """What is known of the model that the run starts from."""
+        return self.root / "start"
+
+    def of_model(self, iteration: int | None) -> Path:
+        """What is known of the model that an iteration resulted in; of the start model without one."""
+        return self.start if iteration is None else self.iteration(iteration)
+
     def iteration(self, iteration: int) -> Path:
         return self.root / f"iteration-{iteration}"
 
@@ -54,9 +68,13 @@ class RunDirectory:
     def metrics(self, iteration: int) -> Path:
         return self.iteration(iteration) / "metrics.json"
 
-    def heldout(self, iteration: int) -> Path:
-        """The held-out play of the model that the iteration's training resulted in."""
-        return self.iteration(iteration) / "heldout.parquet"
+    def heldout(self, iteration: int | None) -> Path:
+        """The held-out play of the model that the iteration's training resulted in, or of the start model."""
+        return self.of_model(iteration) / "heldout.parquet"
+
+    def eval_rows(self, iteration: int | None) -> Path:
+        """Each held-out row's NLL under that model."""
+        return self.of_model(iteration) / "eval_rows.parquet"
 
     def model(self, iteration: int) -> Path:
         return self.iteration(iteration) / "model"

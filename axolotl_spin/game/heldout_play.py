@@ -22,6 +22,7 @@ from axolotl_spin.data.endings import end_alike
 from axolotl_spin.data.pairs import PairDataset
 from axolotl_spin.data.texts import answer_texts
 from axolotl_spin.disk.atomic import MARK, write_whole
+from axolotl_spin.game.head_to_head import head_to_head, play_before
 from axolotl_spin.generation.backend import Completion, Sampling
 from axolotl_spin.generation.chunks import Chunk, Chunks, chunk_rows, iteration_seed
 from axolotl_spin.generation.transformers import TransformersBackend
@@ -30,6 +31,7 @@ from axolotl_spin.monitor.trackers import send_samples
 from axolotl_spin.ranks.main import Ranks
 from axolotl_spin.run.plan import IterationPlan
 from axolotl_spin.run.prepare import SpinRun
+from axolotl_spin.run.selected import mark_of, spread_of_play
 from axolotl_spin.training.policy import frozen
 from axolotl_spin.training.scoring import Scorer
 
@@ -80,14 +82,14 @@ class HeldOutPlay:
         )
 
     def before(self) -> dict[str, float]:
-        """Plays with the model that the run starts from, and logs the figures under their usual names.
+        """Plays with the model that the run starts from, writes `start/heldout.parquet` and logs the usual figures.
 
         Returns:
             The same figures as `spin/heldout_start_*`; none without held-out prompts.
         """
         if self.run.heldout is None:
             return {}
-        _, figures = self._play("start", 0)
+        figures = self._play("start", None)
         return {name.replace(HELD_OUT, START): value for name, value in figures.items()}
 
     def after(self, entry: IterationPlan) -> dict[str, float]:
@@ -103,26 +105,19 @@ class HeldOutPlay:
         """
         if self.run.heldout is None:
             return {}
-        table, figures = self._play(f"iteration {entry.iteration}", entry.iteration + 1)
-        if self.ranks.main:
-            mark = self.run.identity.through(entry.iteration)
-            marked = table.replace_schema_metadata({MARK: mark.encode()})
-            write_whole(
-                self.run.directory.heldout(entry.iteration),
-                lambda aside: pq.write_table(marked, aside, write_page_checksum=True),
-            )
-        return figures
+        return self._play(f"iteration {entry.iteration}", entry.iteration)
 
-    def _play(self, name: str, number: int) -> tuple[pa.Table, dict[str, float]]:
+    def _play(self, name: str, iteration: int | None) -> dict[str, float]:
         """Plays once.
 
         Args:
             name: Whose answers they are, for people.
-            number: Which play of the run it is; the answers' seeds depend on it.
+            iteration: Which iteration resulted in the model; None for the start model.
 
         Returns:
-            A table of `SCHEMA` and the figures, the same on every rank.
+            The figures, the same on every rank.
         """
+        number = 0 if iteration is None else iteration + 1
         started = time.perf_counter()
         model = self.trainer.model_wrapped
         with frozen(model):
@@ -143,11 +138,25 @@ class HeldOutPlay:
             logps = self.scorer.logps(model, dataset, batches).numpy()
         table = self._table(pairs, columns["row"], answers, logps)
         figures = measure(table, self.sampling.stop_token_ids)
+        if iteration is not None:
+            figures.update(self.ranks.on_main(lambda: self._beside_the_one_before(table, iteration)))
         figures["spin/heldout_seconds"] = time.perf_counter() - started
         self.ranks.say(f"{name}: {_line(figures, len(table))}")
         self.trainer.log(dict(figures))  # which adds keys of the host's
         send_samples(self.trainer, table, name)
-        return table, figures
+        if self.ranks.main:
+            marked = table.replace_schema_metadata({MARK: mark_of(self.run.identity, iteration).encode()})
+            write_whole(
+                self.run.directory.heldout(iteration),
+                lambda aside: pq.write_table(marked, aside, write_page_checksum=True),
+            )
+        return figures
+
+    def _beside_the_one_before(self, table: pa.Table, iteration: int) -> dict[str, float]:
+        """Returns the figures of an iteration's play beside that of the model before it; none where that is not on disk."""
+        before = iteration - 1 if iteration else None
+        found = play_before(self.run.directory.heldout(before), mark_of(self.run.identity, before), table)
+        return {} if found is None else head_to_head(table, found)
 
     def _answer(self, model: Any, name: str, number: int) -> list[Completion]:
         """Returns an answer to each held-out prompt, on every rank."""
@@ -209,44 +218,37 @@ def measure(table: pa.Table, stop_token_ids: Sequence[int]) -> dict[str, float]:
     human_lengths = np.array([len(ids) for ids in table["human_ids"].to_pylist()])
     own_lengths = np.array([len(ids) for ids in own_ids])
     answered = own_lengths > 0  # an empty answer whose end takes no part has no token to be likely
-    human = (table["human_logp"].to_numpy() / human_lengths)[answered]
-    own = table["own_logp"].to_numpy()[answered] / own_lengths[answered]
     figures = {
         "spin/heldout_length": float(own_lengths.mean()),
         "spin/heldout_human_length": float(human_lengths.mean()),
     }
     if not answered.any():
         LOG.warning("held-out play: all own answers are empty, so there is no margin and no AUC")
-    elif np.isfinite(human).all() and np.isfinite(own).all():
+    elif (spread := spread_of_play(table)) is not None:
+        human = (table["human_logp"].to_numpy() / human_lengths)[answered]
+        own = table["own_logp"].to_numpy()[answered] / own_lengths[answered]
         figures["spin/heldout_margin"] = float((human - own).mean())
-        figures["spin/heldout_auc"] = auc(human, own)
+        figures["spin/heldout_auc"] = spread.value
+        if spread.stderr is not None:
+            figures["spin/heldout_auc_stderr"] = spread.stderr
     else:
         LOG.warning("held-out play: log-probs are NaN or infinite, so there is no margin and no AUC")
     distinct = distinct_2([ids[:-1] if ids and ids[-1] in stop_token_ids else ids for ids in own_ids])
     return figures if distinct is None else {**figures, "spin/heldout_distinct_2": distinct}
 
 
-def auc(human: np.ndarray, own: np.ndarray) -> float:
-    """Returns how often a human answer's value exceeds an own answer's, over all pairs of the two; a tie counts half.
-
-    Args:
-        human: (answers,) log-probs in nats per token.
-        own: (answers,) likewise.
-    """
-    ordered = np.sort(own)
-    below = np.searchsorted(ordered, human, side="left")  # own answers below each human one
-    not_above = np.searchsorted(ordered, human, side="right")
-    return float((below + not_above).sum() / (2 * len(human) * len(own)))
-
-
 def _line(figures: dict[str, float], prompts: int) -> str:
     parts = [f"held-out play on {prompts} prompts in {figures['spin/heldout_seconds']:.1f} s"]
     if "spin/heldout_auc" in figures:
-        parts.append(f"AUC {figures['spin/heldout_auc']:.3f} (0.5: own and human answers look alike)")
+        spread = f" ± {figures['spin/heldout_auc_stderr']:.3f}" if "spin/heldout_auc_stderr" in figures else ""
+        parts.append(f"AUC {figures['spin/heldout_auc']:.3f}{spread} (0.5: own and human answers look alike)")
         parts.append(f"margin {figures['spin/heldout_margin']:+.3f} nats per token")
     parts.append(
         f"own answers {figures['spin/heldout_length']:.1f} tokens, human {figures['spin/heldout_human_length']:.1f}"
     )
     if "spin/heldout_distinct_2" in figures:
         parts.append(f"distinct-2 {figures['spin/heldout_distinct_2']:.2f}")
+    for name, words in (("wins", "human answers are likelier"), ("length_wins", "lengths are nearer")):
+        if f"spin/heldout_{name}" in figures:
+            parts.append(f"{words} than before on {figures[f'spin/heldout_{name}']:.0%}")
     return ", ".join(parts)

@@ -2,7 +2,7 @@
 
 begin    the policy answers every prompt, is frozen as the opponent and scores both answers; the pairs are on disk
 epochs   the host trains on them: `num_epochs` passes of its own optimizer, logging, evaluation and checkpoints
-end      figures, evaluation, the iteration's model, held-out play; what comes out is the next iteration's opponent
+end      figures, evaluation, the iteration's model, held-out play, and whether it is the best: the next one's opponent
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from axolotl_spin.data.pairs import PairDataset
 from axolotl_spin.game.health import act_on, check_loss, check_step_zero, check_weights
 from axolotl_spin.game.heldout_play import HeldOutPlay
 from axolotl_spin.game.noise import refuse_noise
+from axolotl_spin.game.outcome import Outcome
 from axolotl_spin.game.schedule import restart_optimizer
 from axolotl_spin.game.self_play import SelfPlay
 from axolotl_spin.game.updates import UpdateWatch
@@ -61,6 +62,7 @@ class Loop:
         self.run, self.trainer = run, trainer
         self.ranks = Ranks(trainer.accelerator)
         self.progress = Progress(run.directory, self.ranks)
+        self.outcome = Outcome(run, trainer, self.ranks, self.progress)
         self.updates = UpdateWatch(trainer, self.ranks, self.progress)
         policy = bare(trainer.model, self.ranks.accelerator)
         if switched_off := disable_dropout(policy):
@@ -98,6 +100,9 @@ class Loop:
             model: The policy as the trainer wraps it.
             train: See `Train`.
         """
+        if self.outcome.ended:  # by the iteration that a resume has just closed
+            self.trainer.control.should_training_stop = True
+            return
         entry = self.run.plan.of_epoch(epoch)
         with self.ranks:
             if self._pairs is None or epoch == self.run.plan.first_epoch(entry):
@@ -112,7 +117,7 @@ class Loop:
         self._settle_layout(model)
         self._pairs, figures = self.self_play.begin(entry, model, fresh)
         if fresh:
-            start = self.held_out.before() if entry.iteration == 0 else {}
+            start = {**self.held_out.before(), **self.outcome.before()} if entry.iteration == 0 else {}
             self.progress.begin(entry, figures)
             known = self.progress.record.figures
             self.trainer.log({name: value for name, value in known.items() if value is not None})
@@ -159,8 +164,7 @@ class Loop:
         trainer, progress = self.trainer, self.progress
         trainer.log(progress.end())
         record = progress.record
-        if trainer.eval_dataset is not None and record.evaluated_at != trainer.state.global_step:
-            trainer.evaluate()
+        self.outcome.evaluate(entry)
         self.refuse_nonfinite_weights()
         if self.run.settings.save_iterations:
             save_whole(trainer, self.run.directory.model(entry.iteration))
@@ -168,7 +172,8 @@ class Loop:
         record.figures.update(self.held_out.after(entry))
         progress.write()
         self.ranks.say(record.line())
-        if self.ranks.main:
+        self.outcome.after(entry)
+        if self.ranks.main and not self.outcome.ended:
             show_table(self.run.directory, self.run.plan, entry)
         self.self_play.end(entry)
         self._pairs = None

@@ -90,19 +90,23 @@ def note_start(path: Path, *, config: dict[str, Any], file: str, step: int, rank
         "versions": versions(),
         "hardware": hardware(),
     }
-    write_json(path, {"config": config, "starts": [*kept.get("starts", []), start], "completed": None, "stopped": None})
+    ends = dict.fromkeys(("completed", "stopped", "ended"))
+    write_json(path, {"config": config, "starts": [*kept.get("starts", []), start], **ends})
 
 
-def note_end(path: Path, step: int, complete: bool) -> None:
+def note_end(path: Path, step: int, complete: bool, why: str | None = None) -> None:
     """Notes when the run was complete, or when and where the host ended it before its last step. Call it on one rank.
 
     Args:
         path: `about.json`.
         step: Optimizer steps of the run by now.
-        complete: It took its last step.
+        complete: It took its last step, or `spin.patience` ended it.
+        why: In the latter case, what it ended by.
     """
     stopped = None if complete else {"time": _now(), "step": step}
-    write_json(path, {**_read(path), "completed": _now() if complete else None, "stopped": stopped})
+    ended = {"step": step, "why": why} if why else None
+    completed = _now() if complete else None
+    write_json(path, {**_read(path), "completed": completed, "stopped": stopped, "ended": ended})
 
 
 def versions() -> dict[str, str]:

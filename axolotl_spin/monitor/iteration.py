@@ -39,6 +39,7 @@ class IterationRecord:
             self.figures.update({k: v for k, v in logs.items() if k.startswith(("rewards/", "logps/"))})
         if "eval_loss" in logs:
             self.figures["eval_loss"] = logs["eval_loss"]
+            self.figures["eval_loss_stderr"] = logs.get("eval_loss_stderr")
             self.evaluated_at = step
 
     def to_json(self) -> dict[str, Any]:
@@ -59,7 +60,8 @@ class IterationRecord:
             parts.append(f"(loss {'?' if first is None else f'{first:.4f}'} -> {figures['loss_last']:.4f},")
             parts.append(f"accuracy {figures['rewards/accuracies']:.2f}, margin {figures['rewards/margins']:.4f})")
         if "eval_loss" in figures:
-            parts.append(f"held-out NLL {figures['eval_loss']:.4f}")
+            stderr = figures.get("eval_loss_stderr")
+            parts.append(f"held-out NLL {figures['eval_loss']:.4f}{'' if stderr is None else f' ± {stderr:.4f}'}")
         return " ".join(parts)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,9 @@ METRICS = (
     Metric("spin/empty", "share of its answers that say nothing", "\nempty", "{:.1%}", page_only=True),
     Metric("spin/identical", "share of its answers that equal the human's", "\nidentical", "{:.1%}", page_only=True),
     Metric("eval_loss", "nats per token of held-out human answers after the iteration", "held-out\nNLL", "{:.4f}"),
+    Metric("eval_loss_stderr", "its standard error over held-out rows", "held-out\nNLL ±", "{:.4f}", page_only=True),
+    Metric("spin/start_eval_loss", "`eval_loss` of the start model, in iteration 0's `metrics.json`"),
+    Metric("spin/start_eval_loss_stderr", "its standard error"),
     Metric(
         "spin/heldout_margin",
         "held-out log-prob per token, human minus own, in nats",
@@ -73,6 +78,28 @@ METRICS = (
         "{:+.3f}",
     ),
     Metric("spin/heldout_auc", "0.5: human and own answers look alike to the model", "held-out\nAUC", "{:.3f}"),
+    Metric(
+        "spin/heldout_auc_stderr",
+        "its standard error over held-out prompts",
+        "held-out\nAUC ±",
+        "{:.3f}",
+        page_only=True,
+    ),
+    Metric(
+        "spin/heldout_wins",
+        "share of held-out prompts whose human answer is likelier than to the model before, ties half",
+        "\nwins",
+        "{:.0%}",
+        "{:.1%}",
+    ),
+    Metric(
+        "spin/heldout_length_wins",
+        "share of held-out prompts whose own answer's length is nearer to the human's than before, ties half",
+        "length\nwins",
+        "{:.0%}",
+        "{:.1%}",
+        page_only=True,
+    ),
     Metric(
         "spin/heldout_length",
         "mean length of its answers on held-out prompts, in tokens",
@@ -83,7 +110,7 @@ METRICS = (
     Metric("spin/heldout_human_length", "mean length of the human answers to them, in tokens"),
     Metric("spin/heldout_distinct_2", "share of different bigrams in its answers to them"),
     Metric("spin/heldout_seconds", "seconds of the held-out play"),
-    Metric("spin/generation_seconds", "seconds of answering the prompts", "generate\ns", "{:.1f}", "time"),
+    Metric("spin/generation_seconds", "seconds of answering the prompts", "gener-\nate", "{:.1f}", "time"),
     Metric("spin/generation_tokens_per_second", "tokens drawn a second, over all ranks"),
     Metric(
         "spin/engine_start_seconds", "with vLLM: seconds until the engine was ready, part of `spin/generation_seconds`"
@@ -99,3 +126,15 @@ METRICS = (
 # the start model's held-out play stands in iteration 0's `metrics.json` under names of its own
 START = "spin/heldout_start_"
 HELD_OUT = "spin/heldout_"
+_START_LOSS = "spin/start_"
+
+
+def start_figures(first: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the start model's figures under the names that they have after an iteration.
+
+    Args:
+        first: Iteration 0's `metrics.json`.
+    """
+    found = {name.replace(START, HELD_OUT): value for name, value in first.items() if name.startswith(START)}
+    loss = {name.removeprefix(_START_LOSS): value for name, value in first.items() if name.startswith(_START_LOSS)}
+    return {**found, **loss}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -13,7 +14,7 @@ from rich.table import Table
 
 from axolotl_spin.disk.atomic import DamagedFileError, read_json
 from axolotl_spin.disk.directory import RunDirectory
-from axolotl_spin.monitor.metrics import HELD_OUT, METRICS, START
+from axolotl_spin.monitor.metrics import HELD_OUT, METRICS, start_figures
 from axolotl_spin.run.plan import Plan
 from axolotl_spin.run.resume import stopped_early
 
@@ -37,19 +38,32 @@ def read_metrics(paths: Iterable[Path]) -> list[dict[str, Any]]:
     return found
 
 
-def iteration_table(metrics: list[dict[str, Any]]) -> Table:
-    """Lays out the iterations' `metrics.json`, one row each; with held-out play, after a row of the start model's.
+def read_best(directory: RunDirectory) -> dict[str, Any]:
+    """Reads `best.json`; nothing where there is none, or a damaged one, which is named."""
+    found = read_metrics([directory.best])
+    return found[0] if found else {}
+
+
+def iteration_table(metrics: list[dict[str, Any]], best: dict[str, Any] | None = None) -> Table:
+    """Lays out the iterations' `metrics.json`, one row each; where it is known, after a row of the start model's.
 
     Columns of held-out play are left out of a run without it.
+
+    Args:
+        metrics: Of each iteration.
+        best: `best.json`; a star marks the best iteration.
     """
-    start = _start_row(metrics)
+    start = start_figures(metrics[0]) if metrics else {}
     rows = [("start", start)] if start else []
-    rows += [(str(figures.get("spin/iteration", "?")), figures) for figures in metrics]
+    leader = (best or {}).get("best")
+    for figures in metrics:
+        iteration = figures.get("spin/iteration")
+        star = "* " if leader is not None and iteration == leader else ""
+        rows.append((f"{star}{'?' if iteration is None else iteration}", figures))
     played = any(name.startswith(HELD_OUT) for _, figures in rows for name in figures)
     columns = [metric for metric in _COLUMNS if played or not metric.name.startswith(HELD_OUT)]
-    table = Table(
-        title="Self-play iterations", header_style="bold", box=box.SIMPLE_HEAD, show_edge=False, collapse_padding=True
-    )
+    looks: dict[str, Any] = {"box": box.SIMPLE_HEAD, "show_edge": False, "collapse_padding": True, "pad_edge": False}
+    table = Table(title="Self-play iterations", header_style="bold", **looks)
     table.add_column("\niter", justify="right")
     for metric in columns:
         table.add_column(metric.heading, justify="right", no_wrap=True)
@@ -59,10 +73,10 @@ def iteration_table(metrics: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _start_row(metrics: list[dict[str, Any]]) -> dict[str, float]:
-    """Returns the start model's held-out play under the names that it has after an iteration."""
-    first = metrics[0] if metrics else {}
-    return {name.replace(START, HELD_OUT): value for name, value in first.items() if name.startswith(START)}
+def best_lines(best: dict[str, Any]) -> list[str]:
+    """Returns what `best.json` says: which iteration is the best and what is noise."""
+    lines = [str(line) for line in best.get("says") or []]
+    return [f"* {lines[0]}", *lines[1:]] if lines and best.get("best") is not None else lines
 
 
 def plan_table(plan: Plan) -> Table:
@@ -97,7 +111,22 @@ def print_wide(*parts: Any, file: TextIO | None = None) -> None:
         console.print(part, highlight=False)
 
 
-def print_table(directory: RunDirectory, plan: Plan, command: str, adapter: str | None, saved: bool, step: int) -> None:
+@dataclass(frozen=True)
+class End:
+    """How a run ended.
+
+    Attributes:
+        step: Optimizer steps by then.
+        complete: Whether it is complete; why, where `spin.patience` ended it before its last step.
+        final: Whose model the final one is, in words; empty: the last iteration's.
+    """
+
+    step: int
+    complete: bool | str = True
+    final: str = ""
+
+
+def print_table(directory: RunDirectory, plan: Plan, command: str, adapter: str | None, saved: bool, end: End) -> None:
     """Prints the table of finished iterations, where everything is, and the next command to type.
 
     Args:
@@ -106,20 +135,24 @@ def print_table(directory: RunDirectory, plan: Plan, command: str, adapter: str 
         command: How the user names the config.
         adapter: The host's `adapter`, or None for full fine-tuning.
         saved: Whether each iteration's model or adapter was kept.
-        step: Optimizer steps of the run by now; fewer than the plan's where the host ended it early.
+        end: How it ended; the host may have ended it early.
     """
     metrics = read_metrics(directory.metrics(entry.iteration) for entry in plan.iterations)
+    best = read_best(directory)
     output_dir, what = directory.root.parent, adapter or "model"
-    lines = [f"pairs and metrics: {directory.root}/iteration-*/{{pairs.parquet,metrics.json}}"]
+    lines = best_lines(best)
+    if isinstance(end.complete, str):
+        lines.append(f"complete after {end.step} of {plan.total_steps} steps: {end.complete}")
+    lines.append(f"pairs and metrics: {directory.root}/iteration-*/{{pairs.parquet,metrics.json}}")
     if saved:
         lines.append(f"each iteration's {what}: {directory.root}/iteration-*/model")
-    stopped = step < plan.total_steps
-    lines.append(f"{what} of step {step}: {output_dir}" if stopped else f"final {what}: {output_dir}")
+    whose = f" ({end.final})" if end.final else ""
+    lines.append(f"final {what}: {output_dir}{whose}" if end.complete else f"{what} of step {end.step}: {output_dir}")
     if directory.report.exists():
         lines.append(f"report, for a browser: {directory.report}")
     where = f"--lora-model-dir={output_dir}" if adapter else f"--base-model={output_dir}"
     lines.append(f"try it: axolotl inference {command} {where}")
-    if stopped:
-        lines.append(stopped_early(directory, plan, step))
+    if not end.complete:
+        lines.append(stopped_early(directory, plan, end.step))
         lines.append(f"go on: axolotl train {command}")
-    print_wide(iteration_table(metrics), *lines)
+    print_wide(iteration_table(metrics, best), *lines)

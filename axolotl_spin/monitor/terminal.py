@@ -11,7 +11,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from axolotl_spin.disk.directory import RunDirectory
 from axolotl_spin.monitor.metrics import METRICS
-from axolotl_spin.monitor.tables import iteration_table, print_wide, read_metrics
+from axolotl_spin.monitor.tables import iteration_table, print_wide, read_best, read_metrics
 from axolotl_spin.run.plan import IterationPlan, Plan
 
 Shown = tuple[tuple[str, str, str], ...]
@@ -26,6 +26,7 @@ _TRAINING: Shown = (
 )
 _EVALUATION: Shown = (
     ("eval_loss", "held-out NLL", "{:.4f}"),
+    ("eval_loss_stderr", "±", "{:.4f}"),
     ("eval_ppl", "perplexity", "{:.4g}"),
     ("eval_runtime", "seconds", "{:.1f}"),
 )
@@ -133,4 +134,4 @@ def show_table(directory: RunDirectory, plan: Plan, entry: IterationPlan) -> Non
         return
     metrics = read_metrics(directory.metrics(iteration) for iteration in range(entry.iteration + 1))
     with tqdm.external_write_mode():
-        print_wide(iteration_table(metrics))
+        print_wide(iteration_table(metrics, read_best(directory)))

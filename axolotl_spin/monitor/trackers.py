@@ -23,17 +23,22 @@ Rows = list[dict[str, Any]]
 
 
 def send_samples(trainer: Any, table: pa.Table, name: str) -> None:
-    """Sends samples of a play to every tracker of the trainer's `report_to` that takes tables, from rank 0.
+    """Sends samples of a play to every tracker of the trainer that takes tables, from rank 0.
 
-    A tracker that fails is warned of: training does not depend on it.
+    Those are of its `report_to`, and SwanLab, which the host brings by a callback of its own. One that fails is warned of:
+    training does not depend on it.
 
     Args:
         trainer: The host's trainer.
         table: Of held-out play (`play.SCHEMA`).
         name: Whose answers they are.
     """
+    if not trainer.accelerator.is_main_process:
+        return
     trackers = [tracker for tracker in trainer.args.report_to if tracker in _SENDERS]
-    if not trackers or not trainer.accelerator.is_main_process:
+    if "swanlab" not in trackers and _has_swanlab(trainer):
+        trackers.append("swanlab")
+    if not trackers:
         return
     rows = sample_rows(table, name)
     for tracker in trackers:
@@ -117,10 +122,38 @@ def _to_mlflow(trainer: Any, rows: Rows) -> None:
     mlflow.log_table({"step": step, **columns}, artifact_file=f"{NAME}.json")
 
 
+def _to_comet(trainer: Any, rows: Rows) -> None:
+    """A table for each play: Comet keeps tables as files."""
+    import comet_ml
+
+    experiment = comet_ml.get_global_experiment()
+    if experiment is None:
+        raise RuntimeError("there is no running experiment")
+    data = [list(row.values()) for row in rows]
+    experiment.log_table(f"{NAME}/step-{trainer.state.global_step:06d}.csv", data, headers=list(rows[0]))
+
+
+def _has_swanlab(trainer: Any) -> bool:
+    callbacks = getattr(getattr(trainer, "callback_handler", None), "callbacks", [])
+    return any("SwanLab" in type(callback).__name__ for callback in callbacks)
+
+
+def _to_swanlab(trainer: Any, rows: Rows) -> None:
+    """A text, as its tables need a package of their own; it raises where there is no run, or is told so."""
+    import swanlab
+
+    if swanlab.get_run() is None:
+        raise RuntimeError("there is no run")
+    step = trainer.state.global_step
+    swanlab.log({NAME: swanlab.Text(markdown(rows), caption=rows[0]["model"])}, step=step)
+
+
 # by their names in `report_to`
 _SENDERS: dict[str, Callable[[Any, Rows], None]] = {
     "wandb": _to_wandb,
     "trackio": _to_trackio,
     "tensorboard": _to_tensorboard,
     "mlflow": _to_mlflow,
+    "comet_ml": _to_comet,
+    "swanlab": _to_swanlab,
 }

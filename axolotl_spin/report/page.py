@@ -17,8 +17,9 @@ import yaml
 from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
-from axolotl_spin.monitor.metrics import METRICS
+from axolotl_spin.monitor.metrics import METRICS, start_figures
 from axolotl_spin.report.answers import Sample, read_answers, sample
+from axolotl_spin.report.changes import Changes, read_changes
 from axolotl_spin.report.charts import Chart, curves
 from axolotl_spin.report.figures import collect
 from axolotl_spin.report.guide import Advice, judge
@@ -36,12 +37,14 @@ class RunView:
         run: As read.
         advice: What applies to it.
         opponents: For each iteration: which model answered, and its identity.
+        changes: What changed on held-out prompts; None where that is not known.
         config: What the user wrote, as YAML.
     """
 
     run: RunData
     advice: list[Advice]
     opponents: list[dict[str, Any]]
+    changes: Changes | None
     config: str
 
     @property
@@ -49,6 +52,17 @@ class RunView:
         """The last start."""
         starts = self.run.about.get("starts") or [{}]
         return starts[-1]
+
+    @property
+    def best(self) -> list[str]:
+        """Which iteration is the best, and what is noise, in sentences."""
+        return [str(line) for line in self.run.best.get("says") or []]
+
+    @property
+    def final(self) -> str:
+        """Whose model is in `output_dir`, where that is known."""
+        kept = self.run.best.get("kept")
+        return "" if kept is None else f"the final model is that of iteration {kept}"
 
     @property
     def releases(self) -> str:
@@ -128,17 +142,22 @@ def _view(run: RunData, answers: Sequence[Any]) -> RunView:
         )  # fmt: skip
     config = run.about.get("config")
     text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=100) if config else ""
-    return RunView(run, judge(collect(run, answers)), opponents, text)
+    return RunView(run, judge(collect(run, answers)), opponents, read_changes(run), text)
 
 
 def _table(runs: Sequence[RunData]) -> tuple[list[dict[str, str]], list[list[str]]]:
     """Returns the table's columns and rows of text; columns without any figure are left out."""
-    figures = [(run, iteration, found) for run in runs for iteration, found in sorted(run.metrics.items())]
+    figures: list[tuple[RunData, str, dict[str, Any]]] = []
+    for run in runs:
+        start = start_figures(run.metrics.get(0, {}))
+        figures += [(run, "start", start)] if start else []
+        leader = run.best.get("best")
+        figures += [(run, f"{i} ★" if i == leader else str(i), found) for i, found in sorted(run.metrics.items())]
     columns = [metric for metric in METRICS if metric.heading]
     shown = [metric for metric in columns if any(number(found, metric.name) is not None for _, _, found in figures)]
     rows = []
-    for run, iteration, found in figures:
-        cells = [run.name, str(iteration)] if len(runs) > 1 else [str(iteration)]
+    for run, label, found in figures:
+        cells = [run.name, label] if len(runs) > 1 else [label]
         for metric in shown:
             value, form = number(found, metric.name), metric.page_form or metric.form
             cells.append("-" if value is None else _time(value) if form == "time" else form.format(value))

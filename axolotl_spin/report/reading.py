@@ -36,6 +36,7 @@ class RunData:
         about: `about.json`; empty where there is none.
         rows: `log.jsonl`, in the order in which they were logged.
         metrics: Each iteration's `metrics.json`, where there is one.
+        best: `best.json`; empty where there is none.
         state: `complete`, `running`, `stopped`, or `unknown` where this system cannot tell.
         notes: What could not be read, in sentences.
     """
@@ -49,6 +50,7 @@ class RunData:
     metrics: dict[int, dict[str, Any]]
     state: str
     notes: list[str]
+    best: dict[str, Any]
 
     @property
     def step(self) -> int:
@@ -64,6 +66,9 @@ class RunData:
     def standing(self) -> str:
         """Where the run stands, in words."""
         if self.state == "complete":
+            ended = self.about.get("ended")
+            if ended:
+                return f"complete: {ended.get('step')} of {self.total_steps} steps, since {ended.get('why')}"
             return f"complete: {self.total_steps} steps"
         words = {"running": "running", "stopped": "stopped"}.get(self.state, "not complete")
         return f"{words}: step {self.step} of {self.total_steps}"
@@ -154,9 +159,8 @@ def read_run(output_dir: Path, complete: bool | None = None) -> RunData:
         rows, source = _rows_of_a_checkpoint(output_dir)
         if rows:
             notes.append(f"There is no {directory.log.name}; the curves are those of {source}.")
-    steps = sum(entry.steps for entry in iterations)
-    if complete is None:
-        complete = plan.get("completed_steps") == steps
+    if complete is None:  # with fewer steps than planned where `spin.patience` ended it
+        complete = bool(plan.get("completed_steps"))
     return RunData(
         name=str(output_dir),
         directory=directory,
@@ -167,6 +171,7 @@ def read_run(output_dir: Path, complete: bool | None = None) -> RunData:
         metrics={iteration: figures for iteration, figures in metrics.items() if figures},
         state="complete" if complete else _state(directory.lock),
         notes=notes,
+        best=optional(directory.best),
     )
 
 

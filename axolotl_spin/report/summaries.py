@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from axolotl_spin.monitor.metrics import start_figures
 from axolotl_spin.report.answers import IterationAnswers
 from axolotl_spin.report.charts import LINE, Chart, line, short, styled
 from axolotl_spin.report.reading import RunData, number
+from axolotl_spin.run.selection import NOISE
 
 BINS = 40  # at most, in a distribution
 
@@ -71,17 +73,31 @@ def iterations(runs: Sequence[RunData], answers: Sequence[list[IterationAnswers]
         _figures(
             "nll",
             "Held-out NLL after each iteration",
-            "Nats per token of human answers that are not trained on; lower is better.",
+            "Nats per token of human answers that are not trained on; lower is better. Bars are two standard errors to "
+            "either side. Iterations share their rows, so that a difference is known better than the bars say.",
             runs,
             (("eval_loss", "held-out NLL", "@human"),),
+            bands={"eval_loss": "eval_loss_stderr"},
         ),
         _figures(
             "auc",
             "Held-out play: AUC",
-            "How often the model finds a human answer likelier than one of its own; 0.5 means that they look alike to it.",
+            "How often the model finds a human answer likelier than one of its own; 0.5 means that they look alike to it. "
+            "Bars are two standard errors to either side.",
             runs,
             (("spin/heldout_auc", "AUC", "@own"),),
             yaxis={"range": [0, 1.02]},
+            level=0.5,
+            bands={"spin/heldout_auc": "spin/heldout_auc_stderr"},
+        ),
+        _figures(
+            "wins",
+            "Head to head with the model before",
+            "Share of held-out prompts whose human answer became likelier, and on which the own answer's length came "
+            "nearer to the human's. Ties count half; 50% is a draw.",
+            runs,
+            (("spin/heldout_wins", "likelier", "@human"), ("spin/heldout_length_wins", "length", "@own")),
+            yaxis={"range": [0, 1.02], "tickformat": ".0%"},
             level=0.5,
         ),
         _figures(
@@ -172,18 +188,28 @@ def _figures(
     bars: bool = False,
     yaxis: dict[str, Any] | None = None,
     level: float | None = None,
+    bands: Mapping[str, str] | None = None,
 ) -> Chart | None:
-    """Draws figures of `metrics.json` over iterations."""
+    """Draws figures of `metrics.json` over iterations, the start model's first where they are known.
+
+    Args:
+        bands: The metric that is a metric's standard error.
+    """
     data = []
+    started = False
     for index, run in enumerate(runs):
         for order, (metric, label, role) in enumerate(metrics):
-            points = [
-                (i, value) for i, figures in run.metrics.items() if (value := number(figures, metric)) is not None
-            ]
+            models = {**({-1: start_figures(run.metrics[0])} if 0 in run.metrics else {}), **run.metrics}
+            points = [(i, value) for i, row in models.items() if (value := number(row, metric)) is not None]
             if not points:
                 continue
+            started = started or points[0][0] < 0
             text, colour, dash = styled(runs, index, len(metrics), order, label, role)
             trace: dict[str, Any] = {"x": [i for i, _ in points], "y": [short(v) for _, v in points], "name": text}
+            if bands and metric in bands:
+                errors = [number(models[i], bands[metric]) for i, _ in points]
+                around = [None if error is None else short(NOISE * error) for error in errors]
+                trace["error_y"] = {"type": "data", "array": around, "color": colour, "thickness": 1, "width": 3}
             if bars and len(runs) == 1:
                 trace.update(type="bar", marker={"color": colour})
             else:
@@ -191,15 +217,23 @@ def _figures(
             data.append(trace)
     if not data:
         return None
-    layout: dict[str, Any] = {"xaxis": _iteration_axis(runs), "yaxis": yaxis or {}, "showlegend": len(data) > 1}
+    layout: dict[str, Any] = {
+        "xaxis": _iteration_axis(runs, started),
+        "yaxis": yaxis or {},
+        "showlegend": len(data) > 1,
+    }
     if level is not None:
         layout["shapes"] = [line(y0=level, y1=level, x0=0, x1=1, xref="paper", color="@text", dash="dash")]
     return Chart(f"iteration-{name}", title, note, data, layout)
 
 
-def _iteration_axis(runs: Sequence[RunData]) -> dict[str, Any]:
+def _iteration_axis(runs: Sequence[RunData], started: bool) -> dict[str, Any]:
     last = max(len(run.iterations) for run in runs) - 1
-    return {"title": {"text": "iteration"}, "dtick": max(1, last // 12), "range": [-0.5, last + 0.5]}
+    axis = {"title": {"text": "iteration"}, "range": [-1.5 if started else -0.5, last + 0.5]}
+    if not started:
+        return {**axis, "dtick": max(1, last // 12)}
+    shown = range(0, last + 1, max(1, last // 12))
+    return {**axis, "tickvals": [-1, *shown], "ticktext": ["start", *map(str, shown)]}
 
 
 _PHASES = (

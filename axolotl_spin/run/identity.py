@@ -26,9 +26,10 @@ _PLANNED_SPIN = ("iterations", "beta", "learning_rate", "history", "schedule_epo
 # parameter groups with a rate of their own refer to the base rate
 _GROUP_RATES = ("embedding_lr", "embedding_lr_scale", "lr_groups", "loraplus_lr_ratio")
 # settings of the spin block that change nothing in the result: another backend draws from the same distribution
-# (and what is in a set of pairs counts, not where it is)
+# (and what is in a set of pairs counts, not where it is). `patience` ends a run and `keep` picks among its models, but
+# every iteration that is run gives the same weights
 _HARMLESS = (
-    *("initial_pairs", "save_iterations", "eval_prompts", "active"),
+    *("initial_pairs", "save_iterations", "eval_prompts", "active", "select", "keep", "patience"),
     *("generation.backend", "generation.gather_weights", "generation.batch_size"),
 )
 _HARMLESS_BLOCK = "generation.vllm."

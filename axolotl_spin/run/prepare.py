@@ -62,6 +62,7 @@ class SpinRun:
         served: What vLLM serves; None with another backend.
         given: The pairs of `spin.initial_pairs`, with which iteration 0 starts; None where it answers the prompts.
         heldout: Prompts and human answers of held-out play, like `prompts`; None where there is none.
+        select: The figure that tells the best iteration: `spin.select` or its default; None where nothing does.
         thoughts: What marks thoughts in answers; None where nothing does.
     """
 
@@ -81,6 +82,7 @@ class SpinRun:
     served: ServedModel | None = None
     given: GivenPairs | None = None
     heldout: Any = None
+    select: str | None = None
     thoughts: ThinkBlock | None = None
 
     @property
@@ -110,15 +112,14 @@ class SpinRun:
         """
         return tuple(sorted({*self.stops, *end_ids(getattr(model, "generation_config", None))}))
 
-    def write_plan(self, completed: bool = False) -> None:
+    def write_plan(self, completed_steps: int | None = None) -> None:
         """Writes `plan.json`. Call it on one rank.
 
         Args:
-            completed: The run has ended and its final model is saved.
+            completed_steps: Optimizer steps with which the run is complete, its final model being saved: all of the plan's,
+                or those after which `spin.patience` ended it.
         """
-        value = {**self.identity.to_json(), **self.plan.to_json(), "completed_steps": None}
-        if completed:
-            value["completed_steps"] = self.plan.total_steps
+        value = {**self.identity.to_json(), **self.plan.to_json(), "completed_steps": completed_steps}
         write_json(self.directory.plan, value)
 
 
@@ -186,6 +187,7 @@ def prepare_run(
         else None,
         given=given,
         heldout=heldout_prompts(eval_dataset, settings, marks),
+        select=settings.select or ("eval_loss" if eval_dataset is not None and len(eval_dataset) else None),
         thoughts=think_block(cfg, tokenizer, marks.blanks),
     )
 

@@ -13,8 +13,10 @@ from axolotl_spin.disk.atomic import DamagedFileError, ForeignFileError, read_js
 from axolotl_spin.disk.directory import RunDirectory
 from axolotl_spin.disk.lock import hold_directory
 from axolotl_spin.run.checkpoints import Checkpoint, lost_pairs, read_checkpoint, read_checkpoints
+from axolotl_spin.run.keeping import remove_asides
 from axolotl_spin.run.plan import IterationPlan, Plan
 from axolotl_spin.run.prepare import SpinRun
+from axolotl_spin.run.selected import ended_at
 
 LOG = get_logger(__name__)
 
@@ -40,14 +42,16 @@ def settle_start(run: SpinRun, cfg: Any) -> None:
     if main:
         hold_directory(run.directory)
         remove_leftovers(run.directory.root)
+        remove_asides(run.directory.root.parent)
     completed = _check_plan(run)
     output_dir = run.directory.root.parent
     asked = cfg.get("resume_from_checkpoint")
     if completed and not asked:
         if main:
+            why, key = (f" ({completed})", "patience") if isinstance(completed, str) else ("", "iterations")
             LOG.info(
-                f"this run is complete, so there is nothing to do: its final model is in {output_dir}, its figures are "
-                f"shown by `axolotl spin table {output_dir}`. Raise `spin.iterations` to go on, or choose another "
+                f"this run is complete{why}, so there is nothing to do: its final model is in {output_dir}, its "
+                f"figures are shown by `axolotl spin table {output_dir}`. Raise `spin.{key}` to go on, or choose another "
                 "`output_dir`"
             )
         raise SystemExit(0)
@@ -105,8 +109,12 @@ def _refuse_overwriting_the_start(run: SpinRun, cfg: Any) -> None:
             )
 
 
-def _check_plan(run: SpinRun) -> bool:
-    """Checks that `OUTPUT_DIR/spin` is empty or this run's; returns whether the run is complete."""
+def _check_plan(run: SpinRun) -> bool | str:
+    """Checks that `OUTPUT_DIR/spin` is empty or this run's.
+
+    Returns:
+        Whether the run is complete; why, where `spin.patience` ended it before its last step.
+    """
     directory = run.directory
     try:
         kept = read_json(directory.plan)
@@ -123,7 +131,18 @@ def _check_plan(run: SpinRun) -> bool:
             f"{directory.root} holds a run with other settings:\n" + "\n".join(changes) + "\n"
             f"choose another `output_dir`, restore these settings, or delete {directory.root} and the checkpoints beside it"
         )
-    return kept.get("completed_steps") == run.plan.total_steps
+    return is_complete(run, kept.get("completed_steps"))
+
+
+def is_complete(run: SpinRun, steps: int | None) -> bool | str:
+    """Whether a run that ended after so many steps has nothing left to do; why, where `spin.patience` ended it.
+
+    With another `spin.patience` or `spin.select` than it ended by, it may have.
+    """
+    if steps is None or steps == run.plan.total_steps:
+        return steps is not None
+    standing = ended_at(run, steps)
+    return standing.why_ended if standing else False
 
 
 def _refuse_foreign(found: list[Checkpoint], output_dir: Path) -> None:
@@ -231,7 +250,8 @@ def set_aside(run: SpinRun, step: int) -> list[Path]:
         index = folder.name.removeprefix("iteration-")
         if index.isdigit() and int(index) > position.iteration:
             found.append(folder)
-    results = (directory.model(position.iteration), directory.heldout(position.iteration))
+    at = position.iteration
+    results = (directory.model(at), directory.heldout(at), directory.eval_rows(at))
     found += [path for path in results if path.exists()]
     if not found:
         return []

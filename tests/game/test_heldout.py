@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import host
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
@@ -17,7 +19,10 @@ from warm import Warm
 
 from axolotl_spin.data.answers import distinct_2
 from axolotl_spin.data.heldout import heldout_prompts, refuse_missing_data
-from axolotl_spin.game.heldout_play import SCHEMA, auc, measure, play_seed
+from axolotl_spin.data.spread import auc
+from axolotl_spin.disk.atomic import MARK
+from axolotl_spin.game.head_to_head import head_to_head, play_before
+from axolotl_spin.game.heldout_play import SCHEMA, measure, play_seed
 from axolotl_spin.generation.chunks import iteration_seed
 from axolotl_spin.settings import SpinConfig
 
@@ -124,6 +129,9 @@ def test_measure_by_hand() -> None:
             "spin/heldout_human_length": 4.0,
             "spin/heldout_margin": -0.25,  # -1 + 0.5 and -2 + 2
             "spin/heldout_auc": (0 + 1 + 0 + 0.5) / 4,
+            # human answers exceed 1/2 and 1/4 of the own ones, own ones are exceeded by 0 and 3/4 of the human ones: prompts
+            # move it by 1/2 + 0 and 1/4 + 3/4, each less twice 3/8
+            "spin/heldout_auc_stderr": (2 * 0.25**2 / 2) ** 0.5,
             "spin/heldout_distinct_2": 1.0,  # of 78 and 89; 76 is an end
         }
     )
@@ -132,6 +140,32 @@ def test_measure_by_hand() -> None:
 def test_what_cannot_be_told_is_left_out() -> None:
     figures = measure(played([[7, 6]], [(-4.0, math.nan)]), stop_token_ids=(6,))
     assert set(figures) == {"spin/heldout_length", "spin/heldout_human_length"}
+
+
+# -- head to head -----------------------------------------------------------------------------------------------------
+
+
+def compared(own: list[list[int]], human_logps: list[float]) -> pa.Table:
+    return played(own, [(logp, -1.0) for logp in human_logps])
+
+
+def test_head_to_head_by_hand() -> None:
+    """Of 4 prompts two are likelier and one a tie; lengths are off by 2, 0, 1, 0 tokens where it was 1, 3, 1, 2."""
+    new = compared([[1, 6], [1, 1, 1, 6], [1, 1, 6], [1, 1, 1, 1]], [-1.0, -2.0, -3.0, -4.0])
+    old = compared([[1, 1, 6], [6], [1, 1, 1, 1, 6], [1, 6]], [-2.0, -2.0, -2.0, -5.0])
+    assert head_to_head(new, old) == {"spin/heldout_wins": 2.5 / 4, "spin/heldout_length_wins": 2.5 / 4}
+    assert head_to_head(old, new) == {"spin/heldout_wins": 1.5 / 4, "spin/heldout_length_wins": 1.5 / 4}
+    assert head_to_head(compared([[6]], [math.nan]), compared([[6]], [-1.0])) == {"spin/heldout_length_wins": 0.5}
+
+
+def test_only_the_play_before_on_the_same_prompts_counts(tmp_path: Path) -> None:
+    new, path = compared([[6]], [-1.0]), tmp_path / "heldout.parquet"
+    assert play_before(path, "mark", new) is None
+    pq.write_table(new.replace_schema_metadata({MARK: b"mark"}), path)
+    assert play_before(path, "mark", new) is not None and play_before(path, "another", new) is None
+    assert play_before(path, "mark", new.set_column(3, "prompt_ids", pa.array([[2]], pa.list_(pa.int32())))) is None
+    path.write_bytes(b"cut")
+    assert play_before(path, "mark", new) is None
 
 
 # -- in a run ---------------------------------------------------------------------------------------------------------
@@ -210,6 +244,14 @@ def test_figures_are_logged_after_each_iteration_and_for_the_start_model(train: 
     played = [row for row in run.logs() if "spin/heldout_auc" in row]
     assert [row["step"] for row in played] == [0, 8]  # the last checkpoint is older than the last play
     start, after = run.metrics(0), run.metrics(0)
+    plays = [
+        pq.read_table(run.out / "spin" / name / "heldout.parquet") for name in ("start", "iteration-0", "iteration-1")
+    ]
+    for iteration in range(2):
+        wins = head_to_head(plays[iteration + 1], plays[iteration])
+        assert set(wins) == {"spin/heldout_wins", "spin/heldout_length_wins"}
+        assert wins == {name: run.metrics(iteration)[name] for name in wins}
+    assert "spin/heldout_start_wins" not in start and played[1]["spin/heldout_wins"] == start["spin/heldout_wins"]
     for name in ("margin", "auc", "length", "human_length", "distinct_2"):
         assert played[0][f"spin/heldout_{name}"] == start[f"spin/heldout_start_{name}"]
         assert played[1][f"spin/heldout_{name}"] == after[f"spin/heldout_{name}"]

@@ -5,7 +5,9 @@ Nothing leaves the machine: wandb is offline, trackio and mlflow write to folder
 
 from __future__ import annotations
 
+import csv
 import inspect
+import io
 import json
 import os
 import pty
@@ -13,7 +15,8 @@ import re
 import subprocess
 import sys
 import termios
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -218,6 +221,52 @@ def test_a_tracker_that_fails_is_warned_of_and_the_next_one_gets_its_table(
     assert [row[table["columns"].index("margin")] for row in table["data"]] == [0.5, 1.0]
 
 
+def watched(tracker: str, callbacks: Sequence[Any] = ()) -> Any:
+    """A trainer on rank 0 at step 3 that reports to a tracker."""
+    return SimpleNamespace(
+        args=SimpleNamespace(report_to=[tracker]),
+        accelerator=SimpleNamespace(is_main_process=True),
+        state=SimpleNamespace(global_step=3),
+        callback_handler=SimpleNamespace(callbacks=callbacks),
+    )
+
+
+def test_comet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """The real package, offline: what it packs for an upload holds the table."""
+    comet_ml = pytest.importorskip("comet_ml")
+    send_samples(watched("comet_ml"), PLAYED, "start")
+    assert "did not reach comet_ml: RuntimeError: there is no running experiment" in caplog.text
+    monkeypatch.setenv("COMET_OFFLINE_DIRECTORY", str(tmp_path))
+    experiment = comet_ml.start(online=False, project_name="spin", api_key="none")
+    send_samples(watched("comet_ml"), PLAYED, "iteration 0")
+    experiment.end()
+    [packed] = tmp_path.glob("*.zip")
+    with zipfile.ZipFile(packed) as files:
+        texts = [files.read(name).decode(errors="replace") for name in files.namelist()]
+        names = [json.loads(line) for line in files.read("messages.json").splitlines()]
+    [table] = {text for text in texts if text.startswith("model,prompt")}
+    rows = list(csv.DictReader(io.StringIO(table, newline="")))
+    assert [row["prompt"] for row in rows] == PLAYED["prompt"].to_pylist() and rows[1]["margin"] == "1.0"
+    assert f"{NAME}/step-000003.csv" in json.dumps(names)
+
+
+class CustomSwanLabCallback:
+    """Named as the host's, by which SwanLab is known: it does not stand in `report_to`."""
+
+
+def test_swanlab(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The real package, offline: the text lies in the run's folder."""
+    swanlab = pytest.importorskip("swanlab")
+    trainer = watched("none", [CustomSwanLabCallback()])
+    send_samples(trainer, PLAYED, "start")
+    assert "did not reach swanlab: RuntimeError" in caplog.text
+    swanlab.init(project="spin", mode="offline", logdir=str(tmp_path))
+    send_samples(trainer, PLAYED, "iteration 0")
+    swanlab.finish()
+    [text] = tmp_path.rglob("media/text/*.txt")
+    assert text.read_text() == markdown(sample_rows(PLAYED, "iteration 0")) and text.name.startswith("003-")
+
+
 def test_other_ranks_send_nothing() -> None:
     trainer: Any = SimpleNamespace(
         args=SimpleNamespace(report_to=["wandb"]), accelerator=SimpleNamespace(is_main_process=False)
@@ -287,6 +336,7 @@ def test_lines_of_other_rows() -> None:
 BUSY = {
     "spin/iteration": 11, "loss_first": 0.69314, "loss_last": 0.2, "rewards/accuracies": 1.0, "rewards/margins": -11.123,
     "spin/chosen_length": 1211.6, "spin/rejected_length": 1211.6, "spin/truncated": 1.0, "eval_loss": 3.2432,
+    "eval_loss_stderr": 0.01534, "spin/heldout_wins": 0.625, "spin/start_eval_loss": 3.3,
     "spin/heldout_margin": -1.232, "spin/heldout_auc": 0.2323, "spin/heldout_start_margin": -2.5,
     "spin/heldout_start_auc": 0.0625, "spin/generation_seconds": 5221.4, "spin/scoring_seconds": 1221.4,
     "spin/training_seconds": 31221.4,
@@ -294,18 +344,18 @@ BUSY = {
 
 
 def test_the_table_stays_within_120_columns(capsys: pytest.CaptureFixture[str]) -> None:
-    print_wide(iteration_table([BUSY, BUSY]))
+    print_wide(iteration_table([BUSY, BUSY], {"best": 11}))
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert max(map(len, lines)) <= 120
     start = next(line for line in lines if line.lstrip().startswith("start"))
-    assert start.split()[-5:] == ["-2.500", "0.062", "-", "-", "-"]
+    assert start.split()[-7:] == ["3.3000", "-2.500", "0.062", "-", "-", "-", "-"]
     assert lines[-1].split() == [
-        "11", "0.6931", "0.2000", "1.00", "-11.123", "1211.6", "1211.6", "100%", "3.2432", "-1.232", "0.232", "5221.4",
-        "1221.4", "31221.4",
+        "*", "11", "0.6931", "0.2000", "1.00", "-11.123", "1211.6", "1211.6", "100%", "3.2432", "-1.232", "0.232", "62%",
+        "5221.4", "1221.4", "31221.4",
     ]  # fmt: skip
 
 
 def test_the_table_of_a_run_without_held_out_play(capsys: pytest.CaptureFixture[str]) -> None:
-    print_wide(iteration_table([{name: value for name, value in BUSY.items() if "heldout" not in name}]))
+    print_wide(iteration_table([{name: value for name, value in BUSY.items() if not re.search("heldout|start", name)}]))
     out = capsys.readouterr().out
     assert "AUC" not in out and "start" not in out and "NLL" in out

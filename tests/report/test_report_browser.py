@@ -218,3 +218,34 @@ def test_a_comparison(browser: Any, tmp_path: Path, large: Path) -> None:
         "human", "one, iteration 0", "one, iteration 1", "one, iteration 2", "two, iteration 0",
     ]  # fmt: skip
     assert browser.get_log("browser") == []
+
+
+def test_the_best_iteration_and_what_changed(browser: Any, tmp_path: Path) -> None:
+    """Four iterations: the start model's point, error bars of two standard errors, a star, and answers side by side."""
+    finished.make(tmp_path / "four", iterations=4)
+    done = CliRunner().invoke(spin, ["report", str(tmp_path / "four")])
+    assert done.exit_code == 0, done.output
+    show(browser, tmp_path / "four" / "spin" / "report.html")
+    check_charts(browser, fewest=17)
+    [first, *_, final] = ask(browser, "[...document.querySelectorAll('.facts .best')].map((line) => line.innerText)")
+    assert first == "best by eval_loss (lower is better): iteration 0, 2.0000 ± 0.0200"
+    assert final == "the final model is that of iteration 0"
+    rows = ask(
+        browser, "[...document.querySelectorAll('#iterations tbody td:first-child')].map((cell) => cell.innerText)"
+    )
+    assert rows == ["start", "0 ★", "1", "2", "3"]
+    ticks = "[...document.querySelectorAll('#iteration-nll .xtick text')].map((tick) => tick.textContent)"
+    assert ask(browser, ticks) == ["start", "0", "1", "2", "3"]
+    drawn = ask(browser, "document.getElementById('iteration-nll').data[0]")
+    assert drawn["y"] == pytest.approx([2.2, 2.0, 1.9, 1.8, 1.7])
+    assert drawn["error_y"]["array"] == pytest.approx([0.06, 0.04, 0.04, 0.04, 0.04])
+    assert ask(browser, "document.querySelectorAll('#iteration-nll .yerror').length") == 5
+    heads = ask(browser, "[...document.querySelectorAll('.change:first-of-type h4')].map((head) => head.innerText)")
+    assert heads == ["human · 2 tokens", "iteration 2 · 4 tokens", "iteration 3 · 5 tokens"]
+    said = ask(browser, "[...document.querySelectorAll('.change header')].map((head) => head.innerText)")
+    assert (
+        said[0] == "human answer likelier by 0.750 nats per token" and len(said) == 8
+    )  # prompt 5: 6/4 nats, two tokens
+    assert said[-1] == "human answer less likely by 1.500 nats per token"
+    assert ask(browser, "document.querySelector('.change .prompt').textContent") == "<b>held-out 5"
+    assert browser.get_log("browser") == []

@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import host
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
 from rows import jsonl
 from transformers import AutoModelForCausalLM
 from warm import Ranks, Warm
+
+from axolotl_spin.data.spread import nll_per_token
 
 
 def uneven(folder: Path) -> tuple[dict[str, Any], list[tuple[str, str]]]:
@@ -25,15 +29,23 @@ def uneven(folder: Path) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     return {**jsonl(folder / "heldout.jsonl", [{"messages": turns} for turns in said]), "type": "chat_template"}, talks
 
 
-def nll_per_token(model: Path, talks: list[tuple[str, str]]) -> float:
-    tokenizer, loaded, nll, tokens = tiny.tokenizer(), AutoModelForCausalLM.from_pretrained(model), 0.0, 0
+def rows_of(model: Path, talks: list[tuple[str, str]]) -> tuple[np.ndarray, np.ndarray]:
+    """Each row's NLL and tokens, one sequence at a time."""
+    tokenizer, loaded, rows = tiny.tokenizer(), AutoModelForCausalLM.from_pretrained(model), []
     for question, answer in talks:
         prompt, ids = (tokenizer(text)["input_ids"] for text in (f"<|user|> {question} <|end|> <|assistant|>", answer))
         ids.append(tokenizer.eos_token_id)
         logps = loaded(torch.tensor([prompt + ids])).logits[0].double().log_softmax(-1)
-        nll -= sum(logps[len(prompt) + at - 1, token].item() for at, token in enumerate(ids))
-        tokens += len(ids)
-    return nll / tokens
+        nll = -sum(logps[len(prompt) + at - 1, token].item() for at, token in enumerate(ids))
+        rows.append((nll, len(ids)))
+    return np.array([row[0] for row in rows]), np.array([row[1] for row in rows])
+
+
+def jackknifed(nll: np.ndarray, tokens: np.ndarray) -> float:
+    """The standard error of the ratio, by leaving out one row after the other."""
+    count = len(nll)
+    without = (nll.sum() - nll) / (tokens.sum() - tokens)
+    return math.sqrt((count - 1) / count * ((without - without.mean()) ** 2).sum())
 
 
 @pytest.mark.parametrize(
@@ -50,6 +62,16 @@ def test_eval_loss_is_nll_per_token(tmp_path: Path, kind: str, batch: int, reque
     logged = [json.loads(line) for line in (run.out / "spin" / "log.jsonl").read_text().splitlines()]
     found = [row for row in logged if "eval_loss" in row]
     for row, model in zip([found[0], found[-1]], [tmp_path / "model", run.out], strict=True):
-        expected = nll_per_token(model, talks)
+        nll, tokens = rows_of(model, talks)
+        expected = nll.sum() / tokens.sum()
         assert row["eval_loss"] == pytest.approx(expected, abs=1e-4)
         assert row["eval_ppl"] == pytest.approx(math.exp(expected), rel=1e-3)
+        assert row["eval_loss_stderr"] == pytest.approx(jackknifed(nll, tokens), rel=0.3)  # of seven rows
+        spread = nll_per_token(nll, tokens, np.arange(len(nll)))
+        assert row["eval_loss_stderr"] == pytest.approx(spread.stderr, rel=1e-3)
+        name = "start" if model != run.out else "iteration-0"
+        kept = pq.read_table(run.out / "spin" / name / "eval_rows.parquet")
+        assert sorted(kept["nll"].to_pylist()) == pytest.approx(sorted(nll), abs=1e-4)
+        assert len(set(kept["key"].to_pylist())) == len(nll)
+    first, last = (pq.read_table(run.out / "spin" / name / "eval_rows.parquet") for name in ("start", "iteration-0"))
+    assert sorted(first["key"].to_pylist()) == sorted(last["key"].to_pylist())  # known again, whatever the batches

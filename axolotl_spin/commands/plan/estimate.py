@@ -23,6 +23,7 @@ from axolotl_spin.data.prompts import token_counts
 from axolotl_spin.data.thoughts import told_apart
 from axolotl_spin.disk.atomic import DamagedFileError, read_json
 from axolotl_spin.run.prepare import SpinRun
+from axolotl_spin.run.resume import is_complete
 from axolotl_spin.settings import DEFAULT_MAX_NEW_TOKENS
 
 
@@ -52,8 +53,8 @@ def plan_run(config: str, given: Given) -> tuple[SpinRun, dict[str, Any]]:
 
     Returns:
         The run, and everything that is known of it as plain JSON: `plan.json`'s content and `prompts`,
-        `prompts_per_iteration`, `schedule_epochs`, `tokens`, `lengths`, `cut`,
-        `endings`, `memory`, `time`, `folder` and `advice`.
+        `prompts_per_iteration`, `schedule_epochs`, `tokens`, `lengths`, `cut`, `endings`, `memory`, `time`, `selection`,
+        `folder` and `advice`.
 
     Raises:
         click.ClickException: The config or its data is not valid.
@@ -88,6 +89,7 @@ def plan_run(config: str, given: Given) -> tuple[SpinRun, dict[str, Any]]:
         "endings": {**asdict(run.endings), "text": describe_endings(run.endings, cfg, run.tokenizer)},
         "memory": memory,
         "time": estimate_time(run.plan, tokens, measured),
+        "selection": {"select": run.select, "keep": run.settings.keep, "patience": run.settings.patience},
         "folder": _folder(run),
     }
     facts = Facts(
@@ -217,5 +219,6 @@ def _folder(run: SpinRun) -> dict[str, Any]:
         return {**where, "holds": "a damaged plan.json"}
     if changes:
         return {**where, "holds": "another run", "changes": [line.strip() for line in changes]}
-    done = kept.get("completed_steps") == run.plan.total_steps
-    return {**where, "holds": "this run, complete" if done else "this run, started"}
+    done = is_complete(run, kept.get("completed_steps"))
+    why = f" ({done})" if isinstance(done, str) else ""
+    return {**where, "holds": f"this run, complete{why}" if done else "this run, started"}

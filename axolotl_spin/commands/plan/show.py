@@ -22,7 +22,7 @@ def plan_lines(plan: Plan, figures: dict[str, Any]) -> list[Any]:
     for name, lengths in figures["lengths"].items():
         parts += _histogram(name.replace("_", " "), lengths)
     parts += ["", *_cut(figures["cut"]), *filter(None, [figures["endings"]["text"]]), ""]
-    parts += [*_memory(figures["memory"]), "", *_time(figures), ""]
+    parts += [*_memory(figures["memory"]), "", *_time(figures), "", *_selection(figures["selection"])]
     folder = figures["folder"]
     parts.append(f"output_dir {folder['output_dir']} holds {folder['holds']}" + (":" if "changes" in folder else ""))
     parts += [f"  {line}" for line in folder.get("changes", [])]
@@ -46,6 +46,18 @@ def _about_the_table(plan: Plan, figures: dict[str, Any]) -> list[str]:
             f"{plan.num_epochs} are run: in iteration {last.iteration} over {last.schedule} steps, of which {last.steps} "
             "are taken"
         )
+    return lines
+
+
+def _selection(selection: dict[str, Any]) -> list[str]:
+    select, patience = selection["select"], selection["patience"]
+    if select is None:
+        return ["no iteration is called the best: there is no held-out data, and no spin.select"]
+    kept = "its model becomes the final one" if selection["keep"] == "best" else "the last one's model is the final one"
+    lines = [f"the best iteration is told by {select}; {kept} (spin.keep: {selection['keep']})"]
+    if patience is not None:
+        which = "an iteration that is" if patience == 1 else f"{patience} iterations in a row that are"
+        lines.append(f"the run may end earlier than planned: after {which} no better (spin.patience: {patience})")
     return lines
 
 
