@@ -109,7 +109,7 @@ def remove_leftovers(root: Path) -> None:
     Args:
         root: The `spin` folder of a run that no process is writing to.
     """
-    for pattern in (".*", "iteration-*/.*", "iteration-*/chunks/.*"):
+    for pattern in (".*", "start/.*", "iteration-*/.*", "iteration-*/chunks/.*"):
         for path in root.glob(pattern):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)

@@ -58,6 +58,15 @@ class RunDirectory:
         """The held-out play of the model that the iteration's training resulted in."""
         return self.iteration(iteration) / "heldout.parquet"
 
+    def evals(self, iteration: int) -> Path:
+        """The benchmarks of the model that the iteration's training resulted in."""
+        return self.iteration(iteration) / "evals.json"
+
+    @property
+    def start_evals(self) -> Path:
+        """The benchmarks of the model that the run starts from."""
+        return self.root / "start" / "evals.json"
+
     def model(self, iteration: int) -> Path:
         return self.iteration(iteration) / "model"
 

@@ -78,6 +78,12 @@ METRICS = (
     Metric("spin/heldout_human_length", "mean length of the human answers to them, in tokens"),
     Metric("spin/heldout_distinct_2", "share of different bigrams in its answers to them"),
     Metric("spin/heldout_seconds", "seconds of the held-out play"),
+    Metric(
+        "spin/eval/<task>/<metric>",
+        "a benchmark's figure, by lm-eval's names; where a filter gave it, `<metric>,<filter>`",
+    ),
+    Metric("spin/eval/<task>/<metric>_stderr", "its standard error"),
+    Metric("spin/eval_seconds", "seconds of the benchmarks"),
     Metric("spin/generation_seconds", "seconds of answering the prompts", "generate\ns", "{:.1f}", "time"),
     Metric("spin/generation_tokens_per_second", "tokens drawn a second, over all ranks"),
     Metric(

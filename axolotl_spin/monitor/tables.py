@@ -13,6 +13,7 @@ from rich.table import Table
 
 from axolotl_spin.disk.atomic import DamagedFileError, read_json
 from axolotl_spin.disk.directory import RunDirectory
+from axolotl_spin.monitor.benchmarks import of_the_start, terminal_columns
 from axolotl_spin.monitor.metrics import HELD_OUT, METRICS, START
 from axolotl_spin.run.plan import Plan
 from axolotl_spin.run.resume import stopped_early
@@ -38,9 +39,10 @@ def read_metrics(paths: Iterable[Path]) -> list[dict[str, Any]]:
 
 
 def iteration_table(metrics: list[dict[str, Any]]) -> Table:
-    """Lays out the iterations' `metrics.json`, one row each; with held-out play, after a row of the start model's.
+    """Lays out the iterations' `metrics.json`, one row each; with held-out play or benchmarks, after a row of the start
+    model's.
 
-    Columns of held-out play are left out of a run without it.
+    Columns of held-out play and of benchmarks are left out of a run without them.
     """
     start = _start_row(metrics)
     rows = [("start", start)] if start else []
@@ -53,16 +55,22 @@ def iteration_table(metrics: list[dict[str, Any]]) -> Table:
     table.add_column("\niter", justify="right")
     for metric in columns:
         table.add_column(metric.heading, justify="right", no_wrap=True)
+    benchmarks = terminal_columns(figures for _, figures in rows)
+    for benchmark in benchmarks:
+        table.add_column(benchmark.heading, justify="right", no_wrap=True)
+    for column in table.columns:
+        column.vertical = "bottom"
     for label, figures in rows:
         cells = [m.form.format(figures[m.name]) if figures.get(m.name) is not None else "-" for m in columns]
-        table.add_row(label, *cells)
+        table.add_row(label, *cells, *(benchmark.cell(figures) for benchmark in benchmarks))
     return table
 
 
 def _start_row(metrics: list[dict[str, Any]]) -> dict[str, float]:
-    """Returns the start model's held-out play under the names that it has after an iteration."""
+    """Returns the start model's held-out play and benchmarks under the names that they have after an iteration."""
     first = metrics[0] if metrics else {}
-    return {name.replace(START, HELD_OUT): value for name, value in first.items() if name.startswith(START)}
+    played = {name.replace(START, HELD_OUT): value for name, value in first.items() if name.startswith(START)}
+    return {**played, **of_the_start(first)}
 
 
 def plan_table(plan: Plan) -> Table:

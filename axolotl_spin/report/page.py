@@ -17,8 +17,10 @@ import yaml
 from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
+from axolotl_spin.monitor.benchmarks import eval_columns, of_the_start
 from axolotl_spin.monitor.metrics import METRICS
 from axolotl_spin.report.answers import Sample, read_answers, sample
+from axolotl_spin.report.benchmarks import benchmarks
 from axolotl_spin.report.charts import Chart, curves
 from axolotl_spin.report.figures import collect
 from axolotl_spin.report.guide import Advice, judge
@@ -72,7 +74,7 @@ def render(runs: Sequence[RunData]) -> bytes:
     _tell_apart(runs)
     answers = [read_answers(run) for run in runs]
     views = [_view(run, found) for run, found in zip(runs, answers, strict=True)]
-    drawn = {"over steps": curves(runs), "by iteration": iterations(runs, answers)}
+    drawn = {"over steps": curves(runs), "by iteration": [*iterations(runs, answers), *benchmarks(runs)]}
     pairs = sample(answers)
     columns, rows = _table(runs)
     environment = jinja2.Environment(
@@ -132,18 +134,28 @@ def _view(run: RunData, answers: Sequence[Any]) -> RunView:
 
 
 def _table(runs: Sequence[RunData]) -> tuple[list[dict[str, str]], list[list[str]]]:
-    """Returns the table's columns and rows of text; columns without any figure are left out."""
-    figures = [(run, iteration, found) for run in runs for iteration, found in sorted(run.metrics.items())]
+    """Returns the table's columns and rows of text; columns without any figure are left out.
+
+    Where the start model has figures of benchmarks, its row comes first.
+    """
+    figures: list[tuple[RunData, str, dict[str, Any]]] = []
+    for run in runs:
+        if start := of_the_start(run.metrics.get(0, {})):
+            figures.append((run, "start", start))
+        figures += [(run, str(iteration), found) for iteration, found in sorted(run.metrics.items())]
+    asked = eval_columns(found for _, _, found in figures)
     columns = [metric for metric in METRICS if metric.heading]
     shown = [metric for metric in columns if any(number(found, metric.name) is not None for _, _, found in figures)]
     rows = []
     for run, iteration, found in figures:
-        cells = [run.name, str(iteration)] if len(runs) > 1 else [str(iteration)]
+        cells = [run.name, iteration] if len(runs) > 1 else [iteration]
         for metric in shown:
             value, form = number(found, metric.name), metric.page_form or metric.form
             cells.append("-" if value is None else _time(value) if form == "time" else form.format(value))
-        rows.append(cells)
-    return [{"heading": metric.title, "about": metric.about} for metric in shown], rows
+        rows.append(cells + [column.cell(found) for column in asked])
+    headings = [{"heading": metric.title, "about": metric.about} for metric in shown]
+    about = "a benchmark's figure with its standard error"
+    return headings + [{"heading": f"{column.task} {column.metric}", "about": about} for column in asked], rows
 
 
 def _time(seconds: float) -> str:

@@ -61,6 +61,7 @@ class SpinRun:
         given: The pairs of `spin.initial_pairs`, with which iteration 0 starts; None where it answers the prompts.
         heldout: Prompts and human answers of held-out play, like `prompts`; None where there is none.
         thoughts: What marks thoughts in answers; None where nothing does.
+        benchmarks: The `spin.eval_tasks`, loaded; None where there are none.
     """
 
     settings: SpinConfig
@@ -80,6 +81,7 @@ class SpinRun:
     given: GivenPairs | None = None
     heldout: Any = None
     thoughts: ThinkBlock | None = None
+    benchmarks: Any = None
 
     @property
     def sampling_seed(self) -> int:

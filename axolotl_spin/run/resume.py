@@ -231,7 +231,8 @@ def set_aside(run: SpinRun, step: int) -> list[Path]:
         index = folder.name.removeprefix("iteration-")
         if index.isdigit() and int(index) > position.iteration:
             found.append(folder)
-    results = (directory.model(position.iteration), directory.heldout(position.iteration))
+    made = position.iteration
+    results = (directory.model(made), directory.heldout(made), directory.evals(made))
     found += [path for path in results if path.exists()]
     if not found:
         return []
