@@ -184,7 +184,7 @@ class SpinConfig(BaseModel):
     )
     eval_chat_template: bool = Field(
         default=False,
-        description="Put the samples of `eval_tasks` into the chat template, as lm-eval's `--apply_chat_template` does.",
+        description="Put the samples of `eval_tasks` into the chat template. lm-eval's default is without.",
     )
     eval_confirm_run_unsafe_code: bool = Field(
         default=False,

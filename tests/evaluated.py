@@ -6,10 +6,15 @@ import json
 import random
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import pytest
 import tiny
 import torch
 import yaml
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SAMPLES = 11
@@ -53,7 +58,7 @@ TEXTS: dict[str, Any] = {
 
 
 def rows(model: Path) -> list[dict[str, Any]]:
-    """Returns questions, of which the given model answers some rightly: half of the answers are its own."""
+    """Returns questions, of which the given model answers some rightly: with its words, or with the first alone."""
     generator, tokenizer = random.Random(3), AutoTokenizer.from_pretrained(model)
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     made = []
@@ -64,7 +69,7 @@ def rows(model: Path) -> list[dict[str, Any]]:
         own = tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True).split("w7")[0]
         words = generator.sample(tiny.WORDS, 4)
         other = generator.choice(tiny.WORDS)
-        right = own if index % 2 else other
+        right = (own, own.split(" ")[0], other)[index % 3]
         made.append({"prompt": prompt, "answer": right, "words": words, "right": generator.randrange(4)})
     return made
 
@@ -74,7 +79,7 @@ def write_tasks(folder: Path, model: Path, *tasks: dict[str, Any]) -> Path:
 
     Args:
         folder: Where.
-        model: Whose answers half of the right ones are.
+        model: Whose answers some of the right ones are.
         tasks: Of this module.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,3 +89,37 @@ def write_tasks(folder: Path, model: Path, *tasks: dict[str, Any]) -> Path:
         where = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test"}
         (folder / f"{task['task']}.yaml").write_text(yaml.safe_dump({**task, **where}))
     return folder
+
+
+TASKS = ("tiny_answers", "tiny_choices", "tiny_texts")
+
+
+def by_lm_eval(tasks: Path, model: Any, tokenizer: Path, **how: Any) -> dict[str, Any]:
+    """Returns what lm-eval's own `simple_evaluate` says of a model, one request at a time.
+
+    Args:
+        tasks: Folder of all three.
+        model: Loaded.
+        tokenizer: Where its tokenizer is.
+        how: Of `simple_evaluate`.
+    """
+    manager = TaskManager(include_defaults=False, include_path=str(tasks))
+    lm = HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(tokenizer), batch_size=1)
+    with mock.patch("lm_eval.evaluator.add_env_info"):  # it asks the machine about itself for seconds
+        found = simple_evaluate(lm, tasks=list(TASKS), task_manager=manager, bootstrap_iters=100, **how)
+    assert found is not None
+    return found["results"]
+
+
+def same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Compares the content of an `evals.json` with lm-eval's results, standard errors too."""
+    assert sorted(found["tasks"]) == sorted(TASKS)
+    for task in TASKS:
+        metrics = found["tasks"][task]["metrics"]
+        names = [key for key in expected[task] if "," in key and "_stderr" not in key]
+        assert sorted(metrics) == sorted(key.removesuffix(",none") for key in names)
+        for key in names:
+            metric, _, kind = key.partition(",")
+            figure, error = metrics[key.removesuffix(",none")], expected[task][f"{metric}_stderr,{kind}"]
+            assert figure["value"] == pytest.approx(expected[task][key], abs=1e-5, rel=1e-5), (task, key)
+            assert figure["stderr"] == (None if error == "N/A" else pytest.approx(error, abs=1e-5))

@@ -11,7 +11,7 @@ from axolotl_spin.report.charts import Chart, short, styled
 from axolotl_spin.report.reading import RunData, number
 
 START = "start"
-_ROLES = ("@own", "@human", "@third", "@phase0", "@phase1", "@phase2", "@phase3")
+_ROLES = ("@own", "@human", "@third", "@phase0", "@phase1", "@phase3")
 
 
 def benchmarks(runs: Sequence[RunData]) -> list[Chart]:
@@ -37,7 +37,7 @@ def _chart(
     index: int, task: str, columns: Sequence[EvalColumn], runs: Sequence[RunData], figures: Sequence[dict[str, Any]]
 ) -> Chart:
     data = []
-    for place, (run, of_run) in enumerate(zip(runs, figures, strict=True)):
+    for place, of_run in enumerate(figures):
         for order, column in enumerate(columns):
             points = [(name, found) for name, found in of_run.items() if number(found, column.name) is not None]
             if not points:
