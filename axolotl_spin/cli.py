@@ -112,6 +112,45 @@ def table(output_dir: Path, result: TextIO) -> None:
     print_wide(iteration_table(metrics, best), *best_lines(best), run.standing, file=result)
 
 
+@spin.command("eval")
+@click.argument("output_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "--tasks",
+    required=True,
+    help="Of lm-eval, with commas between: names, or paths of a YAML task or of a folder of them.",
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first N samples of each task. Default: all.")
+@click.option(
+    "--backend", type=click.Choice(["hf", "vllm"]), default="hf", show_default=True,
+    help="What asks the models: transformers in this process, or vLLM in one of its own.",
+)  # fmt: skip
+@click.option("--python", help="With vllm: the Python that has vLLM and lm-eval. Default: the one that runs this.")
+@click.option("--model-args", default="", help="With vllm: arguments of lm-eval's vLLM model, as key=value,key=value.")
+@click.option("--apply-chat-template", is_flag=True, help="Put the samples into the chat template.")
+@click.option("--confirm-run-unsafe-code", is_flag=True, help="Allow tasks that run what the model writes as code.")
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="With hf: requests at once."
+)
+@click.option("--device", help="With hf: of torch, such as cuda:1. Default: all GPUs that are there, else the CPU.")
+@prints_result
+def evaluate(tasks: str, result: TextIO, **options: Any) -> None:
+    """Run benchmarks of lm-eval on the models of the run in OUTPUT_DIR: the start model and each iteration's.
+
+    A model whose results are there already is not run again. They go to spin/start/evals.json and
+    spin/iteration-N/evals.json, and into the table and the page.
+    """
+    from axolotl_spin.commands.eval import Evaluation, evaluate_models
+    from axolotl_spin.monitor.tables import iteration_table, print_wide, read_metrics
+    from axolotl_spin.report.reading import read_run
+
+    asked = Evaluation(tasks=[task.strip() for task in tasks.split(",") if task.strip()], **options)
+    for line in evaluate_models(asked):
+        click.echo(line, file=result)
+    run = read_run(asked.output_dir)
+    metrics = read_metrics(run.directory.metrics(entry.iteration) for entry in run.iterations)
+    print_wide(iteration_table(metrics), file=result)
+
+
 @spin.command()
 @click.argument("output_dirs", nargs=-1, required=True, metavar="OUTPUT_DIR...", type=click.Path(path_type=Path))
 @click.option(

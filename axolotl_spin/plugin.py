@@ -74,11 +74,18 @@ class SpinPlugin(BasePlugin):
 
         from axolotl_spin.compat import naming_data_keys, rows_only
         from axolotl_spin.data.heldout import refuse_missing_data
+        from axolotl_spin.evals.tasks import asked_benchmarks
         from axolotl_spin.run.prepare import prepare_run
         from axolotl_spin.run.selected import refuse_selection
 
         refuse_missing_data(settings, cfg)
         refuse_selection(settings, cfg)
+        benchmarks = settings.eval_tasks and asked_benchmarks(
+            settings.eval_tasks,
+            limit=settings.eval_limit,
+            chat_template=settings.eval_chat_template,
+            unsafe_code=settings.eval_confirm_run_unsafe_code,
+        )
         if not torch.cuda.is_available():
             cfg.device_map = None  # with several ranks the host sets an accelerator's index
         tokenizer = load_tokenizer(cfg)
@@ -94,6 +101,8 @@ class SpinPlugin(BasePlugin):
                 from axolotl_spin.generation.vllm.served import check_serving
 
                 check_serving(self.run.served, settings.generation.vllm)
+            if benchmarks and self.settle is None:  # `axolotl spin generate` stops before there is anything new
+                self.run.benchmarks = benchmarks.load() if _is_main() else benchmarks
             if _is_main():
                 warn_without_report(self.run.directory)
         return TrainDatasetMeta(train_dataset, eval_dataset, self.run.plan.total_steps)

@@ -21,6 +21,7 @@ BETA: Mapping[str, float] = {"sigmoid": 0.1, "hinge": 0.1, "space": 1.0}
 
 Beta = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 LearningRate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+EvalTask = Annotated[str, Field(min_length=1)]
 
 
 class VllmConfig(BaseModel):
@@ -196,6 +197,22 @@ class SpinConfig(BaseModel):
         description="Held-out prompts that the policy answers at each iteration's end, and once before the first. "
         "Default: 64 where there is held-out data (`val_set_size`, `test_datasets`), else 0.",
     )
+    eval_tasks: list[EvalTask] = Field(
+        default=[],
+        description="Benchmarks of lm-eval, run on the start model and at each iteration's end: names, or paths of a YAML "
+        "task or of a folder of them. Default: none.",
+    )
+    eval_limit: int | None = Field(
+        default=None, ge=1, description="Only the first N samples of each of `eval_tasks`. Default: all."
+    )
+    eval_chat_template: bool = Field(
+        default=False,
+        description="Put the samples of `eval_tasks` into the chat template. lm-eval's default is without.",
+    )
+    eval_confirm_run_unsafe_code: bool = Field(
+        default=False,
+        description="Allow `eval_tasks` that run what the model writes as code, as lm-eval's own switch of that name does.",
+    )
     save_iterations: bool = Field(
         default=True,
         description="Keep each iteration's resulting model or adapter in OUTPUT_DIR/spin/iteration-N/model.",
@@ -239,6 +256,21 @@ class SpinConfig(BaseModel):
                 raise ValueError(f"must be greater than 0 and finite, got {number}")
             numbers.append(number)
         return numbers if isinstance(value, (list, tuple)) else numbers[0]
+
+    @field_validator("eval_tasks", mode="before")
+    @classmethod
+    def _one_task(cls, value: Any) -> Any:
+        """Reads `eval_tasks: gsm8k` as a list of one."""
+        return [value] if isinstance(value, str) else [] if value is None else value
+
+    @model_validator(mode="after")
+    def _evals(self) -> SpinConfig:
+        for key in ("eval_limit", "eval_chat_template", "eval_confirm_run_unsafe_code"):
+            if getattr(self, key) and not self.eval_tasks:
+                raise ValueError(
+                    f"spin.{key} is {getattr(self, key)}, but there are no spin.eval_tasks: name some, or remove spin.{key}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _beta_of_the_loss(self) -> SpinConfig:

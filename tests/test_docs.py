@@ -322,7 +322,9 @@ def _without_foreign(page: Path) -> list[str]:
 
 # -- YAML and keys -----------------------------------------------------------------------------------------------------
 
-YAML_BLOCKS = [block for page in PAGES for block in blocks(page, "yaml")]
+ALL_YAML = [block for page in PAGES for block in blocks(page, "yaml")]
+TASKS = [block for block in ALL_YAML if "task" in yaml.safe_load(block.text)]  # of lm-eval
+YAML_BLOCKS = [block for block in ALL_YAML if block not in TASKS]
 BASE = {
     "base_model": "x/y",
     "datasets": [{"path": "d", "type": "chat_template"}],
@@ -352,7 +354,28 @@ def test_yaml_passes_the_hosts_validation(block: Block, monkeypatch: pytest.Monk
 
 
 @pytest.mark.once
+@pytest.mark.parametrize("block", TASKS, ids=lambda block: block.page.stem)
+def test_a_task_of_lm_eval_loads(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the name that the page gives its file, over rows with the columns that it asks for."""
+    from axolotl_spin.evals.tasks import asked_benchmarks
+
+    monkeypatch.chdir(tmp_path)
+    path = Path(block.text.splitlines()[0].removeprefix("# "))
+    task = yaml.safe_load(block.text)
+    path.parent.mkdir()
+    path.write_text(block.text)
+    Path(task["dataset_kwargs"]["data_files"]["test"]).write_text('{"question": "France?", "answer": "Paris"}\n')
+    found = asked_benchmarks([str(path)], limit=None, chat_template=False, unsafe_code=False).load()
+    assert found.wanted() == {task["task"]: 1}
+    [(_, loaded)] = found.leaves()
+    assert (loaded.doc_to_text(loaded.eval_docs[0]), loaded.doc_to_target(loaded.eval_docs[0])) == ("France?", "Paris")
+    asked = [yaml.safe_load(other.text).get("spin", {}).get("eval_tasks", []) for other in YAML_BLOCKS]
+    assert [str(path)] in asked
+
+
+@pytest.mark.once
 def test_there_is_yaml_to_validate() -> None:
+    assert {"evaluation"} == {block.page.stem for block in TASKS}
     assert {"README", "configuration", "vllm", "data"} <= {block.page.stem for block in YAML_BLOCKS}
     known = {"bash", "yaml", "text", "python", "bibtex"}
     assert {block.language for page in PAGES for block in blocks(page)} == known
@@ -433,9 +456,10 @@ def run_files() -> set[str]:
 
     directory = RunDirectory("")
     whole = {directory.plan, directory.log, directory.about, directory.report, directory.lock, directory.best}
-    whole |= {directory.heldout(None), directory.eval_rows(None)}
+    whole |= {directory.heldout(None), directory.eval_rows(None), directory.start_evals}
     parts = {
         directory.pairs(0),
+        directory.evals(0),
         directory.metrics(0),
         directory.heldout(0),
         directory.eval_rows(0),

@@ -30,6 +30,7 @@ ORDER = [
         "training",
         "run",
         "monitor",
+        "evals",
     ),
     *("report", "game", "callbacks", "trainer", "plugin", "commands", "cli"),
 ]

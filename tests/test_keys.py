@@ -79,7 +79,7 @@ def test_every_key_of_ours_is_found_in_another_block(level: str, found_in: str) 
         ("spin: {Beta: 2}", "did you mean `spin.beta`?"),
         ("spin: {temprature: 2}", "there is no key `spin.temprature`: did you mean `spin.generation.temperature`?"),
         ("spin: {generation: {max_tokens: 3}}", "did you mean `spin.generation.max_new_tokens`?"),
-        ("spin: {zebra: 1}", "there is no key `spin.zebra`: `spin` has beta, eval_prompts, generation, history,"),
+        ("spin: {zebra: 1}", "there is no key `spin.zebra`: `spin` has beta, eval_chat_template,"),
         ("spin: {active: true}", "there is no key `spin.active`"),
         ("SPIN: {iterations: 2}", "`SPIN` is a block that nothing reads: did you mean `spin`?"),
         ("generation: {max_new_tokens: 2}", "write `spin.generation`"),

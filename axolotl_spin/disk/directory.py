@@ -76,6 +76,15 @@ class RunDirectory:
         """Each held-out row's NLL under that model."""
         return self.of_model(iteration) / "eval_rows.parquet"
 
+    def evals(self, iteration: int) -> Path:
+        """The benchmarks of the model that the iteration's training resulted in."""
+        return self.iteration(iteration) / "evals.json"
+
+    @property
+    def start_evals(self) -> Path:
+        """The benchmarks of the model that the run starts from."""
+        return self.root / "start" / "evals.json"
+
     def model(self, iteration: int) -> Path:
         return self.iteration(iteration) / "model"
 

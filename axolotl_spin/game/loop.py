@@ -2,7 +2,7 @@
 
 begin    the policy answers every prompt, is frozen as the opponent and scores both answers; the pairs are on disk
 epochs   the host trains on them: `num_epochs` passes of its own optimizer, logging, evaluation and checkpoints
-end      figures, evaluation, the iteration's model, held-out play, and whether it is the best: the next one's opponent
+end      figures, evaluation, the iteration's model, held-out play, benchmarks, and whether it is the best; then the next
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from axolotl_spin.data.pairs import PairDataset
+from axolotl_spin.evals.in_training import PolicyBenchmarks
 from axolotl_spin.game.health import act_on, check_loss, check_step_zero, check_weights
 from axolotl_spin.game.heldout_play import HeldOutPlay
 from axolotl_spin.game.noise import refuse_noise
@@ -89,6 +90,7 @@ class Loop:
         )
         self.self_play = SelfPlay(run, self.ranks, backend, scorer, self.batches, sampling.stop_token_ids)
         self.held_out = HeldOutPlay(run, trainer, self.ranks, sampling, pad, scorer)
+        self.benchmarks = PolicyBenchmarks(run, trainer, self.ranks)
         self._pairs: PairDataset | None = None
         self._layout_settled = self._first_step_due = False
 
@@ -117,7 +119,10 @@ class Loop:
         self._settle_layout(model)
         self._pairs, figures = self.self_play.begin(entry, model, fresh)
         if fresh:
-            start = {**self.held_out.before(), **self.outcome.before()} if entry.iteration == 0 else {}
+            parts = (self.held_out, self.benchmarks, self.outcome)
+            start = (
+                {name: value for part in parts for name, value in part.before().items()} if entry.iteration == 0 else {}
+            )
             self.progress.begin(entry, figures)
             known = self.progress.record.figures
             self.trainer.log({name: value for name, value in known.items() if value is not None})
@@ -170,6 +175,7 @@ class Loop:
             save_whole(trainer, self.run.directory.model(entry.iteration))
         self._settle_layout(trainer.model_wrapped)  # an iteration that a resume closes has not begun in this start
         record.figures.update(self.held_out.after(entry))
+        record.figures.update(self.benchmarks.after(entry))
         progress.write()
         self.ranks.say(record.line())
         self.outcome.after(entry)

@@ -96,7 +96,7 @@ class TransformersBackend:
         # ahead of what gathers shards: ranks that have ended ask first, too
         hook = base.register_forward_pre_hook(lambda *_: self._before_forward(coupled), prepend=True)
         try:
-            with _generation_config(policy), _without(policy, "generate"):
+            with _generation_config(policy), without(policy, "generate"):
                 parts = self._batches(chunk, alike=not takes_padding(policy))
                 return [completion for part in parts for completion in self._generate_batch(policy, part)]
         finally:
@@ -155,7 +155,7 @@ class _Drawing(LogitsProcessor):
 
 
 @contextmanager
-def _without(model: Any, name: str) -> Iterator[None]:
+def without(model: Any, name: str) -> Iterator[None]:
     """Puts aside what hangs on a model's instances in place of a method of their class.
 
     Under FSDP2 the host wraps `generate` in the gathering and resharding of the root's weights: collectives that a rank

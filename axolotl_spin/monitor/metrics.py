@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from axolotl_spin.monitor.benchmarks import of_the_start
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -110,6 +112,12 @@ METRICS = (
     Metric("spin/heldout_human_length", "mean length of the human answers to them, in tokens"),
     Metric("spin/heldout_distinct_2", "share of different bigrams in its answers to them"),
     Metric("spin/heldout_seconds", "seconds of the held-out play"),
+    Metric(
+        "spin/eval/<task>/<metric>",
+        "a benchmark's figure, by lm-eval's names; where a filter gave it, `<metric>,<filter>`",
+    ),
+    Metric("spin/eval/<task>/<metric>_stderr", "its standard error"),
+    Metric("spin/eval_seconds", "seconds of the benchmarks"),
     Metric("spin/generation_seconds", "seconds of answering the prompts", "gener-\nate", "{:.1f}", "time"),
     Metric("spin/generation_tokens_per_second", "tokens drawn a second, over all ranks"),
     Metric(
@@ -137,4 +145,4 @@ def start_figures(first: Mapping[str, Any]) -> dict[str, Any]:
     """
     found = {name.replace(START, HELD_OUT): value for name, value in first.items() if name.startswith(START)}
     loss = {name.removeprefix(_START_LOSS): value for name, value in first.items() if name.startswith(_START_LOSS)}
-    return {**found, **loss}
+    return {**found, **loss, **of_the_start(first)}

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from axolotl_spin.disk.atomic import DamagedFileError, read_json
 from axolotl_spin.disk.directory import RunDirectory
+from axolotl_spin.monitor.benchmarks import terminal_columns
 from axolotl_spin.monitor.metrics import HELD_OUT, METRICS, start_figures
 from axolotl_spin.run.plan import Plan
 from axolotl_spin.run.resume import stopped_early
@@ -47,7 +48,7 @@ def read_best(directory: RunDirectory) -> dict[str, Any]:
 def iteration_table(metrics: list[dict[str, Any]], best: dict[str, Any] | None = None) -> Table:
     """Lays out the iterations' `metrics.json`, one row each; where it is known, after a row of the start model's.
 
-    Columns of held-out play are left out of a run without it.
+    Columns of held-out play and of benchmarks are left out of a run without them.
 
     Args:
         metrics: Of each iteration.
@@ -67,9 +68,14 @@ def iteration_table(metrics: list[dict[str, Any]], best: dict[str, Any] | None =
     table.add_column("\niter", justify="right")
     for metric in columns:
         table.add_column(metric.heading, justify="right", no_wrap=True)
+    benchmarks = terminal_columns(figures for _, figures in rows)
+    for benchmark in benchmarks:
+        table.add_column(benchmark.heading, justify="right", no_wrap=True)
+    for column in table.columns:
+        column.vertical = "bottom"
     for label, figures in rows:
         cells = [m.form.format(figures[m.name]) if figures.get(m.name) is not None else "-" for m in columns]
-        table.add_row(label, *cells)
+        table.add_row(label, *cells, *(benchmark.cell(figures) for benchmark in benchmarks))
     return table
 
 

@@ -17,8 +17,10 @@ import yaml
 from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
+from axolotl_spin.monitor.benchmarks import eval_columns
 from axolotl_spin.monitor.metrics import METRICS, start_figures
 from axolotl_spin.report.answers import Sample, read_answers, sample
+from axolotl_spin.report.benchmarks import benchmarks
 from axolotl_spin.report.changes import Changes, read_changes
 from axolotl_spin.report.charts import Chart, curves
 from axolotl_spin.report.figures import collect
@@ -86,7 +88,7 @@ def render(runs: Sequence[RunData]) -> bytes:
     _tell_apart(runs)
     answers = [read_answers(run) for run in runs]
     views = [_view(run, found) for run, found in zip(runs, answers, strict=True)]
-    drawn = {"over steps": curves(runs), "by iteration": iterations(runs, answers)}
+    drawn = {"over steps": curves(runs), "by iteration": [*iterations(runs, answers), *benchmarks(runs)]}
     pairs = sample(answers)
     columns, rows = _table(runs)
     environment = jinja2.Environment(
@@ -153,6 +155,7 @@ def _table(runs: Sequence[RunData]) -> tuple[list[dict[str, str]], list[list[str
         figures += [(run, "start", start)] if start else []
         leader = run.best.get("best")
         figures += [(run, f"{i} ★" if i == leader else str(i), found) for i, found in sorted(run.metrics.items())]
+    asked = eval_columns(found for _, _, found in figures)
     columns = [metric for metric in METRICS if metric.heading]
     shown = [metric for metric in columns if any(number(found, metric.name) is not None for _, _, found in figures)]
     rows = []
@@ -161,8 +164,10 @@ def _table(runs: Sequence[RunData]) -> tuple[list[dict[str, str]], list[list[str
         for metric in shown:
             value, form = number(found, metric.name), metric.page_form or metric.form
             cells.append("-" if value is None else _time(value) if form == "time" else form.format(value))
-        rows.append(cells)
-    return [{"heading": metric.title, "about": metric.about} for metric in shown], rows
+        rows.append(cells + [column.cell(found) for column in asked])
+    headings = [{"heading": metric.title, "about": metric.about} for metric in shown]
+    about = "a benchmark's figure with its standard error"
+    return headings + [{"heading": f"{column.task} {column.metric}", "about": about} for column in asked], rows
 
 
 def _time(seconds: float) -> str:

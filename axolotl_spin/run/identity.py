@@ -30,6 +30,7 @@ _GROUP_RATES = ("embedding_lr", "embedding_lr_scale", "lr_groups", "loraplus_lr_
 # every iteration that is run gives the same weights
 _HARMLESS = (
     *("initial_pairs", "save_iterations", "eval_prompts", "active", "select", "keep", "patience"),
+    *("eval_tasks", "eval_limit", "eval_chat_template", "eval_confirm_run_unsafe_code"),
     *("generation.backend", "generation.gather_weights", "generation.batch_size"),
 )
 _HARMLESS_BLOCK = "generation.vllm."

@@ -64,6 +64,7 @@ class SpinRun:
         heldout: Prompts and human answers of held-out play, like `prompts`; None where there is none.
         select: The figure that tells the best iteration: `spin.select` or its default; None where nothing does.
         thoughts: What marks thoughts in answers; None where nothing does.
+        benchmarks: The `spin.eval_tasks`, loaded; None where there are none.
     """
 
     settings: SpinConfig
@@ -84,6 +85,7 @@ class SpinRun:
     heldout: Any = None
     select: str | None = None
     thoughts: ThinkBlock | None = None
+    benchmarks: Any = None
 
     @property
     def sampling_seed(self) -> int:

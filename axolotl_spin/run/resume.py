@@ -251,7 +251,7 @@ def set_aside(run: SpinRun, step: int) -> list[Path]:
         if index.isdigit() and int(index) > position.iteration:
             found.append(folder)
     at = position.iteration
-    results = (directory.model(at), directory.heldout(at), directory.eval_rows(at))
+    results = (directory.model(at), directory.heldout(at), directory.eval_rows(at), directory.evals(at))
     found += [path for path in results if path.exists()]
     if not found:
         return []

@@ -56,6 +56,7 @@ def test_what_changes_the_result_is_another_run(tmp_path: Path, key: str, value:
     "harmless",
     [
         {"spin": {"generation": {"batch_size": 3}}},
+        {"spin": {"eval_tasks": ["gsm8k"], "eval_limit": 3, "eval_chat_template": True}},
         {"gradient_checkpointing": True},
         {"attn_implementation": "sdpa"},
         {"use_tensorboard": True, "wandb_name": "b"},

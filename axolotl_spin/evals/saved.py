@@ -1,0 +1,183 @@
+"""Models of a run that are on disk: the start model and each iteration's, loaded and asked after the run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from axolotl_spin.disk.atomic import read_json
+from axolotl_spin.evals.tasks import Benchmarks
+from axolotl_spin.generation.vllm.engine import environment
+
+WORKER = Path(__file__).with_name("worker.py")
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """A model on disk.
+
+    Attributes:
+        name: For people.
+        iteration: That it resulted from; None for the start model.
+        model: Path or name of the whole model, or of the one under the adapter.
+        adapter: The adapter's folder, or None.
+        tokenizer: Path or name of its tokenizer.
+        evals: Its `evals.json`.
+        mark: What identifies it; see `Identity`.
+    """
+
+    name: str
+    iteration: int | None
+    model: str
+    adapter: Path | None
+    tokenizer: str
+    evals: Path
+    mark: str | None
+
+
+def base_of(adapter: Path) -> str | None:
+    """Returns the model under an adapter, as PEFT noted it; None where the folder holds no adapter."""
+    path = adapter / "adapter_config.json"
+    return str(read_json(path).get("base_model_name_or_path")) if path.exists() else None
+
+
+# runs benchmarks on a model and returns what `lm_eval.evaluate` returns
+Ask = Callable[[SavedModel, Benchmarks], dict[str, Any]]
+
+
+def ask_by_transformers(config: dict[str, Any], batch_size: int, device: str | None) -> Ask:
+    """Returns what asks models through transformers, in this process.
+
+    Args:
+        config: What the user wrote: how the base is loaded.
+        batch_size: Requests that are answered at once.
+        device: Of torch; by default all GPUs that are there, else the CPU.
+    """
+
+    def ask(saved: SavedModel, benchmarks: Benchmarks) -> dict[str, Any]:
+        import gc
+
+        import torch
+        from lm_eval.models.huggingface import HFLM
+
+        model, tokenizer = load(saved, config, device)
+        try:
+            return benchmarks.run(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size))
+        finally:
+            del model
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    return ask
+
+
+def load(saved: SavedModel, config: dict[str, Any], device: str | None) -> tuple[Any, Any]:
+    """Loads a model as it was trained: over a quantised base where it was, with rows for added tokens.
+
+    Args:
+        saved: The model.
+        config: What the user wrote.
+        device: See `ask_by_transformers`.
+
+    Returns:
+        The model and its tokenizer.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    remote = {"trust_remote_code": bool(config.get("trust_remote_code"))}
+    how: dict[str, Any] = {**remote, "dtype": "auto"}
+    if config.get("revision_of_model") and not Path(saved.model).exists():
+        how["revision"] = config["revision_of_model"]
+    if device is None and torch.cuda.is_available():
+        how["device_map"] = "auto"
+    if saved.iteration is None or saved.adapter is not None:
+        if config.get("load_in_4bit"):
+            how["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=torch.bfloat16 if config.get("bf16") not in (None, False) else torch.float32,
+            )
+        elif config.get("load_in_8bit"):
+            how["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    tokenizer = AutoTokenizer.from_pretrained(saved.tokenizer, **remote)
+    model = AutoModelForCausalLM.from_pretrained(saved.model, **how)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:  # `tokens:` of the config; an adapter may bring what was learnt for them
+        multiple = 32 if config.get("resize_token_embeddings_to_32x") else None
+        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=multiple)
+    if saved.adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(saved.adapter))
+    if "device_map" not in how and "quantization_config" not in how:
+        model = model.to(device or "cpu")
+    return model.eval(), tokenizer
+
+
+def ask_by_vllm(config: dict[str, Any], python: str | None, arguments: dict[str, Any]) -> Ask:
+    """Returns what asks models through lm-eval's vLLM model, each in a process of its own.
+
+    Args:
+        config: What the user wrote.
+        python: The interpreter that has vLLM and lm-eval; None is this one.
+        arguments: More of lm-eval's vLLM model, such as `gpu_memory_utilization`.
+
+    Raises:
+        ValueError: The interpreter cannot be run, or lacks one of them.
+    """
+    program = python or sys.executable
+    _check(program)
+
+    def ask(saved: SavedModel, benchmarks: Benchmarks) -> dict[str, Any]:
+        given: dict[str, Any] = {"pretrained": saved.model, "tokenizer": saved.tokenizer, **arguments}
+        given["trust_remote_code"] = bool(config.get("trust_remote_code"))
+        if saved.adapter is not None:
+            rank = read_json(saved.adapter / "adapter_config.json").get("r") or 16
+            given |= {"lora_local_path": str(saved.adapter), "max_lora_rank": max(16, int(rank))}
+        asked = {
+            "tasks": [*benchmarks.names, *(str(path.absolute()) for path in (*benchmarks.files, *benchmarks.folders))],
+            "limit": benchmarks.limit,
+            "chat_template": benchmarks.chat_template,
+            "unsafe_code": benchmarks.unsafe_code,
+            "key": benchmarks.key,
+        }
+        with tempfile.TemporaryDirectory(prefix="axolotl-spin-") as folder:
+            job, report = Path(folder, "job.json"), Path(folder, "report.json")
+            job.write_text(json.dumps({"asked": asked, "model": given, "report": str(report)}))
+            done = subprocess.run([program, str(WORKER), str(job)], env=environment(program, {}))
+            if done.returncode or not report.exists():
+                raise ValueError(
+                    f"{saved.name}: vLLM in {program} ended with status {done.returncode}; what it said stands above"
+                )
+            return json.loads(report.read_text())
+
+    return ask
+
+
+def _check(program: str) -> None:
+    """Raises ValueError where a Python cannot import vLLM and lm-eval."""
+    code = "import vllm, lm_eval; vllm.LLM"
+    try:
+        done = subprocess.run(
+            [program, "-c", code], env=environment(program, {}), capture_output=True, text=True, timeout=600
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ValueError(
+            f"`--backend vllm`: {program} did not run ({error}): give another one with `--python`"
+        ) from error
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise ValueError(
+            f"`--backend vllm`: {program} cannot import vLLM and lm-eval together ({said}): install both there "
+            f"(`{program} -m pip install vllm lm-eval==0.4.11`), name another environment's Python with `--python`, or "
+            "take `--backend hf`"
+        )

@@ -1,0 +1,116 @@
+"""`axolotl spin eval`: the models that a run left on disk, adapters with their base, each asked once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import evaluated
+import host
+import pytest
+import tiny
+import torch
+from click.testing import CliRunner, Result
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM
+from warm import Warm
+
+from axolotl_spin.cli import spin
+from axolotl_spin.disk.directory import RunDirectory
+
+pytestmark = pytest.mark.host
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("eval")
+    model = tiny.save(made / "model")
+    tiny.conversations(made / "data.jsonl", 12)
+    evaluated.write_tasks(made / "tasks", model, evaluated.ANSWERS, evaluated.CHOICES, evaluated.TEXTS)
+    return made
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path, warm: Warm) -> host.Run:
+    """LoRA, two iterations, no benchmarks in training."""
+    block = {"iterations": 2, "generation": {"max_new_tokens": 10}}
+    return host.train({**host.config(folder, spin=block), **host.LORA, "learning_rate": 2e-2}, by=warm)
+
+
+def command(run: host.Run, *options: Any) -> Result:
+    return CliRunner().invoke(spin, ["eval", str(run.out), *map(str, options)])
+
+
+def test_adapters_and_the_start_model_as_lm_eval_sees_them(
+    folder: Path, run: host.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ("--tasks", folder / "tasks", "--limit", 6)
+    done = command(run, *asked)
+    assert done.exit_code == 0, done.output
+    directory = RunDirectory(run.out)
+    paths = [directory.start_evals, directory.evals(0), directory.evals(1)]
+    found = [json.loads(path.read_text()) for path in paths]
+    for value, saved in zip(found, (folder / "model", directory.model(0), directory.model(1)), strict=True):
+        loader = AutoPeftModelForCausalLM if (saved / "adapter_config.json").exists() else AutoModelForCausalLM
+        model = loader.from_pretrained(saved, dtype=torch.float32)
+        evaluated.same(value, evaluated.by_lm_eval(folder / "tasks", model, run.out, limit=6))
+        assert value["limit"] == 6 and value["weights"] is None and len(value["run"]) == 64
+    assert len({json.dumps(value["tasks"]) for value in found}) == 3
+    # into the table, with the start model
+    first, second = run.metrics(0), run.metrics(1)
+    for figures, prefix, value in (
+        (first, "eval_start", found[0]),
+        (first, "eval", found[1]),
+        (second, "eval", found[2]),
+    ):
+        acc = value["tasks"]["tiny_choices"]["metrics"]["acc"]
+        assert figures[f"spin/{prefix}/tiny_choices/acc"] == acc["value"]
+        assert f"{acc['value']:.3f}±{acc['stderr']:.3f}" in done.stdout
+    assert "loss_last" in first and "Self-play iterations" in done.stdout and "start " in done.stdout
+
+    # what is there is not asked again; what is missing is
+    changed = [path.stat().st_mtime_ns for path in paths]
+    paths[1].unlink()
+    again = command(run, *asked)
+    assert again.exit_code == 0 and again.stdout.count(": as in ") == 2
+    assert json.loads(paths[1].read_text()) == found[1]
+    assert [path.stat().st_mtime_ns == time for path, time in zip(paths, changed, strict=True)] == [True, False, True]
+    monkeypatch.setattr("axolotl_spin.evals.saved.load", lambda *_: pytest.fail("a model was loaded"))
+    assert command(run, "--tasks", folder / "tasks" / "tiny_texts.yaml", "--limit", 6).stdout.count(": as in ") == 3
+
+
+def test_what_cannot_be_asked_is_left_out_and_said(folder: Path, run: host.Run, tmp_path: Path) -> None:
+    shutil.copytree(run.out / "spin", tmp_path / "spin")
+    directory = RunDirectory(tmp_path)
+    shutil.rmtree(directory.model(0))
+    figures = json.loads(directory.metrics(1).read_text())
+    del figures["spin/training_seconds"]  # as while it is trained
+    directory.metrics(1).write_text(json.dumps(figures))
+    done = CliRunner().invoke(spin, ["eval", str(tmp_path), "--tasks", str(folder / "tasks" / "tiny_choices.yaml")])
+    assert done.exit_code == 0, done.output
+    assert "start: tiny_choices acc" in done.stdout and "iteration 0: " not in done.stdout
+    assert f"iteration 0 left no {directory.model(0)} (`spin.save_iterations: false`): left out" in done.stdout
+    assert "iteration 1 is not over: left out" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tasks", "./nowhere.yaml"], "`--tasks`: ./nowhere.yaml does not exist"),
+        (
+            ["--tasks", "gsm8k", "--backend", "vllm"],
+            "cannot import vLLM and lm-eval together (ModuleNotFoundError: No module",
+        ),
+        (["--tasks", "gsm8k", "--backend", "vllm", "--python", "/no/python"], "/no/python did not run"),
+    ],
+)
+def test_what_is_refused(run: host.Run, options: list[str], message: str) -> None:
+    done = command(run, *options)
+    assert done.exit_code == 1 and message in done.output, done.output
+
+
+def test_a_folder_without_a_run(tmp_path: Path) -> None:
+    done = CliRunner().invoke(spin, ["eval", str(tmp_path), "--tasks", "gsm8k"])
+    assert done.exit_code == 1 and "holds no SPIN run" in done.output
