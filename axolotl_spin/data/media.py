@@ -85,7 +85,7 @@ def describe_unread(cfg: Any) -> str | None:
 
 
 def _at_hand(path: str) -> bool:
-    """Whether rows are on this machine: where only the host's cache of prepared ones is, nothing is downloaded for a line."""
+    """Whether rows are on this machine: where only the host has them, prepared, nothing is downloaded for a line."""
     from datasets import config
     from datasets.naming import camelcase_to_snakecase
 
