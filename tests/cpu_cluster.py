@@ -7,6 +7,7 @@ from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from axolotl.integrations.base import BasePlugin
+from axolotl.loaders import ModelLoader
 
 _set_device = PartialState.set_device
 
@@ -44,6 +45,15 @@ if os.environ.get("CPU_CLUSTER"):
         return work
 
     torch.distributed.all_gather_into_tensor = _gather
+
+    _set_device_map = ModelLoader._set_device_map_config
+
+    def _on_the_cpu(self):
+        _set_device_map(self)
+        if isinstance(self.model_kwargs.get("device_map"), dict):  # QLoRA under FSDP: an accelerator's number
+            self.model_kwargs["device_map"] = {"": "cpu"}
+
+    ModelLoader._set_device_map_config = _on_the_cpu
 
 if "DS_ACCELERATOR" in os.environ:
     import deepspeed.comm.torch

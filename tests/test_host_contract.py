@@ -57,6 +57,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
+from rows import PAIR
 from transformers import AutoModelForCausalLM, GenerationConfig, Trainer, TrainerControl, TrainerState
 from transformers.trainer_callback import DefaultFlowCallback, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, SchedulerType
@@ -77,6 +78,8 @@ from axolotl_spin.run.identity import _GROUP_RATES, _PLANNED
 from axolotl_spin.run.plan import make_plan
 from axolotl_spin.run.plan import warmup_steps as plan_warmup_steps
 from axolotl_spin.trainer import SpinTrainer
+from axolotl_spin.training.layouts import PairCollator, shared_block_mask
+from axolotl_spin.training.logprobs import completion_logps
 from axolotl_spin.training.noise import disable_dropout
 
 SPIN = "axolotl_spin.SpinPlugin"
@@ -1113,3 +1116,65 @@ def test_the_class_of_a_model_that_takes_more_than_text(name: str) -> None:
     with torch.device("meta"):
         expected = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
         assert type(empty_model(config, multimodal=multimodal, trusted=False)) is type(expected)
+
+
+# -- kernels that no CPU runs -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keys", [{"flex_attention": True}, {"attn_implementation": "flex_attention"}])
+def test_flex_attention_has_one_name_in_the_end(folder: Path, keys: dict[str, Any]) -> None:
+    """By it `layout_check.py` chooses the shared layout, and `logprobs.py` the kind of mask."""
+    cfg = validated(settings(folder, **keys))
+    assert cfg.attn_implementation == "flex_attention" and cfg.flash_attention is None
+    loader = ModelLoader.__new__(ModelLoader)
+    loader.cfg, loader.model_config, loader.model_kwargs = cfg, SimpleNamespace(), {}
+    loader._set_attention_config()
+    assert loader.model_config._attn_implementation == "flex_attention"
+
+
+def test_a_block_mask_reaches_the_attention_as_it_is() -> None:
+    """`layouts.py` makes the mask of a shared row; a model must not lay its own causal or sliding mask over it."""
+    from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+    mask = shared_block_mask(torch.zeros(1, 128, dtype=torch.int64))
+    config = tiny.model(47, sliding_window=8).config
+    config._attn_implementation = "flex_attention"
+    names = [name for name in parameters(create_causal_mask) if name in ("input_embeds", "inputs_embeds")]
+    given = {names[0]: torch.zeros(1, 128, 32), "attention_mask": mask, "past_key_values": None, "position_ids": None}
+    if "cache_position" in parameters(create_causal_mask):
+        given["cache_position"] = torch.arange(128)
+    for make in (create_causal_mask, create_sliding_window_causal_mask):
+        assert make(config=config, **given) is mask
+
+
+@pytest.mark.parametrize("kernels", ["scattermoe", "sonicmoe"])
+def test_kernels_for_experts_replace_the_experts_alone(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plugin names an implementation of the experts' forward and brings no trainer; head, routing, attention stay."""
+    plugin = importlib.import_module("axolotl.integrations.kernels").KernelsPlugin()
+    for name in ("scattermoe", "sonicmoe"):  # whose kernels are imported where a GPU is
+        module = SimpleNamespace(**{f"register_{name}_experts": lambda: None})
+        path = f"axolotl.integrations.kernels.libs.{name}{'_lora' if name == 'scattermoe' else ''}"
+        monkeypatch.setitem(sys.modules, f"{path}.experts", module)
+        monkeypatch.setitem(
+            sys.modules, f"{path}.runtime", SimpleNamespace(configure_scattermoe_runtime=lambda _: None)
+        )
+    monkeypatch.setitem(vars(sys.modules[type(plugin).__module__]), "relax_quantized_training_guard", lambda: None)
+    monkeypatch.setattr(plugin, "_adapters", lambda cfg: [])
+    cfg = DictDefault({f"use_{kernels}": True})
+    plugin.pre_model_load(cfg)
+    assert cfg.experts_implementation == kernels and plugin.get_trainer_cls(cfg) is None
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_implementations_of_experts_give_the_same_log_probs(name: str) -> None:
+    """`experts_implementation` of the host, as far as a CPU has any: policy and opponent may not differ by it."""
+    model = architectures.build(name, 47).eval()
+    batch = PairCollator(0)([PAIR])
+    found = []
+    for implementation in ("eager", "batched_mm", "grouped_mm"):
+        model.set_experts_implementation(implementation)
+        assert model.config._experts_implementation == implementation
+        with torch.no_grad():
+            found.append(completion_logps(model, batch))
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found[2], found[0], atol=1e-5, rtol=1e-5)

@@ -13,7 +13,7 @@ from axolotl_spin.data.endings import Endings, count_endings, describe_endings, 
 from axolotl_spin.data.heldout import heldout_prompts
 from axolotl_spin.data.initial_pairs import GivenPairs, pairs_file, read_file
 from axolotl_spin.data.marks import declared_ends, end_ids, special_tokens, turn_marks
-from axolotl_spin.data.media import refuse_media
+from axolotl_spin.data.media import describe_unread, refuse_media
 from axolotl_spin.data.prompts import prompt_dataset, token_counts
 from axolotl_spin.data.slices import prompt_slice
 from axolotl_spin.data.thoughts import ThinkBlock, think_block
@@ -150,7 +150,7 @@ def prepare_run(
     stops = stop_token_ids(prompts, ends=ends, **known)
     endings = count_endings(prompts, train_dataset, stops=stops, **known)
     refuse_endless(endings, cfg, tokenizer, stops)
-    notes = [describe_endings(endings, cfg, tokenizer), describe_merge(cfg), describe_shards(cfg)]
+    notes = [describe_unread(cfg), describe_endings(endings, cfg, tokenizer), describe_merge(cfg), describe_shards(cfg)]
     for line in filter(None, notes):
         LOG.warning(line)
     given = _given_pairs(cfg, settings, tokenizer)

@@ -6,7 +6,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import architectures
 import host
+import played
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -287,6 +289,26 @@ def test_a_killed_runs_iterations_can_be_exported(warm: Warm, shared: Path, tmp_
     text = done(export(tmp_path / "out", "uclaml", tmp_path / "real", "--inexact", "drop", iteration=1))
     exact = load_dataset(str(tmp_path / "real"), split="train")
     assert f"{len(exact)} pairs of iteration 1" in text and len(exact) > 16
+
+
+@pytest.mark.host
+def test_a_run_of_a_model_that_takes_images_too(tmp_path: Path, warm: Warm) -> None:
+    """Its folder has a processor beside the tokenizer; every format gives the pairs' tokens back to its reader."""
+    architectures.save("gemma3", tmp_path / "model")
+    tiny.conversations(tmp_path / "data.jsonl", 12)
+    run = host.train(played.settings_of(tmp_path), by=warm)
+    made = run.pairs(1).select([*IDS, "finish_reason"]).to_pylist()
+    assert {row["finish_reason"] for row in made} == {"stop", "length"}
+    done(export(run.out, "parquet", tmp_path / "parquet", iteration=1))
+    done(export(run.out, "uclaml", tmp_path / "uclaml", iteration=1))
+    (tmp_path / "back").mkdir()
+    for kind in ("parquet", "uclaml"):
+        assert imported(tmp_path / "back", tmp_path / kind, tiny.tokenizer()) == made
+    ended = [{name: row[name] for name in IDS} for row in made if row["finish_reason"] == "stop"]
+    for kind in ("dpo", "dpo-text"):
+        done(export(run.out, kind, tmp_path / kind, "--inexact", "drop", iteration=1))
+        rows = load_dataset(str(tmp_path / kind), split="train").to_list()
+        assert [trl_reads(tiny.tokenizer(), row) for row in rows] == ended
 
 
 # -- as the reader reads ----------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import importlib.util
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,6 +65,10 @@ def make(name: str, model: torch.nn.Module, folder: Path) -> torch.optim.Optimiz
     return host.create_optimizer()
 
 
+# keeps its state in its groups by the parameters themselves, which no state that was saved finds again
+LOST_BY_A_CHECKPOINT = ("grokadamw",)
+
+
 def steps(model: torch.nn.Module, optimizer: torch.optim.Optimizer, count: int = 3) -> torch.Tensor:
     """Takes steps on the same batches, with the same random numbers; returns all weights."""
     for index in range(count):
@@ -94,10 +99,12 @@ def refused(name: str) -> bool:
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not refused(name)])
-def test_every_optimizer_restarts(name: str, tmp_path: Path) -> None:
+def test_every_optimizer_restarts(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It steps from the weights that it has brought about as a new one does, bit for bit."""
     if why := missing(name):
         pytest.skip(why)
+    if name == "stable_adamw":  # it would take Triton's kernels where Triton is installed, whatever the device is
+        monkeypatch.setattr(importlib.import_module("optimi.stableadamw"), "_default_to_triton", lambda _: False)
     model = tiny.model(47)
     torch.manual_seed(0)
     optimizer = make(name, model, tmp_path)
@@ -109,6 +116,9 @@ def test_every_optimizer_restarts(name: str, tmp_path: Path) -> None:
     kept_optimizer = make(name, kept_model, tmp_path)
     kept_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     kept = steps(kept_model, kept_optimizer)
+    if name in LOST_BY_A_CHECKPOINT:
+        assert torch.equal(kept, fresh)
+        kept = steps(*copy.deepcopy((model, optimizer)))
     restart_optimizer(optimizer, start)
     assert torch.equal(steps(model, optimizer), fresh)
     if name not in ("sgd", "sinkgd"):  # which keep nothing from step to step

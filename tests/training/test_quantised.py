@@ -8,11 +8,12 @@ from typing import Any
 
 import bitsandbytes as bnb
 import host
+import numpy as np
 import pytest
 import tiny
 import torch
 from torch import nn
-from warm import Warm
+from warm import Ranks, Warm
 
 from axolotl_spin.training.policy import frozen, nonfinite_weights
 from axolotl_spin.training.quantised import compute_as_in_training
@@ -155,3 +156,24 @@ def test_quantised_weights_under_bf16(folder: Path, warm: Warm, kind: dict[str, 
     run = train(folder, f"half-{kind['adapter']}", warm, "half.HalfPlugin", **kind, bfloat16=True)
     assert [run.metrics(i)["loss_first"] for i in range(2)] == pytest.approx([math.log(2)] * 2, abs=EXACT)
     assert min(run.losses()) < 0.69
+
+
+@pytest.mark.host
+@pytest.mark.ranks
+@pytest.mark.once
+def test_qlora_sharded_by_fsdp2_plays_as_on_one_process(folder: Path, warm: Warm, warm_ranks: Ranks) -> None:
+    """Shards of packed bits: answers, opponents and losses are those of one process, which 16-bit weights' are not."""
+    changes = {**QLORA, "lora_dropout": 0.0}
+    sharded = {**host.layout("fsdp2", folder), **changes, "lora_model_dir": str(folder / "adapter")}
+    run = host.train(host.config(folder, **{**host.LORA, **sharded}), "fsdp2", by=warm_ranks)
+    alone = train(folder, "alone", warm, **changes)
+    plain = train(folder, "unpacked", warm, **{**changes, "adapter": "lora", "load_in_4bit": False})
+    for iteration in range(2):
+        pairs, expected = run.pairs(iteration), alone.pairs(iteration)
+        assert pairs["rejected_ids"] == expected["rejected_ids"]
+        for name in ("opponent_chosen_logp", "opponent_rejected_logp"):
+            np.testing.assert_allclose(pairs[name], expected[name], rtol=0, atol=1e-3)
+    assert run.losses() == pytest.approx(alone.losses(), abs=1e-4)
+    assert [run.metrics(i)["loss_first"] for i in range(2)] == pytest.approx([math.log(2)] * 2, abs=1e-5)
+    bits, numbers = (np.array(made.pairs(0)["opponent_chosen_logp"]) for made in (alone, plain))
+    assert np.abs(bits - numbers).max() > 0.1

@@ -16,6 +16,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from rows import PAIR
 from safetensors.torch import load_file
+from transformers import AutoProcessor
 from warm import Ranks, Warm
 
 from axolotl_spin.training.layouts import PairCollator
@@ -134,3 +135,30 @@ def test_no_rank_waits_for_a_towers_gradient(tmp_path: Path, warm_ranks: Ranks) 
     run = host.train(settings(tmp_path, **changes), "ddp", by=warm_ranks)
     assert [run.metrics(i)["loss_first"] for i in range(2)] == pytest.approx([math.log(2)] * 2, abs=1e-5)
     assert run.metrics(1)["spin/updated_weights"] > 0.5
+
+
+@pytest.mark.host
+@pytest.mark.ranks
+@pytest.mark.once
+@pytest.mark.parametrize("kind", ["zero3", "fsdp2"])
+def test_sharded_over_two_ranks(kind: str, tmp_path: Path, warm_ranks: Ranks) -> None:
+    """Each opponent's log-probs are those of one process with the model that was saved whole.
+
+    Files are compared as they load: ZeRO-3's name the tower as older transformers did, and FSDP2's have a tied head twice.
+    """
+    changes = {**host.layout(kind, tmp_path), "gradient_accumulation_steps": 2, "weight_decay": 0.1}
+    if kind == "fsdp2":
+        changes["fsdp_config"] = {**changes["fsdp_config"], "transformer_layer_cls_to_wrap": "Gemma3DecoderLayer"}
+    run = host.train(settings(tmp_path, **changes), kind, by=warm_ranks)
+    assert [run.metrics(i)["loss_first"] for i in range(2)] == pytest.approx([math.log(2)] * 2, abs=1e-5)
+    assert run.metrics(1)["spin/updated_weights"] > 0.5
+    folders = [tmp_path / "model", *(run.out / "spin" / f"iteration-{i}" / "model" for i in range(2)), run.out]
+    models, wrong = zip(*(played.loaded("gemma3", folder) for folder in folders), strict=True)
+    assert not any(wrong)
+    for iteration in range(2):
+        assert max(played.off_alone(models[iteration], row) for row in run.pairs(iteration).to_pylist()) < 1e-5
+    for model, folder in zip(models[1:], folders[1:], strict=True):
+        for name, weight in models[0].state_dict().items():
+            if "vision_tower" in name or "projector" in name:
+                assert torch.equal(weight, model.state_dict()[name])
+        assert type(AutoProcessor.from_pretrained(folder)).__name__ == "LlavaProcessor"
