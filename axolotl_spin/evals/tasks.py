@@ -113,6 +113,28 @@ class Benchmarks:
         """Returns the version of each task, by name: what results must hold."""
         return {name: task.VERSION for name, task in self.leaves()}
 
+    def refuse_select(self, select: str) -> None:
+        """Refuses a `spin.select` that names none of the figures that the loaded tasks give.
+
+        Args:
+            select: A task's metric as `task/metric`.
+
+        Raises:
+            ValueError: Names the key, and what there is.
+        """
+        name, _, metric = select.partition("/")
+        if name in {getattr(entry, "group", entry) for entry, inside in self.tasks.items() if isinstance(inside, dict)}:
+            return  # what a group adds up is known once it is run
+        leaves = dict(self.leaves())
+        if name not in leaves:
+            raise ValueError(
+                f"`spin.select: {select}`: `{self.key}` brings no task `{name}`; there is {', '.join(sorted(leaves))}"
+            )
+        filters = [kind.name for kind in leaves[name]._filters]
+        known = [key if kind == "none" else f"{key},{kind}" for key in leaves[name].aggregation() for kind in filters]
+        if metric not in known:
+            raise ValueError(f"`spin.select: {select}`: the figures of {name} are {', '.join(known)}")
+
     def _add(self, shown: str, loaded: dict[Any, Any]) -> None:
         known = {name for name, _ in self.leaves()}
         before, self.tasks = self.tasks, loaded

@@ -42,7 +42,7 @@ def settings(folder: Path, name: str, asked: bool = True, spin: dict[str, Any] |
 
 @pytest.fixture(scope="module")
 def asked(folder: Path, warm: Warm) -> host.Run:
-    return host.train(settings(folder, "asked"), by=warm)
+    return host.train(settings(folder, "asked", spin={"select": "tiny_answers/exact_match,word"}), by=warm)
 
 
 def evals(run: host.Run, model: str) -> dict[str, Any]:
@@ -103,6 +103,19 @@ def test_figures_are_logged_and_stand_in_metrics_and_table(asked: host.Run) -> N
     assert "iteration 1: benchmarks in" in asked.output and "Running loglikelihood" not in asked.output
     page = (asked.out / "spin" / "report.html").read_text()
     assert "Benchmark: tiny_answers" in page and '"error_y"' in page
+
+
+def test_a_tasks_metric_selects_the_best_iteration(asked: host.Run) -> None:
+    """More is better; with eleven samples every difference here may be noise, but each figure is the task's."""
+    best = json.loads((asked.out / "spin" / "best.json").read_text())
+    assert best["select"] == "tiny_answers/exact_match,word"
+    for entry, model in zip(best["iterations"], ("iteration-0", "iteration-1"), strict=True):
+        figure = evals(asked, model)["tasks"]["tiny_answers"]["metrics"]["exact_match,word"]
+        assert (entry["value"], entry["stderr"]) == (figure["value"], figure["stderr"])
+        assert entry["verdict"] in ("first", "better", "noise", "worse")
+    assert (
+        best["start"]["value"] == evals(asked, "start")["tasks"]["tiny_answers"]["metrics"]["exact_match,word"]["value"]
+    )
 
 
 def test_an_iterations_end_that_runs_again_reads_what_it_has_measured(

@@ -61,6 +61,19 @@ def test_a_file_is_its_task(folder: Path) -> None:
 
 
 @pytest.mark.once
+def test_what_selects_the_best_iteration_is_a_figure_of_theirs(folder: Path) -> None:
+    found = asked(folder / "all").load()
+    for select in ("tiny_answers/exact_match,word", "tiny_answers/exact_match", "tiny_choices/acc", "tiny_group/acc"):
+        found.refuse_select(select)
+    with pytest.raises(
+        ValueError, match=r"`spin.select: tiny/acc`: `spin.eval_tasks` brings no task `tiny`; there is tiny_a"
+    ):
+        found.refuse_select("tiny/acc")
+    with pytest.raises(ValueError, match=r"the figures of tiny_answers are exact_match, exact_match,word$"):
+        found.refuse_select("tiny_answers/acc")
+
+
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("names", "message"),
     [
