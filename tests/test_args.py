@@ -79,7 +79,7 @@ def test_numbers_per_iteration() -> None:
         ({"learning_rate": [1e-6]}, "spin.learning_rate lists 1 values"),
         ({"iterations": 2, "history": 2}, "spin.history is 2, but only 0 to 1"),
         ({"history": -1}, "greater than or equal to 0"),
-        ({"loss": "ipo"}, "'sigmoid' or 'hinge'"),
+        ({"loss": "ipo"}, "'sigmoid', 'hinge' or 'space'"),
         ({"sft_weight": -0.1}, "greater than or equal to 0"),
         ({"max_prompts": 0}, "greater than or equal to 1"),
         ({"turns": "first"}, "'last' or 'all'"),
