@@ -403,6 +403,7 @@ OTHER_NAMES = {
 def known_names() -> set[str]:
     """Returns every name with an underscore that a page may set as code."""
     from axolotl.integrations.base import BasePlugin
+    from axolotl.integrations.swanlab.args import SwanLabConfig
     from axolotl.utils.schemas.datasets import SFTDataset
     from transformers import Trainer
 
@@ -410,6 +411,7 @@ def known_names() -> set[str]:
     from axolotl_spin.game import heldout_play
     from axolotl_spin.monitor.metrics import METRICS
     from axolotl_spin.refusals import REFUSED
+    from axolotl_spin.run import selected
     from axolotl_spin.set_aside import SET_ASIDE
 
     return {
@@ -420,6 +422,8 @@ def known_names() -> set[str]:
         *(metric.name for metric in METRICS),
         *pairs.SCHEMA.names,
         *heldout_play.SCHEMA.names,
+        *(selected.EVAL_LOSS, selected.AUC),
+        *SwanLabConfig.model_fields,
         *(path.stem for path in PACKAGE.rglob("*.py")),
         *dir(BasePlugin),
         *dir(Trainer),

@@ -129,8 +129,8 @@ def test_measure_by_hand() -> None:
             "spin/heldout_human_length": 4.0,
             "spin/heldout_margin": -0.25,  # -1 + 0.5 and -2 + 2
             "spin/heldout_auc": (0 + 1 + 0 + 0.5) / 4,
-            # human answers exceed 1/2 and 1/4 of the own ones, own ones are exceeded by 0 and 3/4 of the human ones: prompts
-            # move it by 1/2 + 0 and 1/4 + 3/4, each less twice 3/8
+            # human answers exceed 1/2 and 1/4 of the own ones, own ones are exceeded by 0 and 3/4 of the human ones:
+            # prompts move it by 1/2 + 0 and 1/4 + 3/4, each less twice 3/8
             "spin/heldout_auc_stderr": (2 * 0.25**2 / 2) ** 0.5,
             "spin/heldout_distinct_2": 1.0,  # of 78 and 89; 76 is an end
         }

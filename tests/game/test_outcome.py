@@ -36,7 +36,7 @@ def same(one: Path, other: Path) -> bool:
     return weights[0].keys() == weights[1].keys() and all(torch.equal(weights[0][n], weights[1][n]) for n in weights[0])
 
 
-def check(run: host.Run, weights: str = "model.safetensors") -> None:
+def check(run: host.Run, weights: str = "model.safetensors", second_is: str = "worse") -> None:
     """The run ended after its second iteration, complete, and its final model is the first one's."""
     spin = run.out / "spin"
     plan, about, best = (read_json(spin / f"{name}.json") for name in ("plan", "about", "best"))
@@ -45,7 +45,7 @@ def check(run: host.Run, weights: str = "model.safetensors") -> None:
     why = "the last iteration was no better by `eval_loss` than what was there before (`spin.patience: 1`)"
     assert about["completed"] and about["ended"] == {"step": plan["completed_steps"], "why": why}
     assert (best["best"], best["kept"], best["ended"]) == (0, 0, why)
-    assert [entry["verdict"] for entry in best["iterations"]] == ["better", "worse"]
+    assert [entry["verdict"] for entry in best["iterations"]] == ["better", second_is]
     assert best["over_start"]["paired"] and best["iterations"][1]["paired"]
     assert same(run.out / weights, spin / "iteration-0" / "model" / weights)
     assert not (spin / "iteration-2").exists()
@@ -106,9 +106,10 @@ def test_with_more_patience_it_goes_on(ended: host.Run, warm: Warm, tmp_path: Pa
 
 
 def test_an_adapter_of_which_only_the_best_is_kept(warm: Warm, tmp_path: Path) -> None:
-    made = {**settings(tmp_path, save_iterations=False, learning_rate=[5e-2, 20.0, 1e-2]), **host.LORA}
+    """The second iteration hardly moves: what it gains is noise, and it is not the final model either."""
+    made = {**settings(tmp_path, save_iterations=False, learning_rate=[1e-1, 1e-5, 1e-2]), **host.LORA}
     run = host.train(made, by=warm)
-    check(run, "adapter_model.safetensors")
+    check(run, "adapter_model.safetensors", second_is="noise")
     assert not (run.out / "spin" / "iteration-1" / "model").exists()
     assert read_json(run.out / "spin" / "best.json")["alone"] == 0
 
@@ -116,7 +117,5 @@ def test_an_adapter_of_which_only_the_best_is_kept(warm: Warm, tmp_path: Path) -
 @pytest.mark.ranks
 @pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
 def test_on_two_ranks(warm_ranks: Ranks, tmp_path: Path, layout: str) -> None:
-    rates = {"learning_rate": [5e-2, 20.0, 1e-2]} if "lora" in layout else {}
-    made = settings(tmp_path, **rates)
-    run = host.train({**made, **host.layout(layout, tmp_path)}, layout.partition("-")[0], by=warm_ranks)
-    check(run, "adapter_model.safetensors" if "lora" in layout else "model.safetensors")
+    run = host.train({**settings(tmp_path), **host.layout(layout, tmp_path)}, layout, by=warm_ranks)
+    check(run)
