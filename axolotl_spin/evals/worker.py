@@ -1,9 +1,9 @@
-"""Benchmarks by vLLM: run as a script by the Python that has vLLM and lm-eval, in a process of its own.
+"""Benchmarks in a process of their own: run as a script by a Python that has lm-eval, and vLLM where that is to answer.
 
     python worker.py JOB
 
-JOB is a JSON file: `asked` has the arguments of `tasks.asked_benchmarks`, `model` those of lm-eval's vLLM model. What
-lm-eval found goes, as JSON, to the job's `report`.
+JOB is a JSON file: `asked` has the arguments of `tasks.asked_benchmarks`, `kind` is lm-eval's name of a kind of model
+(`vllm`), `model` has the arguments of that. What lm-eval found goes, as JSON, to the job's `report`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ def main(path: str) -> None:
     with open(path, encoding="utf-8") as file:
         job = json.load(file)
     benchmarks = _tasks().asked_benchmarks(**job["asked"]).load()
-    from lm_eval.models.vllm_causallms import VLLM
+    import lm_eval.models  # noqa: F401 - which registers them
+    from lm_eval.api.registry import get_model
 
-    found = benchmarks.run(VLLM(**job["model"]))
+    found = benchmarks.run(get_model(job["kind"])(**job["model"]))
     with open(job["report"], "w", encoding="utf-8") as file:
         json.dump({key: found[key] for key in _KEPT if key in found}, file, default=float)
 
