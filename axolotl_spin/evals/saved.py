@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from axolotl_spin.disk.atomic import read_json
-from axolotl_spin.evals.tasks import Benchmarks
+from axolotl_spin.evals.tasks import BOOTSTRAP, Benchmarks
 from axolotl_spin.generation.vllm.engine import environment
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -155,7 +155,7 @@ def ask_in_a_process(program: str, kind: str, model: dict[str, Any], benchmarks:
         program: Its Python.
         kind: lm-eval's name of a kind of model.
         model: Arguments of that.
-        benchmarks: Asked for; they are loaded there.
+        benchmarks: Loaded; they are loaded there once more.
 
     Returns:
         What `lm_eval.evaluate` returns, as far as `collect` reads it.
@@ -173,15 +173,32 @@ def ask_in_a_process(program: str, kind: str, model: dict[str, Any], benchmarks:
 
 
 def job_of(kind: str, model: dict[str, Any], benchmarks: Benchmarks, report: Path) -> dict[str, Any]:
-    """Returns what `worker.py` is asked for; see `ask_in_a_process`."""
-    asked = {
-        "tasks": [*benchmarks.names, *(str(path.absolute()) for path in (*benchmarks.files, *benchmarks.folders))],
+    """Returns what `worker.py` is asked for.
+
+    Args:
+        kind, model, benchmarks: See `ask_in_a_process`; the benchmarks are loaded.
+        report: Where the results are to appear.
+
+    Returns:
+        `kind`, `model` and `report` as given, the names of `tasks`, the `folders` in which those of the user's own are, and
+        `how` they are asked, in the arguments of lm-eval's `simple_evaluate`.
+    """
+    folders = [*benchmarks.folders, *(path.parent for path in benchmarks.files)]
+    how = {
         "limit": benchmarks.limit,
-        "chat_template": benchmarks.chat_template,
-        "unsafe_code": benchmarks.unsafe_code,
-        "key": benchmarks.key,
+        "bootstrap_iters": BOOTSTRAP,
+        "apply_chat_template": benchmarks.chat_template,
+        "fewshot_as_multiturn": benchmarks.chat_template,
+        "confirm_run_unsafe_code": benchmarks.unsafe_code,
     }
-    return {"asked": asked, "kind": kind, "model": model, "report": str(report)}
+    return {
+        "kind": kind,
+        "model": model,
+        "report": str(report),
+        "tasks": [getattr(name, "group_name", name) for name in benchmarks.tasks],
+        "folders": [str(folder.absolute()) for folder in dict.fromkeys(folders)],
+        "how": how,
+    }
 
 
 def _check(program: str) -> None:
@@ -199,6 +216,6 @@ def _check(program: str) -> None:
         said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise ValueError(
             f"`--backend vllm`: {program} cannot import lm-eval's vLLM model ({said}): install what it needs there "
-            f"(`{program} -m pip install vllm ray lm-eval==0.4.11`), name another environment's Python with `--python`, or "
+            f"(`{program} -m pip install vllm ray lm-eval`), name another environment's Python with `--python`, or "
             "take `--backend hf`"
         )

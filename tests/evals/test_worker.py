@@ -24,7 +24,7 @@ def test_the_figures_are_lm_evals_own(tmp_path: Path, warm: Warm) -> None:
     """lm-eval's model over transformers stands in for that over vLLM: tasks, job and report are the same."""
     path = tiny.save(tmp_path / "model")
     tasks = evaluated.write_tasks(tmp_path / "tasks", path, evaluated.ANSWERS, evaluated.CHOICES, evaluated.TEXTS)
-    asked = asked_benchmarks([str(tasks)], limit=4, chat_template=False, unsafe_code=False, key="--tasks")
+    asked = asked_benchmarks([str(tasks)], limit=4, chat_template=False, unsafe_code=False, key="--tasks").load()
     job, report = tmp_path / "job.json", tmp_path / "report.json"
     job.write_text(json.dumps(job_of("hf", {"pretrained": str(path), "device": "cpu"}, asked, report)))
     code, output = warm.run("axolotl_spin.evals.worker", str(job), env=host.environment(), cwd=tmp_path)
