@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from axolotl_spin.disk.atomic import read_json
-from axolotl_spin.evals.tasks import Benchmarks
+from axolotl_spin.evals.tasks import BOOTSTRAP, Benchmarks
 from axolotl_spin.generation.vllm.engine import environment
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -109,7 +109,7 @@ def load(saved: SavedModel, config: dict[str, Any], device: str | None) -> tuple
         elif config.get("load_in_8bit"):
             how["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     tokenizer = AutoTokenizer.from_pretrained(saved.tokenizer, **remote)
-    model = AutoModelForCausalLM.from_pretrained(saved.model, **how)
+    model: Any = AutoModelForCausalLM.from_pretrained(saved.model, **how)
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:  # `tokens:` of the config; an adapter may bring what was learnt for them
         multiple = 32 if config.get("resize_token_embeddings_to_32x") else None
@@ -143,29 +143,67 @@ def ask_by_vllm(config: dict[str, Any], python: str | None, arguments: dict[str,
         if saved.adapter is not None:
             rank = read_json(saved.adapter / "adapter_config.json").get("r") or 16
             given |= {"lora_local_path": str(saved.adapter), "max_lora_rank": max(16, int(rank))}
-        asked = {
-            "tasks": [*benchmarks.names, *(str(path.absolute()) for path in (*benchmarks.files, *benchmarks.folders))],
-            "limit": benchmarks.limit,
-            "chat_template": benchmarks.chat_template,
-            "unsafe_code": benchmarks.unsafe_code,
-            "key": benchmarks.key,
-        }
-        with tempfile.TemporaryDirectory(prefix="axolotl-spin-") as folder:
-            job, report = Path(folder, "job.json"), Path(folder, "report.json")
-            job.write_text(json.dumps({"asked": asked, "model": given, "report": str(report)}))
-            done = subprocess.run([program, str(WORKER), str(job)], env=environment(program, {}))
-            if done.returncode or not report.exists():
-                raise ValueError(
-                    f"{saved.name}: vLLM in {program} ended with status {done.returncode}; what it said stands above"
-                )
-            return json.loads(report.read_text())
+        return ask_in_a_process(program, "vllm", given, benchmarks)
 
     return ask
 
 
+def ask_in_a_process(program: str, kind: str, model: dict[str, Any], benchmarks: Benchmarks) -> dict[str, Any]:
+    """Runs benchmarks in a process of their own; see `worker.py`.
+
+    Args:
+        program: Its Python.
+        kind: lm-eval's name of a kind of model.
+        model: Arguments of that.
+        benchmarks: Loaded; they are loaded there once more.
+
+    Returns:
+        What `lm_eval.evaluate` returns, as far as `collect` reads it.
+
+    Raises:
+        ValueError: It failed.
+    """
+    with tempfile.TemporaryDirectory(prefix="axolotl-spin-") as folder:
+        path, report = Path(folder, "job.json"), Path(folder, "report.json")
+        path.write_text(json.dumps(job_of(kind, model, benchmarks, report)))
+        done = subprocess.run([program, str(WORKER), str(path)], env=environment(program, {}))
+        if done.returncode or not report.exists():
+            raise ValueError(f"{kind} in {program} ended with status {done.returncode}; what it said stands above")
+        return json.loads(report.read_text())
+
+
+def job_of(kind: str, model: dict[str, Any], benchmarks: Benchmarks, report: Path) -> dict[str, Any]:
+    """Returns what `worker.py` is asked for.
+
+    Args:
+        kind, model, benchmarks: See `ask_in_a_process`; the benchmarks are loaded.
+        report: Where the results are to appear.
+
+    Returns:
+        `kind`, `model` and `report` as given, the names of `tasks`, the `folders` in which those of the user's own are, and
+        `how` they are asked, in the arguments of lm-eval's `simple_evaluate`.
+    """
+    folders = [*benchmarks.folders, *(path.parent for path in benchmarks.files)]
+    how = {
+        "limit": benchmarks.limit,
+        "bootstrap_iters": BOOTSTRAP,
+        "apply_chat_template": benchmarks.chat_template,
+        "fewshot_as_multiturn": benchmarks.chat_template,
+        "confirm_run_unsafe_code": benchmarks.unsafe_code,
+    }
+    return {
+        "kind": kind,
+        "model": model,
+        "report": str(report),
+        "tasks": [getattr(name, "group_name", name) for name in benchmarks.tasks],
+        "folders": [str(folder.absolute()) for folder in dict.fromkeys(folders)],
+        "how": how,
+    }
+
+
 def _check(program: str) -> None:
     """Raises ValueError where a Python cannot import vLLM and lm-eval."""
-    code = "import vllm, lm_eval; vllm.LLM"
+    code = "import vllm, lm_eval.models.vllm_causallms; vllm.LLM"
     try:
         done = subprocess.run(
             [program, "-c", code], env=environment(program, {}), capture_output=True, text=True, timeout=600
@@ -177,7 +215,7 @@ def _check(program: str) -> None:
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise ValueError(
-            f"`--backend vllm`: {program} cannot import vLLM and lm-eval together ({said}): install both there "
-            f"(`{program} -m pip install vllm lm-eval==0.4.11`), name another environment's Python with `--python`, or "
+            f"`--backend vllm`: {program} cannot import lm-eval's vLLM model ({said}): install what it needs there "
+            f"(`{program} -m pip install vllm ray lm-eval`), name another environment's Python with `--python`, or "
             "take `--backend hf`"
         )

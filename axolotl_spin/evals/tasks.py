@@ -1,7 +1,6 @@
 """Which benchmarks are run: tasks of lm-eval by name, or from YAML files, loaded with their data before a model is.
 
-lm-eval is imported where it is needed: it takes seconds, and most runs do without. Nothing else of this package is, since
-`worker.py` takes this file into the environment that has vLLM.
+lm-eval is imported where it is needed: it takes seconds, and most runs do without.
 """
 
 from __future__ import annotations

@@ -1,22 +1,19 @@
-"""Benchmarks by vLLM: run as a script by the Python that has vLLM and lm-eval, in a process of its own.
+"""Benchmarks in a process of their own: run as a script by a Python that has lm-eval, and vLLM where that is to answer.
 
     python worker.py JOB
 
-JOB is a JSON file: `asked` has the arguments of `tasks.asked_benchmarks`, `model` those of lm-eval's vLLM model. What
-lm-eval found goes, as JSON, to the job's `report`.
+JOB is a JSON file, whose keys `saved.job_of` describes. It asks lm-eval for no more than its public `simple_evaluate`: the
+lm-eval that fits a vLLM may be another than the host's.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import sys
-from types import ModuleType
 
-_HERE = os.path.dirname(os.path.abspath(__file__))
 # a script's own folder is searched first: the files beside this one would stand for the libraries of their names
-sys.path[:] = [path for path in sys.path if os.path.abspath(path) != _HERE]
+sys.path[:] = [path for path in sys.path if os.path.abspath(path) != os.path.dirname(os.path.abspath(__file__))]
 
 _KEPT = ("results", "versions", "n-samples", "higher_is_better", "group_subtasks")
 
@@ -24,22 +21,21 @@ _KEPT = ("results", "versions", "n-samples", "higher_is_better", "group_subtasks
 def main(path: str) -> None:
     with open(path, encoding="utf-8") as file:
         job = json.load(file)
-    benchmarks = _tasks().asked_benchmarks(**job["asked"]).load()
-    from lm_eval.models.vllm_causallms import VLLM
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
 
-    found = benchmarks.run(VLLM(**job["model"]))
+    manager = TaskManager(include_path=job["folders"] or None)
+    found = simple_evaluate(
+        model=job["kind"],
+        model_args=job["model"],
+        tasks=job["tasks"],
+        task_manager=manager,
+        log_samples=False,
+        **job["how"],
+    )
+    assert found is not None
     with open(job["report"], "w", encoding="utf-8") as file:
         json.dump({key: found[key] for key in _KEPT if key in found}, file, default=float)
-
-
-def _tasks() -> ModuleType:
-    """Returns `tasks.py`: this package need not be installed here."""
-    spec = importlib.util.spec_from_file_location("axolotl_spin_tasks", os.path.join(_HERE, "tasks.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look it up
-    spec.loader.exec_module(module)
-    return module
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def test_what_cannot_be_asked_is_left_out_and_said(folder: Path, run: host.Run, 
         (["--tasks", "./nowhere.yaml"], "`--tasks`: ./nowhere.yaml does not exist"),
         (
             ["--tasks", "gsm8k", "--backend", "vllm"],
-            "cannot import vLLM and lm-eval together (ModuleNotFoundError: No module",
+            "cannot import lm-eval's vLLM model (ModuleNotFoundError: No module named 'vllm')",
         ),
         (["--tasks", "gsm8k", "--backend", "vllm", "--python", "/no/python"], "/no/python did not run"),
     ],
