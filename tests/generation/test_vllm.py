@@ -6,6 +6,7 @@ SPIN_VLLM_PYTHON names the Python of the engine's environment (`.ci/vllm-environ
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -15,11 +16,14 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import architectures
 import host
 import numpy as np
+import played
 import pytest
 import tiny
 import torch
@@ -176,6 +180,26 @@ def test_one_engine_over_two_ranks(tmp_path: Path, warm_ranks: Ranks) -> None:
     run = host.train(settings, "ddp", env={"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, by=warm_ranks, timeout=600)
     assert "prompts are already answered" in run.output and run.output.count("was ready after") == 1
     assert len(run.pairs(0)) == 24
+
+
+def test_of_a_model_that_takes_images_too_the_text_part_answers(
+    tmp_path: Path, warm: Warm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Greedy answers are those of a loop without a cache in transformers; no processor is asked for."""
+    known = architectures.ARCHITECTURES["gemma3"]
+    sizes = {**known.changes, "head_dim": 32}  # vLLM's attention for CPUs has none for heads of 8
+    monkeypatch.setitem(architectures.ARCHITECTURES, "gemma3", replace(known, changes=sizes))
+    architectures.save("gemma3", tmp_path / "model")
+    tiny.conversations(tmp_path / "data.jsonl", 12)
+    generation = {"backend": "vllm", "max_new_tokens": 10, "batch_size": 4, "temperature": 0, "vllm": ENGINE}
+    spin = {"iterations": 1, "generation": generation}
+    run = host.train(played.settings_of(tmp_path, spin=spin), by=warm, timeout=600)
+    assert run.output.count("was ready after") == 1
+    model, _ = played.loaded("gemma3", tmp_path / "model")
+    rows = run.pairs(0).to_pylist()
+    assert len(rows) == 12 and all(played.same_answer(model, row) for row in rows)
+    assert max(played.off_alone(model, row) for row in rows) < 1e-5
+    assert run.metrics(0)["loss_first"] == pytest.approx(math.log(2), abs=1e-5)
 
 
 def shared_memory() -> set[str]:

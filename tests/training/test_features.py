@@ -16,7 +16,7 @@ import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-from warm import Warm
+from warm import Ranks, Warm
 
 PLAIN_LORA = {**host.LORA, "lora_dropout": 0.0}
 KERNELS = {f"lora_{part}_kernel": True for part in ("mlp", "qkv", "o")}
@@ -117,6 +117,20 @@ def test_compiled(folder: Path, warm: Warm) -> None:
     assert "log-probs are taken from the forward's output" in run.output
     assert "the model does not take pairs" not in run.output
     assert "recompile_limit" not in run.output
+
+
+@pytest.mark.host
+@pytest.mark.ranks
+@pytest.mark.once
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_compiled_on_two_ranks(kind: str, tmp_path: Path, warm_ranks: Ranks) -> None:
+    """The compiled model is what DDP wraps, and FSDP2 has hooks within it."""
+    changes = {**host.layout(kind, tmp_path), "torch_compile": True, "torch_compile_backend": "eager"}
+    run = host.train(host.config(tmp_path, rows=12, **changes), kind, by=warm_ranks)
+    assert [run.metrics(i)["loss_first"] for i in range(2)] == pytest.approx([math.log(2)] * 2, abs=1e-5)
+    assert min(run.losses()) < 0.69
+    assert farthest(run, tmp_path / "model", adapter=False) < 1e-5
+    assert "log-probs are taken from the forward's output" in run.output
 
 
 @pytest.mark.host
