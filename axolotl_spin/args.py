@@ -1,7 +1,7 @@
 """The claim of `rl: spin`: what the plugin adds to the host's config schema.
 
 Only pydantic is imported here: the host loads this module for every config of an environment in
-which the package is installed. `settings.py` holds the block's keys, `refusals.py` what SPIN cannot work with.
+which the package is installed. `settings/` holds the block's keys, `refusals.py` what SPIN cannot work with.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, model_validator
 from axolotl_spin.keys import levels, refuse_misplaced
 from axolotl_spin.refusals import refuse_leftovers, refuse_unsupported
 from axolotl_spin.set_aside import set_aside
-from axolotl_spin.settings import SpinConfig
+from axolotl_spin.settings.spin import SpinConfig
 
 
 class SpinArgs(BaseModel):

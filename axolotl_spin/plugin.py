@@ -103,7 +103,7 @@ class SpinPlugin(BasePlugin):
                 check_serving(self.run.served, settings.generation.vllm)
             if benchmarks and self.settle is None:  # `axolotl spin generate` stops before there is anything new
                 self.run.benchmarks = benchmarks.load() if _is_main() else benchmarks
-                if _is_main() and "/" in (settings.select or ""):
+                if _is_main():
                     benchmarks.refuse_select(settings.select)
             if _is_main():
                 warn_without_report(self.run.directory)

@@ -74,7 +74,8 @@ def heads(page: Path) -> set[str]:
 
 def spin_keys() -> dict[str, tuple[str, str]]:
     """Returns default and description of each key of the `spin:` block that a user may set, from the schema."""
-    from axolotl_spin.settings import GenerationConfig, SpinConfig, VllmConfig
+    from axolotl_spin.settings.generation import GenerationConfig, VllmConfig
+    from axolotl_spin.settings.spin import SpinConfig
 
     found = {}
     for prefix, model in (("", SpinConfig), ("generation.", GenerationConfig), ("generation.vllm.", VllmConfig)):

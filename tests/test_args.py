@@ -12,7 +12,7 @@ from axolotl_spin.args import SpinArgs, spin_config
 from axolotl_spin.refusals import REFUSED, refuse_loaded, saves_sharded
 from axolotl_spin.run.merging import describe_shards
 from axolotl_spin.set_aside import SET_ASIDE, set_aside
-from axolotl_spin.settings import SpinConfig
+from axolotl_spin.settings.spin import SpinConfig
 
 # the host's keys, without its checks
 HostKeys = create_model("HostKeys", **{key: (Any, None) for key in AxolotlInputConfig.model_fields})

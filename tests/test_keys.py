@@ -9,7 +9,7 @@ import yaml
 from axolotl.utils.schemas.config import AxolotlConfigWCapabilities, AxolotlInputConfig
 
 from axolotl_spin.keys import levels, refuse_misplaced
-from axolotl_spin.settings import SpinConfig
+from axolotl_spin.settings.spin import SpinConfig
 
 LEVELS = levels(SpinConfig)
 

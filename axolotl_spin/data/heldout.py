@@ -9,7 +9,7 @@ from axolotl.utils.logging import get_logger
 
 from axolotl_spin.data.prompts import prompt_features, prompts_of_row
 from axolotl_spin.data.turns import NO_MARKS, Marks
-from axolotl_spin.settings import SpinConfig
+from axolotl_spin.settings.spin import SpinConfig
 
 LOG = get_logger(__name__)
 

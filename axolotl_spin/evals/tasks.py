@@ -112,16 +112,18 @@ class Benchmarks:
         """Returns the version of each task, by name: what results must hold."""
         return {name: task.VERSION for name, task in self.leaves()}
 
-    def refuse_select(self, select: str) -> None:
+    def refuse_select(self, select: str | None) -> None:
         """Refuses a `spin.select` that names none of the figures that the loaded tasks give.
 
         Args:
-            select: A task's metric as `task/metric`.
+            select: A task's metric as `task/metric`; what is none is no matter of theirs.
 
         Raises:
             ValueError: Names the key, and what there is.
         """
-        name, _, metric = select.partition("/")
+        name, slash, metric = (select or "").partition("/")
+        if not slash:
+            return
         if name in {getattr(entry, "group", entry) for entry, inside in self.tasks.items() if isinstance(inside, dict)}:
             return  # what a group adds up is known once it is run
         leaves = dict(self.leaves())

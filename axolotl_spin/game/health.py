@@ -14,7 +14,7 @@ from torch import Tensor
 from axolotl_spin.data.answers import flat, identical, monotone
 from axolotl_spin.data.endings import last_ids
 from axolotl_spin.data.pairs import BATCH_ROWS
-from axolotl_spin.settings import DEFAULT_MAX_NEW_TOKENS
+from axolotl_spin.settings.generation import DEFAULT_MAX_NEW_TOKENS
 
 LOG = get_logger(__name__)
 

@@ -33,7 +33,7 @@ from axolotl_spin.ranks.main import Ranks
 from axolotl_spin.run.plan import IterationPlan
 from axolotl_spin.run.prepare import SpinRun
 from axolotl_spin.run.saving import save_whole
-from axolotl_spin.settings import LOSS_AT_START
+from axolotl_spin.settings.spin import LOSS_AT_START
 from axolotl_spin.training.batches import MicroBatches, pair_loader
 from axolotl_spin.training.layout_check import settle_layout
 from axolotl_spin.training.layouts import PairCollator

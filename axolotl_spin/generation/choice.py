@@ -12,7 +12,7 @@ from axolotl_spin.generation.transformers import TransformersBackend
 from axolotl_spin.generation.vllm.backend import VllmBackend
 from axolotl_spin.generation.vllm.served import ServedModel
 from axolotl_spin.ranks.main import Ranks
-from axolotl_spin.settings import GenerationConfig
+from axolotl_spin.settings.generation import GenerationConfig
 
 
 def chosen_backend(

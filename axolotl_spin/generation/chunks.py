@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from axolotl_spin.data.prompts import token_counts
-from axolotl_spin.settings import DEFAULT_MAX_NEW_TOKENS, GenerationConfig
+from axolotl_spin.settings.generation import DEFAULT_MAX_NEW_TOKENS, GenerationConfig
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from axolotl_spin.report.reading import RunData, number
-from axolotl_spin.settings import LOSS_AT_START
+from axolotl_spin.settings.spin import LOSS_AT_START
 
 # points of a metric's curves over all runs; of more rows, each point is the mean of several
 POINTS = 1200

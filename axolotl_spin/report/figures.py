@@ -8,7 +8,7 @@ from typing import Any
 
 from axolotl_spin.report.answers import IterationAnswers
 from axolotl_spin.report.reading import RunData, number
-from axolotl_spin.settings import LOSS_AT_START
+from axolotl_spin.settings.spin import LOSS_AT_START
 
 
 @dataclass

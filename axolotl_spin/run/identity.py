@@ -16,7 +16,7 @@ from typing import Any
 
 from axolotl_spin.run.compared import host_defaults, host_values, reasons
 from axolotl_spin.run.plan import Plan
-from axolotl_spin.settings import SpinConfig
+from axolotl_spin.settings.spin import SpinConfig
 
 VERSION = 2
 

@@ -23,7 +23,7 @@ from axolotl_spin.generation.vllm.served import ServedModel, served_model
 from axolotl_spin.run.identity import Identity, identify
 from axolotl_spin.run.merging import describe_merge, describe_shards
 from axolotl_spin.run.plan import IterationPlan, Plan, make_plan
-from axolotl_spin.settings import SpinConfig
+from axolotl_spin.settings.spin import SpinConfig
 
 LOG = get_logger(__name__)
 

@@ -19,7 +19,7 @@ from axolotl_spin.refusals import saves_sharded
 from axolotl_spin.run.identity import Identity
 from axolotl_spin.run.prepare import SpinRun
 from axolotl_spin.run.selection import Figure, Standing, judge
-from axolotl_spin.settings import SpinConfig
+from axolotl_spin.settings.spin import SpinConfig
 
 LOG = get_logger(__name__)
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from axolotl_spin.settings import LossType
+from axolotl_spin.settings.spin import LossType
 
 
 class SpinLoss(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from axolotl_spin.settings import LossType
+from axolotl_spin.settings.spin import LossType
 from axolotl_spin.training.logprobs import completion_logps
 from axolotl_spin.training.loss import SpinLoss, spin_loss
 

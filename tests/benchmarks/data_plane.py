@@ -154,7 +154,7 @@ def exercise(folder: Path, count: int) -> dict[str, Any]:
     from axolotl_spin.run.identity import Identity, _content_hash
     from axolotl_spin.run.plan import make_plan
     from axolotl_spin.run.prepare import Launch, SpinRun
-    from axolotl_spin.settings import SpinConfig
+    from axolotl_spin.settings.spin import SpinConfig
     from axolotl_spin.training.batches import MicroBatches, StepBatches
 
     work = folder / "data-plane"

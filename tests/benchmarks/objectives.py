@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from axolotl_spin.settings import LossType
+from axolotl_spin.settings.spin import LossType
 from axolotl_spin.training.loss import spin_loss
 
 LETTERS, MOST, TOKENS = (1, 2, 3), 4, 4

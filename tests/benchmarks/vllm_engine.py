@@ -70,7 +70,7 @@ def compete(folder: Path, name: str, count: int, most: int, repeats: int) -> dic
     from axolotl_spin.generation.vllm.engine import environment
     from axolotl_spin.generation.vllm.served import ServedModel
     from axolotl_spin.ranks.main import Ranks
-    from axolotl_spin.settings import VllmConfig
+    from axolotl_spin.settings.generation import VllmConfig
 
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     on_gpu = torch.cuda.is_available()

@@ -28,7 +28,7 @@ from axolotl_spin.data.slices import prompt_slice
 from axolotl_spin.disk.atomic import write_json
 from axolotl_spin.disk.directory import RunDirectory
 from axolotl_spin.run.plan import make_plan
-from axolotl_spin.settings import SpinConfig
+from axolotl_spin.settings.spin import SpinConfig
 
 ENV = host.environment(ACCELERATE_USE_CPU="true")
 DATA = host.SHARED / "data"

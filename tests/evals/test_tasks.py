@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from warm import Warm
 
 from axolotl_spin.evals.tasks import Benchmarks, asked_benchmarks
-from axolotl_spin.settings import SpinConfig
+from axolotl_spin.settings.spin import SpinConfig
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import host
 import pytest
 from warm import Ranks, Warm
 
-from axolotl_spin.settings import LOSS_AT_START
+from axolotl_spin.settings.spin import LOSS_AT_START
 
 pytestmark = [pytest.mark.host, pytest.mark.game]
 

@@ -24,7 +24,7 @@ from axolotl_spin.disk.atomic import MARK
 from axolotl_spin.game.head_to_head import head_to_head, play_before
 from axolotl_spin.game.heldout_play import SCHEMA, measure, play_seed
 from axolotl_spin.generation.chunks import iteration_seed
-from axolotl_spin.settings import SpinConfig
+from axolotl_spin.settings.spin import SpinConfig
 
 # -- which prompts ----------------------------------------------------------------------------------------------------
 

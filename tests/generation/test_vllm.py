@@ -40,7 +40,7 @@ from axolotl_spin.generation.transformers import TransformersBackend
 from axolotl_spin.generation.vllm.backend import VllmBackend
 from axolotl_spin.generation.vllm.served import ServedModel
 from axolotl_spin.ranks import main as ranks_main
-from axolotl_spin.settings import VllmConfig
+from axolotl_spin.settings.generation import VllmConfig
 
 pytestmark = [pytest.mark.vllm, pytest.mark.host]
 

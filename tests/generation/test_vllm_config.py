@@ -28,7 +28,8 @@ from axolotl_spin.generation.vllm.engine import EngineError, environment, interp
 from axolotl_spin.generation.vllm.preflight import check_environment
 from axolotl_spin.generation.vllm.served import check_serving, served_model
 from axolotl_spin.run.identity import _flat, _harmless
-from axolotl_spin.settings import SpinConfig, VllmConfig
+from axolotl_spin.settings.generation import VllmConfig
+from axolotl_spin.settings.spin import SpinConfig
 
 FAKE = host.TESTS / "fake_vllm"
 GIB = 2**30

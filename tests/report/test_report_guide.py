@@ -16,7 +16,8 @@ from axolotl_spin.report.answers import read_answers
 from axolotl_spin.report.figures import Figures, collect
 from axolotl_spin.report.guide import RULES, judge
 from axolotl_spin.report.reading import read_run
-from axolotl_spin.settings import GenerationConfig, SpinConfig
+from axolotl_spin.settings.generation import GenerationConfig
+from axolotl_spin.settings.spin import SpinConfig
 
 pytestmark = pytest.mark.once
 

@@ -25,7 +25,7 @@ from axolotl_spin.run.selected import (
     stand,
     write_eval_rows,
 )
-from axolotl_spin.settings import SpinConfig
+from axolotl_spin.settings.spin import SpinConfig
 
 HELD_OUT = {"val_set_size": 0.1}
 ACCURACY = "gsm8k/exact_match,strict-match"

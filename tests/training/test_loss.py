@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from axolotl_spin.settings import LOSS_AT_START, LossType, SpinConfig
+from axolotl_spin.settings.spin import LOSS_AT_START, LossType, SpinConfig
 from axolotl_spin.training.loss import spin_loss
 
 START = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)  # the opponent p_t

@@ -19,7 +19,7 @@ from transformers import (
     PhiConfig,
 )
 
-from axolotl_spin.settings import LossType
+from axolotl_spin.settings.spin import LossType
 from axolotl_spin.training.head import selected_logps
 from axolotl_spin.training.layouts import PairCollator, _balanced_rows, _cheapest_rows, shared_block_mask, shared_mask
 from axolotl_spin.training.logprobs import completion_logps

@@ -8,7 +8,8 @@ import numpy as np
 
 from axolotl_spin.game.updates import WAYS_OUT
 from axolotl_spin.run.plan import Plan
-from axolotl_spin.settings import DEFAULT_MAX_NEW_TOKENS, SpinConfig
+from axolotl_spin.settings.generation import DEFAULT_MAX_NEW_TOKENS
+from axolotl_spin.settings.spin import SpinConfig
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from axolotl_spin.data.thoughts import told_apart
 from axolotl_spin.disk.atomic import DamagedFileError, read_json
 from axolotl_spin.run.prepare import SpinRun
 from axolotl_spin.run.resume import is_complete
-from axolotl_spin.settings import DEFAULT_MAX_NEW_TOKENS
+from axolotl_spin.settings.generation import DEFAULT_MAX_NEW_TOKENS
 
 
 @dataclass(frozen=True)

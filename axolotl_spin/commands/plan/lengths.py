@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from axolotl_spin.settings import DEFAULT_MAX_NEW_TOKENS
+from axolotl_spin.settings.generation import DEFAULT_MAX_NEW_TOKENS
 
 
 def describe_lengths(lengths: np.ndarray) -> dict[str, Any]:

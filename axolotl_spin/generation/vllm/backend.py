@@ -28,7 +28,7 @@ from axolotl_spin.generation.vllm.engine import KEY, Engine, EngineError
 from axolotl_spin.generation.vllm.offload import offloaded
 from axolotl_spin.generation.vllm.served import ServedModel
 from axolotl_spin.ranks.main import Ranks
-from axolotl_spin.settings import VllmConfig
+from axolotl_spin.settings.generation import VllmConfig
 
 LOG = get_logger(__name__)
 

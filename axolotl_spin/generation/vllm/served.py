@@ -13,7 +13,8 @@ from axolotl.utils.logging import get_logger
 
 from axolotl_spin.generation.chunks import token_limit
 from axolotl_spin.generation.vllm.preflight import check_environment
-from axolotl_spin.settings import SpinConfig, VllmConfig
+from axolotl_spin.settings.generation import VllmConfig
+from axolotl_spin.settings.spin import SpinConfig
 
 LOG = get_logger(__name__)
 

@@ -1,0 +1,1 @@
+"""The keys of the `spin:` block: bounds, defaults and what they mean."""
