@@ -237,7 +237,7 @@ RULES: tuple[Rule, ...] = (
         _risen,
         lambda figures, hits: (
             f"The held-out NLL is {hits[-1].metrics['eval_loss']:.4f} and was {_best_before(figures, len(figures)):.4f} "
-            "after an earlier iteration. Keep that one (`spin.keep: best`), lower `spin.iterations`, raise `spin.beta`, or "
+            "after an earlier iteration. Keep that one by `spin.keep`, lower `spin.iterations`, raise `spin.beta`, or "
             "set `spin.sft_weight`."
         ),
     ),

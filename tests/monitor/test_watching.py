@@ -307,7 +307,9 @@ def test_every_training_step_has_one_readable_line(run: host.Run) -> None:
 def test_the_table_comes_after_each_iteration_and_at_the_end(run: host.Run) -> None:
     tables = run.output.split("Self-play iterations")[1:]
     assert len(tables) == 2
-    shown = [re.findall(r"^ +(start|\d+)  .*$", table.replace("\r", ""), flags=re.MULTILINE) for table in tables]
+    shown = [
+        re.findall(r"^ *(?:\* )?(start|\d+)  .*$", table.replace("\r", ""), flags=re.MULTILINE) for table in tables
+    ]
     assert [rows[: 2 + i] for i, rows in enumerate(shown)] == [["start", "0"], ["start", "0", "1"]]
     assert f"{run.metrics(1)['spin/heldout_auc']:.3f}" in tables[1]
 
