@@ -56,7 +56,6 @@ def test_what_changes_the_result_is_another_run(tmp_path: Path, key: str, value:
     "harmless",
     [
         {"spin": {"generation": {"batch_size": 3}}},
-        {"spin": {"eval_tasks": ["gsm8k"], "eval_limit": 3, "eval_chat_template": True}},
         {"gradient_checkpointing": True},
         {"attn_implementation": "sdpa"},
         {"use_tensorboard": True, "wandb_name": "b"},
@@ -71,6 +70,24 @@ def test_what_does_not_change_the_result_is_the_same_run(tmp_path: Path, harmles
     second = load(tmp_path, **{"spin": {"generation": {"batch_size": 32}}, **harmless})[0]
     assert changes(first, second) == []
     assert first.identity.hash == second.identity.hash
+
+
+def test_benchmarks_do_not_change_the_result(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"question": "w1", "answer": "w2"}\n')
+    task = {
+        "task": "one",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "exact_match"}],
+    }
+    path = tmp_path / "one.yaml"
+    path.write_text(json.dumps(task))
+    asked = {"eval_tasks": [str(path)], "eval_limit": 3, "eval_chat_template": True, "select": "one/exact_match"}
+    assert not changes(load(tmp_path, spin={})[0], load(tmp_path, spin=asked)[0])
 
 
 def test_a_key_of_a_coming_host_is_compared() -> None:
