@@ -63,7 +63,8 @@ class PairsOnlyTrainer(SpinTrainer):
     """Begins iteration 0 and takes no step."""
 
     def attach(self, run: SpinRun) -> None:
-        run.heldout = None  # the training that goes on from here plays on it
+        # the training that goes on from here plays on held-out rows, and evaluates them
+        run.heldout = self.eval_dataset = None
         self.args.eval_on_start = False
         super().attach(run)
 

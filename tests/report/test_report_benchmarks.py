@@ -61,7 +61,7 @@ def test_the_pages_table(tmp_path: Path) -> None:
     assert [column["heading"] for column in columns[-3:]] == ["a acc", "a f1,<b>", "b ppl"]
     assert [(row[0], *row[-3:]) for row in rows] == [
         ("start", "0.250±0.030", "-", "-"),
-        ("0", "0.500", "-", "-"),
+        ("0 ★", "0.500", "-", "-"),  # the best by `eval_loss`
         ("1", "0.750±0.040", "0.100", "9.000"),
         ("2", "-", "-", "-"),
     ]
