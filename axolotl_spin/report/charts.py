@@ -78,9 +78,9 @@ _CURVES = (
     Curve(
         "rewards",
         "Rewards",
-        "Beta times the change of an answer's log-prob since the iteration's start (per token with "
-        "`spin.length_normalized`). Best is a human curve that rises; "
-        "where both fall, the model forgets human answers too, only more slowly than its own.",
+        "Beta times the change of an answer's log-prob since the iteration's start, per token where rewards are "
+        "length-normalized. Best is a human curve that rises; where both fall, the model forgets human answers too, only "
+        "more slowly than its own.",
         (("rewards/chosen", "human", "@human"), ("rewards/rejected", "own", "@own")),
     ),
     Curve(
