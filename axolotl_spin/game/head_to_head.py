@@ -7,12 +7,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
-from axolotl.utils.logging import get_logger
 
-from axolotl_spin.disk.atomic import MARK
-
-LOG = get_logger(__name__)
+from axolotl_spin.run.selected import read_marked
 
 _COLUMNS = ["prompt_ids", "human_ids", "own_ids", "human_logp"]
 
@@ -48,16 +44,11 @@ def play_before(path: Path, mark: str, new: pa.Table) -> pa.Table | None:
         mark: What identifies that model.
         new: The newest play.
     """
-    try:
-        table = pq.read_table(path, columns=_COLUMNS, page_checksum_verification=True)
-    except FileNotFoundError:
+    table = read_marked(path, _COLUMNS, mark, "there is no head to head with it")
+    if table is None:
         return None
-    except (OSError, pa.ArrowException) as error:
-        LOG.warning(f"{path} is damaged ({str(error).splitlines()[0]}): there is no head to head with it")
-        return None
-    ours = (table.schema.metadata or {}).get(MARK) == mark.encode()
     same = all(table[name].equals(new[name]) for name in ("prompt_ids", "human_ids"))
-    return table if ours and same else None
+    return table if same else None
 
 
 def _wins(gain: np.ndarray) -> float:

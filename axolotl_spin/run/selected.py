@@ -26,6 +26,8 @@ LOG = get_logger(__name__)
 EVAL_LOSS, AUC = "eval_loss", "heldout_auc"
 # the optimizer step at which held-out rows were evaluated
 _STEP = b"axolotl_spin_step"
+_PLAYED = ["human_ids", "own_ids", "human_logp", "own_logp"]
+_NOT_PAIRED = "iterations are not compared row by row"
 # the figures of the start model in iteration 0's `metrics.json`
 START_LOSS, START_LOSS_STDERR = "spin/start_eval_loss", "spin/start_eval_loss_stderr"
 
@@ -179,7 +181,7 @@ def has_eval_rows(path: Path, mark: str, step: int) -> bool:
 
 def eval_spread(directory: RunDirectory, iteration: int | None, mark: str) -> Spread | None:
     """Returns a model's `eval_loss` with what each row moves it by; None where its rows are not on disk."""
-    table = _table(directory.eval_rows(iteration), ["key", "nll", "tokens"], mark)
+    table = read_marked(directory.eval_rows(iteration), ["key", "nll", "tokens"], mark, _NOT_PAIRED)
     if table is None or not len(table):
         return None
     keys, nll, tokens = (table[name].to_numpy() for name in table.column_names)
@@ -189,7 +191,7 @@ def eval_spread(directory: RunDirectory, iteration: int | None, mark: str) -> Sp
 
 def play_spread(directory: RunDirectory, iteration: int | None, mark: str) -> Spread | None:
     """Returns a model's AUC of held-out play with what each prompt moves it by; None where it is not on disk."""
-    table = _table(directory.heldout(iteration), ["human_ids", "own_ids", "human_logp", "own_logp"], mark)
+    table = read_marked(directory.heldout(iteration), _PLAYED, mark, _NOT_PAIRED)
     return None if table is None else spread_of_play(table)
 
 
@@ -210,13 +212,21 @@ def spread_of_play(table: pa.Table) -> Spread | None:
     return auc_spread(human, own, answered)
 
 
-def _table(path: Path, columns: list[str], mark: str) -> pa.Table | None:
+def read_marked(path: Path, columns: list[str], mark: str, without: str) -> pa.Table | None:
+    """Reads what a model left on disk; None where it is not there, damaged, which is logged, or another model's.
+
+    Args:
+        path: A parquet file.
+        columns: To read.
+        mark: See `mark_of`.
+        without: What there is not where it is damaged, for the log.
+    """
     try:
         table = pq.read_table(path, columns=columns, page_checksum_verification=True)
     except FileNotFoundError:
         return None
     except (OSError, pa.ArrowException) as error:
-        LOG.warning(f"{path} is damaged ({str(error).splitlines()[0]}): iterations are not compared row by row")
+        LOG.warning(f"{path} is damaged ({str(error).splitlines()[0]}): {without}")
         return None
     return table if (table.schema.metadata or {}).get(MARK) == mark.encode() else None
 
