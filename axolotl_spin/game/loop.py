@@ -119,10 +119,10 @@ class Loop:
         self._settle_layout(model)
         self._pairs, figures = self.self_play.begin(entry, model, fresh)
         if fresh:
-            parts = (self.held_out, self.benchmarks, self.outcome)
-            start = (
-                {name: value for part in parts for name, value in part.before().items()} if entry.iteration == 0 else {}
-            )
+            start: dict[str, float] = {}
+            if entry.iteration == 0:  # of the model that the run starts from
+                for part in (self.held_out, self.benchmarks, self.outcome):
+                    start |= part.before()
             self.progress.begin(entry, figures)
             known = self.progress.record.figures
             self.trainer.log({name: value for name, value in known.items() if value is not None})
