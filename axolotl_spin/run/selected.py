@@ -145,6 +145,8 @@ def _figure(run: SpinRun, iteration: int | None) -> tuple[Figure, bool | None]:
         return Figure(distance, stderr, None if spread is None else distance_from_half(spread)), None
     task, _, metric = run.select.partition("/")
     found = _json(run.directory.of_model(iteration) / "evals.json")
+    if found.get("run") != (mark if iteration is not None else run.identity.before(0)):  # another run's
+        return Figure(), None
     try:
         entry = found["tasks"][task]["metrics"][metric]
         return Figure(_number(entry, "value"), _number(entry, "stderr")), bool(entry["higher_is_better"])

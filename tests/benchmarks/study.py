@@ -32,11 +32,12 @@ SFT = "continued SFT"
 # what each objective adds to the block; every other key is at its default or the same for all
 ARMS: dict[str, dict[str, Any]] = {
     "sigmoid": {"loss": "sigmoid", "beta": 0.1},
-    "sigmoid, beta 1": {"loss": "sigmoid", "beta": 1.0},
     "space": {"loss": "space"},
     "length-normalised": {"loss": "sigmoid", "beta": 1.0, "length_normalized": True},
+    "sigmoid, beta 1": {"loss": "sigmoid", "beta": 1.0},
 }
-MOST_TOKENS = 48  # of an answer
+ASKED = ["sigmoid", "space", "length-normalised"]
+MOST_TOKENS = 32  # of an answer, people's and the model's
 BATCH = 8
 LEARNING_RATE = 5e-6
 
@@ -47,16 +48,16 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "axolotl-spin-study")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each arm (default: 3)")
     parser.add_argument("--iterations", type=int, default=3, help="of self-play (default: 3)")
-    parser.add_argument("--prompts", type=int, default=96, help="new ones in each iteration (default: 96)")
-    parser.add_argument("--heldout", type=int, default=128, help="rows to measure on (default: 128)")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--prompts", type=int, default=64, help="new ones in each iteration (default: 64)")
+    parser.add_argument("--heldout", type=int, default=96, help="rows to measure on (default: 96)")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ASKED, help=f"default: {', '.join(ASKED)}")
     parser.add_argument(
         "--data",
         nargs=2,
         type=Path,
         metavar=("TRAIN", "HELDOUT"),
         help="JSON lines with `messages` (default: Dolly's short open questions where they lie beside the checkout, "
-        "else chatterbot-corpus)",
+        "else chatterbot-corpus); those whose answers are short enough are taken",
     )
     parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE, help=f"default: {LEARNING_RATE}")
     parser.add_argument("--results", type=Path, help="JSON file to write")
@@ -66,9 +67,11 @@ def main() -> None:
         arguments.seeds, arguments.iterations, arguments.prompts, arguments.heldout = 1, 2, 8, 8
     study = Study(arguments)
     started = time.monotonic()
-    rows = [row for arm in arguments.arms for seed in range(arguments.seeds) for row in study.played(arm, seed)]
-    passes = sum(row["passes"] for row in rows) / len(rows)
-    rows = [*study.start(), *(study.tuned(seed, passes) for seed in range(arguments.seeds)), *rows]
+    rows = study.start()
+    for seed in range(arguments.seeds):
+        played = [row for arm in arguments.arms for row in study.played(arm, seed)]
+        passes = sum(row["passes"] for row in played) / len(played)
+        rows += [study.tuned(seed, passes), *played]
     report = {
         "date": date.today().isoformat(),
         "data": study.about,
@@ -101,6 +104,8 @@ class Study:
 
     def _data(self, given: Sequence[Path] | None) -> str:
         """Writes `train.jsonl` and `heldout.jsonl`, and returns what they are."""
+        from transformers import AutoTokenizer
+
         needed = self.arguments.prompts * self.arguments.iterations
         if given is None and workload.REAL.exists():
             given = [workload.REAL, workload.REAL.with_name(workload.REAL.name.replace("train", "heldout"))]
@@ -109,10 +114,16 @@ class Study:
 
             quickstart.make_data(self.folder, needed, self.arguments.heldout, 2)
             return "chatterbot-corpus"
+        tokenizer = AutoTokenizer.from_pretrained(self.model)
         for source, name, count in zip(given, ("train", "heldout"), (needed, self.arguments.heldout), strict=True):
             lines = source.read_text(encoding="utf-8").splitlines()
+            answers = tokenizer([json.loads(line)["messages"][-1]["content"] for line in lines])["input_ids"]
+            # and a token that ends it
+            lines = [line for line, answer in zip(lines, answers, strict=True) if len(answer) < MOST_TOKENS]
             if len(lines) < count:
-                sys.exit(f"study.py: {source.name} has {len(lines)} rows, and {count} are needed")
+                sys.exit(
+                    f"study.py: {source.name} has {len(lines)} rows with answers that short, and {count} are needed"
+                )
             (self.folder / f"{name}.jsonl").write_text("\n".join(lines[:count]) + "\n", encoding="utf-8")
         return ", ".join(path.stem for path in given)
 

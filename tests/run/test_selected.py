@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from axolotl_spin.data.spread import stderr_of_difference
-from axolotl_spin.disk.atomic import MARK, write_json
+from axolotl_spin.disk.atomic import MARK, read_json, write_json
 from axolotl_spin.disk.directory import RunDirectory
 from axolotl_spin.run.keeping import remove_asides, replace_weights
 from axolotl_spin.run.plan import make_plan
@@ -77,6 +77,9 @@ def test_a_tasks_metric_needs_tasks() -> None:
 class Marks:
     """Of a run: each model's own."""
 
+    def before(self, iteration: int) -> str:
+        return f"mark before {iteration}"
+
     def through(self, iteration: int) -> str:
         return f"mark {iteration}"
 
@@ -93,10 +96,11 @@ def test_a_tasks_metric_from_evals(tmp_path: Path) -> None:
     """More is better; 0.02 and 0.02 make 0.028, so that 0.06 is beyond noise and 0.05 is not."""
     run = run_in(tmp_path, ACCURACY, patience=1)
     task, metric = ACCURACY.split("/")
+    marks = {"start": "mark before 0", **{f"iteration-{index}": f"mark {index}" for index in range(3)}}
     for name, value in (("start", 0.2), ("iteration-0", 0.26), ("iteration-1", 0.31), ("iteration-2", None)):
         found = {metric: {"value": value, "stderr": 0.02, "higher_is_better": True}}
         tasks = {"other": {"metrics": {}}} if value is None else {task: {"version": 3, "samples": 9, "metrics": found}}
-        write_json(run.directory.root / name / "evals.json", {"run": None, "limit": 9, "tasks": tasks})
+        write_json(run.directory.root / name / "evals.json", {"run": marks[name], "limit": 9, "tasks": tasks})
     standing = stand(run, 2)
     assert standing is not None and (standing.best, standing.lower) == (0, False)
     assert [one.verdict for one in standing.judged] == ["better", "noise", "missing"]
@@ -105,6 +109,9 @@ def test_a_tasks_metric_from_evals(tmp_path: Path) -> None:
     assert [bool(ended_at(run, step)) for step in range(7)] == [False, False, False, False, True, False, True]
     run.settings.patience = None
     assert ended_at(run, 4) is None
+    write_json(run.directory.evals(0), {**read_json(run.directory.evals(0)), "run": "another"})
+    standing = stand(run, 1)
+    assert standing is not None and [one.verdict for one in standing.judged] == ["missing", "better"]
 
 
 def test_eval_loss_from_rows_and_metrics(tmp_path: Path) -> None:
