@@ -36,22 +36,39 @@ def text_config(config: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def empty_model(config: Any, *, multimodal: bool, trusted: bool) -> Any:
-    """Returns a model of the class that the host's loader takes for a config, not loaded (contract test:
+def model_class(config: Any, *, multimodal: bool) -> Any:
+    """Returns the class that the host's loader takes for a model (contract test:
     test_host_contract.py::test_the_class_of_a_model_that_takes_more_than_text).
 
     Args:
         config: The model's (`transformers.PretrainedConfig`).
         multimodal: The host's `is_multimodal`.
-        trusted: The host's `trust_remote_code`.
     """
     from axolotl.loaders.constants import MULTIMODAL_AUTO_MODEL_MAPPING
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    kind: Any = AutoModelForCausalLM
-    if multimodal:
-        kind = MULTIMODAL_AUTO_MODEL_MAPPING.get(config.model_type, AutoModelForImageTextToText)
-        kind = AutoModelForImageTextToText if isinstance(kind, str) else kind
+    if not multimodal:
+        return AutoModelForCausalLM
+    kind = MULTIMODAL_AUTO_MODEL_MAPPING.get(config.model_type, AutoModelForImageTextToText)
+    return AutoModelForImageTextToText if isinstance(kind, str) else kind
+
+
+def takes_more_than_text(config: Any) -> bool:
+    """Whether a model is one for which the host sets `is_multimodal`, by its config (`transformers.PretrainedConfig`)."""
+    from axolotl.loaders.constants import MULTIMODAL_AUTO_MODEL_MAPPING
+
+    return getattr(config, "model_type", None) in MULTIMODAL_AUTO_MODEL_MAPPING
+
+
+def empty_model(config: Any, *, multimodal: bool, trusted: bool) -> Any:
+    """Returns a model of the host's class for it, not loaded.
+
+    Args:
+        config: See `model_class`.
+        multimodal: See `model_class`.
+        trusted: The host's `trust_remote_code`.
+    """
+    kind = model_class(config, multimodal=multimodal)
     if not hasattr(kind, "from_config"):
         return kind(config)
     return kind.from_config(config, trust_remote_code=trusted)

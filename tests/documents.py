@@ -14,6 +14,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, stdev
 
 import yaml
 from test_house import ORDER, PACKAGE
@@ -158,11 +159,30 @@ def _architectures() -> list[str]:
     ]
 
 
+def _study() -> list[str]:
+    """Returns what `make study` measured: means over seeds, with the standard deviation between them."""
+    rows = json.loads((ROOT / "tests" / "benchmarks" / "study.json").read_text())["rows"]
+    models = dict.fromkeys((row["arm"], row["iteration"]) for row in rows)
+    figures = {"nll": "4f", "auc": "3f", "length": "1f", "distinct_2": "3f", "f1": "3f"}
+    table = ["| | iteration | held-out NLL | AUC | tokens an answer | distinct-2 | token F1 |", "|---" * 7 + "|"]
+    for arm, iteration in models:
+        seeds = [row for row in rows if (row["arm"], row["iteration"]) == (arm, iteration)]
+        cells = []
+        for name, form in figures.items():
+            values = [row[name] for row in seeds]
+            spread = f" ± {stdev(values):.{form}}" if len(values) > 1 else ""
+            cells.append(f"{mean(values):.{form}}{spread}")
+        objective = f"`{arm}`" if arm in ("sigmoid", "space") else arm
+        table.append(_row(objective, "" if iteration is None else str(iteration), *cells))
+    return table
+
+
 GENERATED: dict[str, tuple[str, Callable[[], list[str]]]] = {
     "architectures": ("docs/models.md", _architectures),
     "keys": ("docs/configuration.md", _keys),
     "markers": ("CONTRIBUTING.md", _markers),
     "metrics": ("docs/monitoring.md", _metrics),
+    "study": ("docs/results.md", _study),
     "rooms": ("docs/how-it-works.md", _rooms),
 }
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from axolotl_spin.compat import model_class, takes_more_than_text
 from axolotl_spin.disk.atomic import read_json
 from axolotl_spin.evals.tasks import BOOTSTRAP, Benchmarks
 from axolotl_spin.generation.vllm.engine import environment
@@ -90,7 +91,7 @@ def load(saved: SavedModel, config: dict[str, Any], device: str | None) -> tuple
         The model and its tokenizer.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 
     remote = {"trust_remote_code": bool(config.get("trust_remote_code"))}
     how: dict[str, Any] = {**remote, "dtype": "auto"}
@@ -109,7 +110,9 @@ def load(saved: SavedModel, config: dict[str, Any], device: str | None) -> tuple
         elif config.get("load_in_8bit"):
             how["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     tokenizer = AutoTokenizer.from_pretrained(saved.tokenizer, **remote)
-    model: Any = AutoModelForCausalLM.from_pretrained(saved.model, **how)
+    shape = AutoConfig.from_pretrained(saved.model, **remote, **{key: how[key] for key in ("revision",) if key in how})
+    kind = model_class(shape, multimodal=takes_more_than_text(shape))
+    model: Any = kind.from_pretrained(saved.model, **how)
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:  # `tokens:` of the config; an adapter may bring what was learnt for them
         multiple = 32 if config.get("resize_token_embeddings_to_32x") else None

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import architectures
 import evaluated
 import host
 import pytest
@@ -93,6 +94,37 @@ def test_what_cannot_be_asked_is_left_out_and_said(folder: Path, run: host.Run, 
     assert "start: tiny_choices acc" in done.stdout and "iteration 0: " not in done.stdout
     assert f"iteration 0 left no {directory.model(0)} (`spin.save_iterations: false`): left out" in done.stdout
     assert "iteration 1 is not over: left out" in done.stdout
+
+
+@pytest.mark.parametrize("kind", ["qlora", "qwen2_5_vl"])
+def test_quantised_and_multimodal_models_as_training_asked_them(
+    folder: Path, tmp_path: Path, warm: Warm, kind: str
+) -> None:
+    """In training the policy in memory is asked, after it the files: over a base in 4 bits, or of a class of its own."""
+    made = tmp_path
+    if kind == "qlora":
+        tiny.save(made / "model")
+        changes = {**host.LORA, "adapter": "qlora", "load_in_4bit": True, "learning_rate": 2e-2}
+    else:
+        architectures.save(kind, made / "model")
+        changes = {"tokenizer_type": "PreTrainedTokenizerFast", "learning_rate": 5e-3}
+    tiny.conversations(made / "data.jsonl", 12)
+    block = {"iterations": 1, "generation": {"max_new_tokens": 10}, "eval_tasks": [str(folder / "tasks")]}
+    run = host.train({**host.config(made, spin=block), **changes}, by=warm)
+    directory = RunDirectory(run.out)
+    paths = [directory.start_evals, directory.evals(0)]
+    trained = [json.loads(path.read_text())["tasks"] for path in paths]
+    assert trained[0] != trained[1]
+    for path in paths:
+        path.unlink()
+    done = command(run, "--tasks", folder / "tasks")
+    assert done.exit_code == 0, done.output
+    for path, known in zip(paths, trained, strict=True):
+        found = json.loads(path.read_text())["tasks"]
+        for task, entry in known.items():
+            for metric, figure in entry["metrics"].items():
+                value = found[task]["metrics"][metric]["value"]
+                assert value == pytest.approx(figure["value"], rel=1e-4, abs=1e-4), (task, metric)
 
 
 @pytest.mark.parametrize(
