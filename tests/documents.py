@@ -169,7 +169,10 @@ def _study() -> list[str]:
         seeds = [row for row in rows if (row["arm"], row["iteration"]) == (arm, iteration)]
         cells = []
         for name, form in figures.items():
-            values = [row[name] for row in seeds]
+            values = [row[name] for row in seeds if name in row]
+            if not values:
+                cells.append("")
+                continue
             spread = f" ± {stdev(values):.{form}}" if len(values) > 1 else ""
             cells.append(f"{mean(values):.{form}}{spread}")
         objective = f"`{arm}`" if arm in ("sigmoid", "space") else arm

@@ -4,7 +4,8 @@
 
 - `nll`: nats per token of the human answers, all tokens alike
 - `auc`, `length`, `distinct_2`: of answers at temperature 1, as held-out play defines them
-- `f1`: token F1 of greedy answers against the human's, by an lm-eval task that is made here; with its standard error
+- `f1`: token F1 of greedy answers against the human's, by an lm-eval task that is made here, with its standard error; of
+  the last model alone
 """
 
 from __future__ import annotations
@@ -33,17 +34,19 @@ def main() -> None:
     held_out, most, result, *models = sys.argv[1:]
     rows = [json.loads(line)["messages"] for line in Path(held_out).read_text(encoding="utf-8").splitlines()]
     task = make_task(Path(result).parent / "task", rows, int(most))
-    Path(result).write_text(json.dumps([measured(Path(model), rows, int(most), task) for model in models], indent=1))
+    tasks = [*(None for _ in models[1:]), task]
+    found = [measured(Path(model), rows, int(most), task) for model, task in zip(models, tasks, strict=True)]
+    Path(result).write_text(json.dumps(found, indent=1))
 
 
-def measured(folder: Path, rows: list[list[dict[str, str]]], most: int, task: Path) -> dict[str, float]:
+def measured(folder: Path, rows: list[list[dict[str, str]]], most: int, task: Path | None) -> dict[str, float]:
     """Returns a model's figures.
 
     Args:
         folder: Of the model and its tokenizer.
         rows: Conversations, each ending with a human answer.
         most: Tokens of an answer.
-        task: Folder of the lm-eval task.
+        task: Folder of the lm-eval task, or None.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -56,37 +59,34 @@ def measured(folder: Path, rows: list[list[dict[str, str]]], most: int, task: Pa
         end = whole.index(tokenizer.eos_token_id, len(prompt))
         prompts.append(prompt)
         human.append(whole[len(prompt) : end + 1])
-    own = sampled(model, tokenizer, prompts, most)
-    table = pa.table(
-        {
-            "human_ids": human,
-            "own_ids": own,
-            "human_logp": logps(model, prompts, human),
-            "own_logp": logps(model, prompts, own),
-        }
-    )
+    own, own_logp = sampled(model, tokenizer, prompts, most)
+    human_logp = logps(model, prompts, human)
+    table = pa.table({"human_ids": human, "own_ids": own, "human_logp": human_logp, "own_logp": own_logp})
     play = measure(table, [tokenizer.eos_token_id])
     return {
-        "nll": -float(np.sum(table["human_logp"].to_numpy())) / sum(map(len, human)),
+        "nll": -float(np.sum(human_logp)) / sum(map(len, human)),
         **{name: play[f"spin/heldout_{name}"] for name in ("auc", "length", "distinct_2")},
         "human_length": play["spin/heldout_human_length"],
-        **f1(model, tokenizer, task),
+        **({} if task is None else f1(model, tokenizer, task)),
     }
 
 
 @torch.inference_mode()
-def sampled(model: Any, tokenizer: Any, prompts: list[list[int]], most: int) -> list[list[int]]:
-    """Returns an answer to each prompt at temperature 1, its end token included."""
+def sampled(model: Any, tokenizer: Any, prompts: list[list[int]], most: int) -> tuple[list[list[int]], list[float]]:
+    """Returns an answer to each prompt at temperature 1, its end token included, and the answers' log-probs in nats."""
     set_seed(SEED)
-    end, found = tokenizer.eos_token_id, []
+    end, found, sums = tokenizer.eos_token_id, [], []
     for first in range(0, len(prompts), BATCH):
         batch = tokenizer.pad({"input_ids": prompts[first : first + BATCH]}, padding_side="left", return_tensors="pt")
-        output = model.generate(
-            **batch.to(model.device), do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=most
-        )
-        for answer in output[:, batch["input_ids"].shape[1] :].tolist():
+        how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": most}
+        output = model.generate(**batch.to(model.device), **how, return_dict_in_generate=True, output_logits=True)
+        drawn = output.sequences[:, batch["input_ids"].shape[1] :]
+        logits = torch.stack(output.logits, dim=1).float()
+        tokens = logits.log_softmax(-1).gather(-1, drawn[..., None])[..., 0]
+        for answer, its in zip(drawn.tolist(), tokens.double(), strict=True):
             found.append(answer[: answer.index(end) + 1] if end in answer else answer)
-    return found
+            sums.append(its[: len(found[-1])].sum().item())
+    return found, sums
 
 
 @torch.inference_mode()
@@ -140,6 +140,8 @@ def f1(model: Any, tokenizer: Any, task: Path) -> dict[str, float]:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
+    # what it tells of the machine takes it seconds
+    lm_eval.evaluator.add_env_info = lambda *_: None
     found = lm_eval.simple_evaluate(
         HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH),
         tasks=[TASK],

@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each arm (default: 3)")
     parser.add_argument("--iterations", type=int, default=3, help="of self-play (default: 3)")
     parser.add_argument("--prompts", type=int, default=64, help="new ones in each iteration (default: 64)")
-    parser.add_argument("--heldout", type=int, default=96, help="rows to measure on (default: 96)")
+    parser.add_argument("--heldout", type=int, default=64, help="rows to measure on (default: 64)")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ASKED, help=f"default: {', '.join(ASKED)}")
     parser.add_argument(
         "--data",
