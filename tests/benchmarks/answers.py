@@ -136,13 +136,13 @@ def make_task(folder: Path, rows: list[list[dict[str, str]]], most: int) -> Path
 
 def f1(model: Any, tokenizer: Any, task: Path) -> dict[str, float]:
     """Returns the task's figure and its standard error."""
-    import lm_eval
+    from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     # what it tells of the machine takes it seconds
-    lm_eval.evaluator.add_env_info = lambda *_: None
-    found = lm_eval.simple_evaluate(
+    evaluator.add_env_info = lambda *_: None
+    found = evaluator.simple_evaluate(
         HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH),
         tasks=[TASK],
         task_manager=TaskManager(include_path=str(task), include_defaults=False),
