@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 SIDE = 2048  # of the matrices whose product is timed; on a GPU four times that
 REPEATS = 7
@@ -93,19 +93,6 @@ def matrix_speed() -> float:
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - begun)
     return 2 * side**3 / best
-
-
-def row(name: str, workload: str, share: float, sft: float) -> dict[str, Any]:
-    """Returns a row of the table: which share of its floor a step takes, beside the host's SFT."""
-    return {
-        "figure": f"training, share of the floor, {name}",
-        "workload": workload,
-        "value": share,
-        "against": "SFT by the host",
-        "other": sft,
-        "ratio": share / sft,
-        "target": "",
-    }
 
 
 if __name__ == "__main__":

@@ -1,16 +1,7 @@
-"""What a benchmark sees of a run from within: the time of each training step and the memory of the process.
-
-`BenchPlugin` is listed in a run's `plugins:`; it attaches `Probe` to the host's trainer. Settings come by environment:
-
-    BENCH_RESULT    file to which the probe writes its figures as JSON
-    BENCH_LAYOUT    lays pairs out so, whatever the model would take ("padded", "packed", "shared")
-    BENCH_STOP      "begin": ends the process before the first answer (without SPIN: the first step), with the seconds since
-                    its start; "pairs": ends it at the first step, when the pairs are on disk
-"""
+"""What a benchmark sees of a trainer from within: the time of each training step and the memory of the process."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import time
@@ -18,11 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from axolotl.integrations.base import BasePlugin
 from transformers import TrainerCallback
-
-# the host imports them after it has loaded the model: no part of a step's memory
-_LATE_IMPORTS = ("axolotl.core.builders", "axolotl.core.trainers.base", "trl", "axolotl.train")
 
 
 def resident(field: str = "VmRSS") -> int:
@@ -38,20 +25,13 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def baseline() -> int:
-    """Returns the bytes that are resident once everything is imported and before a model is loaded."""
-    for name in _LATE_IMPORTS:
-        importlib.import_module(name)
-    return resident()
-
-
 class Probe(TrainerCallback):
     """Times the steps, the first one apart: it makes the optimizer's state and fills caches.
 
     Args:
         path: Where the figures go when training ends.
         baseline: Bytes that are resident before a model is loaded.
-        stop: "begin" or "pairs" where training is not wanted; see the module.
+        stop: "begin" or "pairs" where training is not wanted; see `bench_plugin.py`.
         trainer: Of the host; a SPIN trainer says itself when an iteration begins.
     """
 
@@ -129,28 +109,3 @@ def _cuda(function: str) -> None:
 
     if torch.cuda.is_available():
         getattr(torch.cuda, function)()
-
-
-class BenchPlugin(BasePlugin):
-    """Attaches the probe, and forces a layout where one is named."""
-
-    def pre_model_load(self, cfg: Any) -> None:
-        self.baseline = baseline() if os.environ.get("BENCH_STOP") is None else 0
-
-    def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list:
-        layout = os.environ.get("BENCH_LAYOUT")
-        if layout:
-            from axolotl_spin.training import layout_check
-
-            layout_check.preferred_layout = lambda *_, **__: (layout, "the benchmark asks for it")
-        path = os.environ.get("BENCH_RESULT")
-        if not path or int(os.environ.get("RANK", "0")):
-            return [_Stop()] if os.environ.get("BENCH_STOP") == "pairs" else []
-        return [Probe(Path(path), self.baseline, os.environ.get("BENCH_STOP"), trainer)]
-
-
-class _Stop(TrainerCallback):
-    """Ends the other ranks of a run that is not to train."""
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        os._exit(0)

@@ -65,7 +65,7 @@ def _tokens_per_second(folder: Path, model: str, layout: str, gather: Any, *, pr
     generation = {"max_new_tokens": most, "batch_size": BATCH, "gather_weights": gather}
     spin = {"iterations": 1, "save_iterations": False, "max_prompts": prompts, "generation": generation}
     changes = {**host.layout(layout, work), "gradient_accumulation_steps": 2, "output_dir": str(work / "out")}
-    changes["plugins"] = ["cpu_cluster.CpuClusterPlugin", "probe.BenchPlugin", *workload.OURS]
+    changes["plugins"] = ["cpu_cluster.CpuClusterPlugin", "bench_plugin.BenchPlugin", *workload.OURS]
     launcher, marks = host.launcher(layout)
     env = {"ACCELERATE_USE_CPU": None, "OMP_NUM_THREADS": "1", **marks}
     metrics = work / "out" / "spin" / "iteration-0" / "metrics.json"

@@ -29,7 +29,7 @@ def measure(folder: Path, *, repeats: int) -> list[dict[str, Any]]:
         repeats: Of each start; medians count.
     """
     spin = {"iterations": 1, "save_iterations": False, "max_prompts": 64}
-    sft = {"rl": None, "spin": None, "plugins": ["probe.BenchPlugin"]}
+    sft = {"rl": None, "spin": None, "plugins": ["bench_plugin.BenchPlugin"]}
     found: dict[str, list[dict[str, float]]] = {"on": [], "without": [], "off": [], "bare": []}
     for _ in range(repeats):
         for name, changes in (("on", {"spin": spin}), ("without", sft)):

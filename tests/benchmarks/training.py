@@ -1,28 +1,35 @@
-"""Training on ready pairs: SPIN's layouts against TRL's DPOTrainer with a resident reference model, and SFT by the host.
+"""Training on ready pairs: SPIN's layouts against the newest TRL, the host's `rl: dpo` and the host's SFT, and its floor.
 
 Every contestant is a process of its own, in turn, so that what else the machine does hits all of them. SPIN answers the
 prompts once, before, in at most 32 tokens, about what the human answers have; its runs then find the pairs on disk, and
-TRL reads the very token ids. SFT trains on rows that have as many tokens a step as the largest step of the shared layout,
-none of them padding.
-
-Called by `run.py`; with `--trl` it is the TRL contestant itself.
+TRL (`rival.py`, left out where $SPIN_RIVAL_PYTHON names no environment with it) reads the very token ids. The host's DPO
+reads them as text. SFT trains on rows that have as many tokens a step as the largest step of the shared layout, none of
+them padding. The floor (`floor.py`) is of the machine's matrix speed in the same run.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
 from itertools import chain, cycle, islice
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
+import floor
+import pyarrow.parquet as pq
 import workload
-from probe import Probe, baseline
 
-TARGETS = {"shared": ">= 2.5", "packed": ">= 1.8", "padded": ""}
+# against the best of the others: by layout, and in the shared one by pairs in a step
+TARGETS = {"packed": ">= 1.8"}
+SFT_LENGTH = 128  # the host pads rows to a multiple of 64
+RIVAL, FLOOR = (Path(__file__).with_name(name) for name in ("rival.py", "floor.py"))
+SHARED = {8: ">= 2.5", 16: ">= 3"}
 
 
 def measure(
@@ -42,73 +49,102 @@ def measure(
     shutil.rmtree(work, ignore_errors=True)
     config, ready = workload.with_pairs(work, folder, model, pairs=batch * steps, most=32, batch=batch)
     file = ready / "spin" / "iteration-0" / "pairs.parquet"
+    rows = pq.read_table(file, columns=["prompt_ids", "chosen_ids", "rejected_ids"]).to_pylist()
+    dpo = _host_dpo(folder, model, work, ready)
     found: dict[str, list[dict[str, Any]]] = {}
     for _ in range(repeats):
         for layout in layouts:
             shutil.rmtree(work / "out", ignore_errors=True)
             shutil.copytree(ready, work / "out")
             found.setdefault(layout, []).append(workload.run(work, config, BENCH_LAYOUT=layout))
-        command = [__file__, "--trl", str(file), "--model", str(folder / model), "--batch", str(batch)]
-        found.setdefault("trl", []).append(workload.measured(command, work / "trl.json"))
-        found.setdefault("sft", []).append(_sft(folder, model, work, file, found["shared"][0]["most_tokens"]))
-    speed = {name: batch / median(run["step_seconds"] for run in runs) for name, runs in found.items()}
+        command = [str(RIVAL), str(file), str(folder / model), str(batch)]
+        python = os.environ.get("SPIN_RIVAL_PYTHON")
+        if python:
+            found.setdefault("rival", []).append(workload.measured(command, work / "rival.json", python=python))
+        found.setdefault("dpo", []).append(workload.run(work / "dpo", {**dpo, "micro_batch_size": batch}))
+        found.setdefault("sft", []).append(_sft(folder, model, work, rows, found["shared"][0]["most_tokens"]))
+        speeds = workload.measured([str(FLOOR), str(work / "speed.json")], work / "speed.json")
+        found.setdefault("floor", []).append(speeds)
+    machine = median(run["speed"] for run in found.pop("floor"))
+    names = {"dpo": f"the host's `rl: dpo` (TRL {version('trl')})"}
+    if "rival" in found:
+        names["rival"] = f"TRL {found['rival'][0]['versions']['trl']}, reference precomputed, head fused"
+    seconds = {name: median(run["step_seconds"] for run in runs) for name, runs in found.items()}
     gib = {name: median(run["peak_bytes"] for run in runs) / 2**30 for name, runs in found.items()}
-    tokens = token_counts(file)
-    about = f"{model}, {tokens['prompt']:.0f} + {tokens['chosen']:.0f} / {tokens['rejected']:.0f} tokens a pair"
-    rows = [
-        {
-            "figure": f"training, pairs/s, {layout}",
-            "workload": f"{about}, batch {batch}",
-            "value": speed[layout],
-            "against": "TRL DPOTrainer with its reference",
-            "other": speed["trl"],
-            "ratio": speed[layout] / speed["trl"],
-            "target": TARGETS[layout],
-        }
-        for layout in layouts
-    ]
+    about = f"{model}, {' / '.join(f'{count:.0f}' for count in token_counts(rows))} tokens a pair, batch {batch}"
+    best = min(names, key=lambda name: seconds[name])
+    table = []
+    for layout in layouts:
+        for other, name in names.items():
+            target = (SHARED.get(batch, "") if layout == "shared" else TARGETS.get(layout, "")) if other == best else ""
+            table.append(
+                _row(
+                    f"training, pairs/s, {layout}", about, batch / seconds[layout], name, batch / seconds[other], target
+                )
+            )
+    for other, name in names.items():
+        target = "<= 0.9" if other == min(names, key=lambda name: gib[name]) else ""
+        table.append(_row("peak memory of a step, GiB, shared", about, gib["shared"], name, gib[other], target))
     ours, theirs = found["shared"][0]["most_tokens"], found["sft"][0]["most_tokens"]
-    return [
-        *rows,
-        {
-            "figure": "peak memory of a step, GiB, shared",
-            "workload": f"{about}, batch {batch}",
-            "value": gib["shared"],
-            "against": "TRL DPOTrainer with its reference",
-            "other": gib["trl"],
-            "ratio": gib["shared"] / gib["trl"],
-            "target": "<= 0.55",
-        },
-        {
-            "figure": "peak memory of a step per token, MiB, shared",
-            "workload": f"{model}, {ours} and {theirs} tokens a step",
-            "value": 1024 * gib["shared"] / ours,
-            "against": "SFT by the host",
-            "other": 1024 * gib["sft"] / theirs,
-            "ratio": gib["shared"] / ours / (gib["sft"] / theirs),
-            "target": "<= 1.1",
-        },
-    ]
+    table.append(
+        _row(
+            "peak memory of a step per token, MiB, shared",
+            f"{model}, {ours} and {theirs} tokens a step",
+            1024 * gib["shared"] / ours,
+            "SFT by the host",
+            1024 * gib["sft"] / theirs,
+            "<= 1.1",
+        )
+    )
+    least = floor.operations(folder / model, floor.of_pairs(rows)) / steps / machine
+    length = SFT_LENGTH
+    sft = floor.operations(folder / model, floor.of_rows(theirs // length, length)) / machine / seconds["sft"]
+    for layout in layouts:
+        table.append(_row(f"share of the floor, {layout}", about, least / seconds[layout], "SFT by the host", sft, ""))
+    return table
 
 
-def token_counts(file: Path) -> dict[str, float]:
-    """Returns the mean tokens of prompts, human answers and the opponent's."""
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    pairs = pq.read_table(file, columns=["prompt_ids", "chosen_ids", "rejected_ids"])
+def _row(figure: str, about: str, value: float, against: str, other: float, target: str) -> dict[str, Any]:
     return {
-        name.removesuffix("_ids"): pc.mean(pc.list_value_length(pairs[name])).as_py() for name in pairs.column_names
+        "figure": figure,
+        "workload": about,
+        "value": value,
+        "against": against,
+        "other": other,
+        "ratio": value / other,
+        "target": target,
     }
 
 
-def _sft(folder: Path, model: str, work: Path, file: Path, tokens: int) -> dict[str, Any]:
-    """Trains by the host on human answers cut into rows of one length, `tokens` in a step."""
-    import pyarrow.parquet as pq
+def token_counts(pairs: Sequence[dict[str, Sequence[int]]]) -> list[float]:
+    """Returns the mean tokens of prompts, human answers and the opponent's."""
+    return [mean(len(pair[f"{name}_ids"]) for pair in pairs) for name in ("prompt", "chosen", "rejected")]
 
-    steps, length = 3, 128  # the host pads rows to a multiple of 64
+
+def _host_dpo(folder: Path, model: str, work: Path, ready: Path) -> dict[str, Any]:
+    """Returns the host's config of `rl: dpo` on the same pairs as text; where an answer was cut, it has an end more."""
+    export = [sys.executable, "-m", "axolotl_spin", "export", str(ready), "--format", "dpo-text", "--inexact", "keep"]
+    where = [*export, "--iteration", "0", "--output", str(work / "dpo" / "pairs")]
+    done = subprocess.run(where, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"the export ended with {done.returncode}:\n{(done.stdout + done.stderr)[-4000:]}")
+    changes = {
+        "rl": "dpo",
+        "spin": None,
+        "dpo_beta": 0.1,
+        "plugins": ["bench_plugin.BenchPlugin"],
+        "datasets": [{"path": str(work / "dpo" / "pairs" / "train.parquet"), "ds_type": "parquet"}],
+        "dataset_prepared_path": str(work / "dpo" / "prepared"),
+        "remove_unused_columns": False,
+        "output_dir": str(work / "dpo" / "out"),
+    }
+    return workload.settings(folder, model, **changes)
+
+
+def _sft(folder: Path, model: str, work: Path, pairs: Sequence[dict[str, list[int]]], tokens: int) -> dict[str, Any]:
+    """Trains by the host on human answers cut into rows of one length, `tokens` in a step."""
+    steps, length = 3, SFT_LENGTH
     batch = max(1, round(tokens / length))
-    pairs = pq.read_table(file, columns=["prompt_ids", "chosen_ids"]).to_pylist()
     stream = cycle(chain.from_iterable(pair["prompt_ids"] + pair["chosen_ids"] for pair in pairs))
     rows = [list(islice(stream, length)) for _ in range(steps * batch)]
     data = work / "sft" / "data.jsonl"
@@ -119,7 +155,7 @@ def _sft(folder: Path, model: str, work: Path, file: Path, tokens: int) -> dict[
     changes = {
         "rl": None,
         "spin": None,
-        "plugins": ["probe.BenchPlugin"],
+        "plugins": ["bench_plugin.BenchPlugin"],
         "datasets": [{"path": str(data), "ds_type": "json", "type": None}],
         "dataset_prepared_path": str(data.parent / "prepared"),
         "sample_packing": False,
@@ -127,41 +163,3 @@ def _sft(folder: Path, model: str, work: Path, file: Path, tokens: int) -> dict[
         "output_dir": str(data.parent / "out"),
     }
     return workload.run(data.parent, workload.settings(folder, model, **changes))
-
-
-def train_by_trl(file: Path, model: Path, batch: int) -> None:
-    """Trains an epoch over a pairs file with TRL's defaults and a reference model beside the policy."""
-    import pyarrow.parquet as pq
-    import torch
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import DPOConfig, DPOTrainer
-
-    on_gpu = torch.cuda.is_available()
-    before = baseline()
-    kind = {"dtype": torch.bfloat16 if on_gpu else torch.float32, "attn_implementation": "sdpa"}
-    policy, reference = (AutoModelForCausalLM.from_pretrained(model, **kind) for _ in range(2))
-    config = DPOConfig(
-        output_dir=str(file.parent / "trl"), per_device_train_batch_size=batch, gradient_accumulation_steps=1,
-        num_train_epochs=1, learning_rate=workload.LEARNING_RATE, lr_scheduler_type="constant", beta=0.1,
-        optim="adamw_torch", max_length=None, bf16=on_gpu, use_cpu=not on_gpu, gradient_checkpointing=False,
-        remove_unused_columns=False, report_to=[], save_strategy="no", logging_steps=1000, seed=workload.SEED,
-    )  # fmt: skip
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    dummy = Dataset.from_dict({"prompt": ["a"], "chosen": [" b"], "rejected": [" c"]})
-    probe = Probe(Path(os.environ["BENCH_RESULT"]), before)
-    trainer = DPOTrainer(
-        policy, reference, args=config, train_dataset=dummy, processing_class=tokenizer, callbacks=[probe]
-    )
-    pairs = pq.read_table(file, columns=["prompt_ids", "chosen_ids", "rejected_ids"])
-    trainer.train_dataset = Dataset.from_dict(pairs.to_pydict())  # the very token ids
-    trainer.train()
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--trl", type=Path, required=True, help="pairs file to train on")
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--batch", type=int, required=True)
-    arguments = parser.parse_args()
-    train_by_trl(arguments.trl, arguments.model, arguments.batch)

@@ -59,7 +59,7 @@ def settings(folder: Path, model: str, **changes: Any) -> dict[str, Any]:
     on_gpu = torch.cuda.is_available()
     return {
         "base_model": str(folder / model),
-        "plugins": ["probe.BenchPlugin", *OURS],
+        "plugins": ["bench_plugin.BenchPlugin", *OURS],
         "rl": "spin",
         "spin": {"iterations": 1, "save_iterations": False},
         "datasets": [{"path": str(folder / "data.jsonl"), "ds_type": "json", "type": "chat_template"}],
@@ -131,12 +131,13 @@ def run(folder: Path, config: dict[str, Any], *, launcher: Sequence[str] = (), *
     return measured([*launcher, "-m", "axolotl.cli.train", str(path)], result, **env)
 
 
-def measured(command: list[str], result: Path, **env: str | None) -> dict[str, Any]:
+def measured(command: list[str], result: Path, *, python: str = sys.executable, **env: str | None) -> dict[str, Any]:
     """Runs a Python command in a process of its own and reads the figures that it wrote to `result`.
 
     Args:
         command: Arguments of Python.
         result: Where the command is told to write its figures.
+        python: By which it runs.
         env: More environment variables; None takes one away.
 
     Raises:
@@ -158,7 +159,7 @@ def measured(command: list[str], result: Path, **env: str | None) -> dict[str, A
         fixed["ACCELERATE_USE_CPU"] = "true"
     result.unlink(missing_ok=True)
     variables = {name: value for name, value in {**os.environ, **fixed, **env}.items() if value is not None}
-    done = subprocess.run([sys.executable, *command], env=variables, capture_output=True, text=True, check=False)
+    done = subprocess.run([python, *command], env=variables, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-4000:]}")
     return json.loads(result.read_text()) if result.exists() else {}
