@@ -24,11 +24,13 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 
 from axolotl_spin.generation.backend import Completion, Sampling
 from axolotl_spin.generation.chunks import Chunk
+from axolotl_spin.generation.rows import Rows
 
 Forward = Callable[..., Any]
 
-# rows leave and join when they are at least this share of the batch: each time the cache is copied
-_WORTH_A_COPY = 0.25
+# rows join when they are at least this share of the batch, since a forward over few prompts costs almost as much as one
+# over more; and leave when they are, since what the others have in the cache is then copied
+_WORTH_IT = 0.25
 
 
 class Draw:
@@ -126,47 +128,6 @@ def takes_padding(model: Any) -> bool:
     return all(type(layer).__module__ == DynamicCache.__module__ for layer in DynamicCache(config=base.config).layers)
 
 
-class _Rows:
-    """The answers being written: their cache, right-aligned, and where they are.
-
-    Attributes:
-        places: Their positions in the chunk.
-        cache: A `DynamicCache`, with keys and values of (rows, heads, width, head size) in each layer.
-        lengths: (rows,) tokens in the cache that are the row's own; the last of `width`.
-        tokens: (rows,) each row's last token, not in the cache yet.
-    """
-
-    def __init__(self, places: list[int], cache: Any, lengths: list[int], tokens: Tensor):
-        self.places, self.cache, self.lengths, self.tokens = places, cache, lengths, tokens
-
-    def leave(self, staying: list[int]) -> None:
-        """Keeps some rows, and of the cache only what they use."""
-        index = torch.tensor(staying, device=self.tokens.device)
-        self.places = [self.places[row] for row in staying]
-        self.lengths = [self.lengths[row] for row in staying]
-        self.tokens = self.tokens[index]
-        width = max(self.lengths, default=0)
-        for layer in self.cache.layers:
-            layer.keys = layer.keys[index, :, -width:]
-            layer.values = layer.values[index, :, -width:]
-
-    def join(self, other: _Rows) -> None:
-        """Adds rows; the narrower cache is padded on the left."""
-        for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
-            mine.keys = _stack(mine.keys, theirs.keys)
-            mine.values = _stack(mine.values, theirs.values)
-        self.places = self.places + other.places
-        self.lengths = self.lengths + other.lengths
-        self.tokens = torch.cat([self.tokens, other.tokens])
-
-
-def _stack(first: Tensor, second: Tensor) -> Tensor:
-    width = max(first.shape[-2], second.shape[-2])
-    return torch.cat(
-        [torch.nn.functional.pad(part, (0, 0, width - part.shape[-2], 0)) for part in (first, second)], dim=0
-    )
-
-
 def left_padded(prompts: Sequence[Tensor], pad: int) -> Tensor:
     """Returns prompts as (rows, width) ids that all end in the last column, where their answers start."""
     return torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True, padding_value=pad, padding_side="left")
@@ -194,7 +155,7 @@ def decode(
     draw, stops = Draw(sampling, chunk), set(sampling.stop_token_ids)
     drawn: list[list[int]] = [[] for _ in chunk.prompts]
     waiting = deque(range(len(chunk.prompts)))
-    rows: _Rows | None = None
+    rows: Rows | None = None
 
     def ended(place: int) -> bool:
         ids = drawn[place]
@@ -208,32 +169,32 @@ def decode(
                 drawn[place].append(token)
         return tokens
 
-    def prefill(places: list[int]) -> _Rows:
+    def prefill(places: list[int]) -> Rows:
         prompts = [torch.as_tensor(chunk.prompts[place]).long() for place in places]
         lengths = [len(prompt) for prompt in prompts]
         ids = left_padded(prompts, pad)
         cache = DynamicCache()
         out = forward(**_inputs(ids.to(device), lengths), past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return _Rows(places, cache, lengths, take(places, out.logits[:, -1]))
+        return Rows(places, cache, lengths, take(places, out.logits[:, -1]))
 
     while waiting or rows:
         staying = [row for row, place in enumerate(rows.places) if not ended(place)] if rows else []
         room = batch_size - len(staying)
         gone = len(rows.places) - len(staying) if rows else 0
-        if waiting and room >= _WORTH_A_COPY * batch_size:
+        if waiting and room >= _WORTH_IT * batch_size:
             new = prefill([waiting.popleft() for _ in range(min(room, len(waiting)))])
             if rows and staying:
-                rows.leave(staying)
-                rows.join(new)
+                rows.join(staying, new)
             else:
                 rows = new
             continue
         if not staying:
             break
         assert rows is not None
-        if gone and gone >= _WORTH_A_COPY * len(rows.places):
+        if gone and gone >= _WORTH_IT * len(rows.places):
             rows.leave(staying)
-        lengths = rows.lengths = [length + 1 for length in rows.lengths]
+            staying = list(range(len(staying)))
+        lengths = rows.step(staying)
         out = forward(
             **_inputs(rows.tokens[:, None], lengths),
             past_key_values=rows.cache,

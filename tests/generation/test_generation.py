@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from types import SimpleNamespace
 
 import architectures
 import numpy as np
@@ -12,10 +13,13 @@ import torch
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from axolotl_spin.generation import rows
 from axolotl_spin.generation.backend import Sampling, cut
 from axolotl_spin.generation.chunks import Chunk, chunk_rows, chunk_size, iteration_seed, token_limit
-from axolotl_spin.generation.decoding import can_decode
+from axolotl_spin.generation.decoding import Draw, can_decode
+from axolotl_spin.generation.grouped import NAME, grouped, grouped_attention
 from axolotl_spin.generation.transformers import TransformersBackend
 from axolotl_spin.ranks.main import Ranks
 from axolotl_spin.training.policy import frozen
@@ -151,9 +155,9 @@ def test_an_answer_does_not_depend_on_who_comes_and_goes_beside_it(model, batch_
 
 def test_ended_answers_make_room_and_are_not_computed(model) -> None:
     """Five answers of 1 and one of 9 tokens, two at once: 6 prompts, then the long one's 8 more tokens and no other's."""
-    rows: list[int] = []
+    counts: list[int] = []
     hook = model.register_forward_pre_hook(
-        lambda _, __, inputs: rows.append(len(inputs["input_ids"])), with_kwargs=True
+        lambda _, __, inputs: counts.append(len(inputs["input_ids"])), with_kwargs=True
     )
     try:
         completions = answers(model, MANY[:6], limits=[9, 1, 1, 1, 1, 1], batch_size=2, stop_token_ids=())
@@ -161,7 +165,86 @@ def test_ended_answers_make_room_and_are_not_computed(model) -> None:
         hook.remove()
     assert [len(completion.ids) for completion in completions] == [9, 1, 1, 1, 1, 1]
     # prefill of two, then one beside the long answer at a time; what remains is written alone
-    assert rows == [2, 1, 1, 1, 1] + [1] * 8
+    assert counts == [2, 1, 1, 1, 1] + [1] * 8
+
+
+def test_a_token_is_written_into_memory_that_is_there(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache moves once in ROOM tokens, and is never wider than the longest row and that room; answers are the same
+    whether it moves at every token or never."""
+    limits = [3, 12, 1, 7, 12, 2, 9, 12, 5, 4, 12]
+    found = {}
+    for room in (1, 4, 1000):
+        monkeypatch.setattr(rows, "ROOM", room)
+        moves: list[int] = []
+        move, update = rows.Reserved.move, rows.Reserved.update
+
+        def counted(self, *how, move=move, moves=moves):
+            moves.append(1)
+            move(self, *how)
+
+        def bounded(self, keys, values, update=update, room=room):
+            used, _ = update(self, keys, values)
+            assert used.shape[-2] <= 11 + 12 and self.keys.shape[-2] <= 11 + 12 + room
+            assert used.untyped_storage().data_ptr() == self.keys.untyped_storage().data_ptr()
+            return used, self.values[:, :, self.start : self.end]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(rows.Reserved, "move", counted)
+            patch.setattr(rows.Reserved, "update", bounded)
+            answered = answers(model, MANY, limits=limits, batch_size=4, stop_token_ids=())
+            alone = answers(model, MANY[:1], limits=[12], stop_token_ids=())
+        found[room] = (answered, alone, len(moves) // 2)
+    assert found[1][:2] == found[4][:2] == found[1000][:2]
+    assert found[1][2] > found[4][2] > found[1000][2]
+    assert [len(completion.ids) for completion in found[4][0]] == limits
+
+
+def test_a_row_is_taken_over_where_it_stands(model) -> None:
+    """Of four rows two end while two more wait: these get their memory, and nothing of the others moves."""
+    moves: list[int] = []
+    move = rows.Reserved.move
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows.Reserved, "move", lambda self, *how: (moves.append(1), move(self, *how))[1])
+        found = answers(model, MANY[:6], limits=[12, 4, 12, 4, 12, 12], batch_size=4, stop_token_ids=())
+    assert [len(completion.ids) for completion in found] == [12, 4, 12, 4, 12, 12]
+    # once for its first token, where the prompts' own memory is full, and once where only the two that came last are left
+    assert len(moves) == 2 * 2
+
+
+@pytest.mark.parametrize("kind", ["bool", "added"])
+def test_grouped_attention_is_that_of_transformers(kind: str) -> None:
+    torch.manual_seed(0)
+    query, module = torch.randn(3, 6, 1, 8), SimpleNamespace(num_key_value_groups=3, is_causal=True)
+    key, value = torch.randn(3, 2, 5, 8), torch.randn(3, 2, 5, 4)
+    mask = (torch.arange(5) >= torch.tensor([0, 2, 4])[:, None])[:, None, None]
+    mask = mask if kind == "bool" else torch.zeros(3, 1, 1, 5).masked_fill(~mask, torch.finfo(torch.float32).min)
+    expected, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.2)
+    found, _ = grouped_attention(module, query, key, value, mask, scaling=0.2)
+    assert found.shape == expected.shape == (3, 1, 6, 4)
+    assert (found - expected).abs().max() < 1e-6
+    mean = value[
+        2, :, 4
+    ]  # the third row sees its last column alone: its answer is that column's values, for each group
+    assert torch.allclose(found[2, 0], mean.repeat_interleave(3, 0))
+
+
+def test_the_models_attention_is_its_own_again(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it answers its groups of heads are not copied; what it says of itself is what it was, also after a failure."""
+    seen: list[str] = []
+    hook = model.register_forward_pre_hook(lambda module, _: seen.append(module.config._attn_implementation))
+    try:
+        answers(model, PROMPTS)
+        assert set(seen) == {NAME} and model.config._attn_implementation == "sdpa"
+        monkeypatch.setattr(Draw, "__call__", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            answers(model, PROMPTS)
+    finally:
+        hook.remove()
+    assert model.config._attn_implementation == "sdpa"
+    eager = tiny.model(20).eval()
+    eager.config._attn_implementation = "eager"
+    with grouped(eager):
+        assert eager.config._attn_implementation == "eager"
 
 
 def test_random_states_have_no_part_in_it(model) -> None:

@@ -17,6 +17,8 @@ import yaml
 from recovery import CHANGES, differences, outcome
 from warm import Ranks, Warm
 
+from axolotl_spin.generation.vllm.engine import Engine
+
 pytestmark = pytest.mark.host
 
 FAKE = host.TESTS / "fake_vllm"
@@ -53,6 +55,22 @@ def engines(folder: Path) -> list[str]:
         if "vllm/worker.py" in line and str(folder) in line:
             found.append(line)
     return found
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, 8), ({"max_num_seqs": 2}, 2)])
+def test_an_engine_writes_as_many_answers_at_once_as_vllms_own_llm(
+    given: dict[str, Any], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's defaults follow from what an engine is used for: without a word of it they are half as many, and on some GPUs
+    an eighth."""
+    monkeypatch.setenv("PYTHONPATH", str(FAKE))
+    arguments = {"model": str(tmp_path / "spin/iteration-0/model"), "max_model_len": 8, "skip_tokenizer_init": True}
+    job = {"engine": {**arguments, "generation_config": "vllm", **given}, "sampling": {"stop_token_ids": [6]}}
+    asked = {"index": 0, "prompts": [[4, 5]], "limits": [3], "seeds": [1]}
+    with Engine(None, tmp_path / "engine", {**job, "adapter": None}, iter([asked]), {}, stall_seconds=60) as engine:
+        events = {event["event"]: event for event in engine.events(lambda: None)}
+    assert events["ready"]["at_once"] == expected
+    assert len(events["chunk"]["ids"]) == 1
 
 
 def answered(folder: Path, iteration: int = 0) -> int:

@@ -128,7 +128,10 @@ class VllmBackend:
                 if event["event"] == "ready":
                     seconds = time.perf_counter() - started
                     self.ranks.start_clock()
-                    LOG.info(f"iteration {iteration}: vLLM {event['version']} was ready after {seconds:.1f} s")
+                    LOG.info(
+                        f"iteration {iteration}: vLLM {event['version']} was ready after {seconds:.1f} s, for "
+                        f"{event['at_once']} answers at once"
+                    )
                 elif event["event"] == "progress":
                     self.ranks.made(event["answers"] - answers, event["tokens"] - tokens)
                     answers, tokens = event["answers"], event["tokens"]

@@ -8,7 +8,7 @@ JOB is a JSON file, written by `engine.py`, where its keys are described. `reque
 `index`, `prompts` (lists of token ids), `limits` (tokens), `seeds`, one a prompt. `events` gets one object a line, answers
 on disk before the next:
 
-    {"event": "ready", "version": "0.32.0"}       the engine takes requests
+    {"event": "ready", "version": "0.32.0", "at_once": 256}        the engine takes requests, writes so many answers at once
     {"event": "progress", "answers": 12, "tokens": 3400}           so far; every second in which it is true
     {"event": "chunk", "index": 3, "ids": [...], "finish": [...]}  a chunk's answers, in order, with "stop" or "length"
     {"event": "done"}                                              all chunks are answered
@@ -84,7 +84,7 @@ def check(job: dict[str, Any]) -> dict[str, Any]:
     if not job["check_model"]:
         return report
     try:
-        vllm.EngineArgs(**job["engine"]).create_engine_config()
+        vllm.EngineArgs(**job["engine"]).create_engine_config(_usage())
     except Exception as error:  # vLLM, pydantic and transformers each have errors of their own for a model or value
         return {**report, "problem": "model", "message": f"{type(error).__name__}: {error}"}
     return report
@@ -103,6 +103,17 @@ def _minor(version: str) -> list[int]:
     return [int(part) for part in version.split(".")[:2]]
 
 
+def _usage() -> Any:
+    """Returns what an engine is used for, on which vLLM's defaults depend: all prompts are there before the first answer.
+
+    An `LLMEngine` by itself has defaults for nobody in particular: 128 answers at once, where `vllm.LLM` writes 256 to
+    1024 on the same machine.
+    """
+    from vllm.usage.usage_lib import UsageContext
+
+    return UsageContext.LLM_CLASS
+
+
 # -- answering ---------------------------------------------------------------------------------------------------------
 
 
@@ -118,8 +129,8 @@ def answer(job: dict[str, Any]) -> None:
 
         import vllm
 
-        engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**job["engine"]))
-        tell("ready", version=str(vllm.__version__))
+        engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**job["engine"]), usage_context=_usage())
+        tell("ready", version=str(vllm.__version__), at_once=engine.vllm_config.scheduler_config.max_num_seqs)
         with open(job["requests"], encoding="utf-8") as requests:
             chunks = (json.loads(line) for line in requests)
             _answer_chunks(engine, chunks, job, tell)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 from .sampling_params import SamplingParams
+from .usage.usage_lib import UsageContext
 
 __version__ = os.environ.get("FAKE_VLLM_VERSION", "0.32.0")
 _FAULT, _, _AFTER = os.environ.get("FAKE_VLLM", "").partition(":")
@@ -41,11 +42,11 @@ class EngineArgs:
     max_loras: int = 1
     quantization: str | None = None
     kv_cache_memory_bytes: int | None = None
-    max_num_seqs: int = 8
+    max_num_seqs: int | None = None
     enforce_eager: bool = False
     language_model_only: bool = False
 
-    def create_engine_config(self) -> None:
+    def create_engine_config(self, usage_context: UsageContext | None = None) -> None:
         if _FAULT == "model":
             raise ValueError("Model architectures ['WeirdForCausalLM'] are not supported for now.")
         with open(os.path.join(self.model, "config.json"), encoding="utf-8") as file:
@@ -56,7 +57,9 @@ class LLMEngine:
     """Answers one token of each running request a step; an answer depends on its prompt and seed alone."""
 
     @classmethod
-    def from_engine_args(cls, arguments: EngineArgs) -> LLMEngine:
+    def from_engine_args(
+        cls, arguments: EngineArgs, usage_context: UsageContext = UsageContext.ENGINE_CONTEXT
+    ) -> LLMEngine:
         sys.stdout.buffer.write(b"\x00\xff\xfe garbage, as a log may hold\n")
         sys.stdout.flush()
         if _FAULT == "start":
@@ -68,11 +71,13 @@ class LLMEngine:
         assert arguments.skip_tokenizer_init and arguments.generation_config == "vllm"
         # whole weights are the opponent's, which the run has written below `spin`; an adapter is served over the base model
         assert arguments.enable_lora != ("/spin/iteration-" in arguments.model), arguments.model
-        return cls(arguments)
+        return cls(arguments, usage_context)
 
-    def __init__(self, arguments: EngineArgs):
+    def __init__(self, arguments: EngineArgs, usage_context: UsageContext):
         self.arguments = arguments
-        self.vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=arguments.max_num_seqs))
+        # as the real one: where nobody says how many, it depends on what the engine is used for
+        self.at_once = arguments.max_num_seqs or (8 if usage_context is UsageContext.LLM_CLASS else 4)
+        self.vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=self.at_once))
         self._running: dict[str, tuple[random.Random, SamplingParams, list[int]]] = {}
         self._ended = 0
 
@@ -90,7 +95,7 @@ class LLMEngine:
             self._fail()
         time.sleep(float(os.environ.get("FAKE_VLLM_STEP", "0")))
         outputs = []
-        for name, (generator, params, ids) in list(self._running.items())[: self.arguments.max_num_seqs]:
+        for name, (generator, params, ids) in list(self._running.items())[: self.at_once]:
             token = generator.choice([*params.stop_token_ids, *range(7, 47)])
             ids.append(token)
             reason = "stop" if token in params.stop_token_ids else "length" if len(ids) >= params.max_tokens else None
