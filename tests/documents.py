@@ -180,13 +180,36 @@ def _study() -> list[str]:
     return table
 
 
+def _scale() -> list[str]:
+    """Returns what `tests/benchmarks/simulation.py` found."""
+    rows = []
+    for entry in json.loads((ROOT / "tests" / "benchmarks" / "simulation.json").read_text())["figures"]:
+        case, seconds = entry["case"], entry["seconds"]
+        trained = "LoRA" if case["adapter"] else "all weights"
+        rows.append(
+            _row(
+                case["model"],
+                trained,
+                str(case["ranks"]),
+                str(case["accumulation"]),
+                "yes" if case["checkpointing"] else "no",
+                f"{entry['step']['peak'] / 2**30:.1f} GiB",
+                f"{seconds['compute']:.2f} s",
+                f"{seconds['network']:.2f} s",
+            )
+        )
+    heads = ("model", "trained", "GPUs", "micro-batches a step", "checkpointing", "peak", "products", "collectives")
+    return [_row(*heads), "|---" * len(heads) + "|", *rows]
+
+
 GENERATED: dict[str, tuple[str, Callable[[], list[str]]]] = {
     "architectures": ("docs/models.md", _architectures),
     "keys": ("docs/configuration.md", _keys),
     "markers": ("CONTRIBUTING.md", _markers),
     "metrics": ("docs/monitoring.md", _metrics),
-    "study": ("docs/results.md", _study),
     "rooms": ("docs/how-it-works.md", _rooms),
+    "scale": ("docs/tuning.md", _scale),
+    "study": ("docs/results.md", _study),
 }
 
 

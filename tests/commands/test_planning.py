@@ -237,7 +237,8 @@ def test_models_are_counted_from_their_config_alone(tmp_path: Path) -> None:
     layer = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32
     base = Cfg(base_model=str(folder), base_model_config=str(folder), torch_dtype=torch.float32)
     size = model_size(base)
-    assert size == ModelSize(2 * 47 * 32 + 2 * layer + 32, 2 * 47 * 32 + 2 * layer + 32, 0, 2, 32, 47, 2 * 2 * 2 * 8)
+    count = 2 * 47 * 32 + 2 * layer + 32
+    assert size == ModelSize(count, count, 0, 2, 32, 47, 2 * 2 * 2 * 8, inner=64, outside=2 * 47 * 32, head=47 * 32)
     lora = model_size(Cfg(base, **host.LORA))
     assert lora.trainable == 2 * 4 * (64 + 48 + 48 + 64 + 3 * 96) == 4096
     assert lora.parameters == size.parameters + 4096
@@ -276,40 +277,48 @@ def test_optimizer_state_is_what_torch_keeps(name: str, make: Any) -> None:
 
 SIZE = ModelSize(1000, 1000, 0, 2, 10, 50, 40)
 ADAPTED = ModelSize(1000, 100, 800, 2, 10, 50, 40)
+OFFLOADED = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
 
 
 @pytest.mark.parametrize(
-    ("size", "sharding", "cfg", "expected"),
+    ("size", "sharding", "cfg", "expected", "beside"),
     [
         # bf16 weights, gradients and state, on every rank
-        (SIZE, None, {}, (2000, 2000, 4000)),
+        (SIZE, None, {}, (2000, 2000, 4000), 13000),
         # 2 bytes of weights and gradients, 12 of copy and moments; ZeRO-1 shares the last, 2 the gradients, 3 all
-        (SIZE, "ZeRO-1", {}, (2000, 2000, 3000)),
-        (SIZE, "ZeRO-2", {}, (2000, 500, 3000)),
-        (SIZE, "ZeRO-3", {}, (500, 500, 3000)),
-        (SIZE, "FSDP2", {}, (500, 500, 1000)),
-        (SIZE, None, {"optimizer": "adamw_bnb_8bit"}, (2000, 2000, 2000)),
-        (SIZE, None, {"optimizer": "muon"}, (2000, 2000, None)),
-        (SIZE, "ZeRO-2", {"deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}}, (2000, 500, 0)),
-        # 100 frozen in bf16, 800 in 4 bits, 100 trained in fp32
-        (ADAPTED, None, {"adapter": "qlora", "load_in_4bit": True}, (200 + 412 + 400, 400, 800)),
+        (SIZE, "ZeRO-1", {}, (2000, 2000, 3000), 13000),
+        (SIZE, "ZeRO-2", {}, (2000, 500, 3000), 13000),
+        (SIZE, "ZeRO-3", {}, (500, 500, 3000), 13000),
+        # three layers' weights and gradients of 500, and the first of 10 x 40 in the MLP
+        (SIZE, "FSDP2", {}, (500, 500, 1000), 13000 + 2 * (3 * 500 + 400)),
+        # and of several micro-batches the whole gradients, of the earlier ones, beside all that
+        (SIZE, "FSDP2", {"gradient_accumulation_steps": 2}, (500, 2000, 1000), 13000 + 2 * (3 * 500 + 400) + 2000),
+        (SIZE, None, {"optimizer": "adamw_bnb_8bit"}, (2000, 2000, 2000), 13000),
+        (SIZE, None, {"optimizer": "muon"}, (2000, 2000, None), 13000),
+        (SIZE, "ZeRO-2", {"deepspeed": OFFLOADED}, (2000, 500, 0), 13000),
+        # 100 frozen in bf16, 800 in 4 bits, 100 trained in fp32; two numbers less of each norm
+        (ADAPTED, None, {"adapter": "qlora", "load_in_4bit": True}, (200 + 412 + 400, 400, 800), 13000 - 2 * 2 * 200),
     ],
 )  # fmt: skip
-def test_memory_of_each_layout_by_hand(size: ModelSize, sharding: str | None, cfg: dict, expected: tuple) -> None:
+def test_memory_of_each_layout_by_hand(
+    size: ModelSize, sharding: str | None, cfg: dict, expected: tuple, beside: int
+) -> None:
+    """10 tokens, 10 wide, 40 in the MLP. A layer keeps 2 x 100 numbers in fp32 and 8 x 100 + 4 x 400 in bf16, 5600 bytes.
+    The backward pass makes 100 + 2 x 400 more, 1800. Both layers are kept when it begins, and no gradient is there yet."""
     settings = Cfg({"optimizer": "adamw_torch", "torch_dtype": torch.bfloat16, "bf16": True, **cfg})
     found = estimate_memory(size, settings, Load(4, sharding, 10, 4, 6))
     assert (found["weights"], found["gradients"], found["optimizer"]) == tuple(expected)
-    # 34 bytes x 10 a token and layer; logits of answers
-    assert found["activations"] == 10 * 2 * 340 + 4 * 50 * 2
+    assert found["activations"] + found["gradients"] == beside
     assert (found["training"] is None) == (expected[2] is None)
     whole = {"ZeRO-3": 2000, "FSDP2": 2000}.get(sharding or "", 0)
     assert found["answering"] == 6 * 40 * 2 + whole
 
 
 def test_checkpointing_keeps_what_enters_a_layer() -> None:
+    """At the last layer all gradients are there, 100 numbers that entered it, and 5600 + 1800 bytes that it makes."""
     settings = Cfg(optimizer="adamw_torch", torch_dtype=torch.bfloat16, bf16=True, gradient_checkpointing=True)
     found = estimate_memory(SIZE, settings, Load(1, None, 10, 4, 6))
-    assert found["activations"] == 10 * (2 * 10 * 2 + 340) + 4 * 50 * 2
+    assert found["activations"] == 200 + 5600 + 1800
 
 
 def test_time_by_hand(tmp_path: Path) -> None:

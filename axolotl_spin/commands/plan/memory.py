@@ -1,7 +1,7 @@
 """What a run needs of memory on each rank, from the model's config alone: its weights are never loaded.
 
-Weights, gradients and optimizer state follow from the number of parameters and how they are kept. Activations depend on
-kernels and are rough. Whatever cannot be told is left out and said.
+Weights, gradients and optimizer state follow from the number of parameters and how they are kept. What a step holds besides
+is of a usual decoder (see `moments`). Whatever cannot be told is left out and said.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from axolotl.utils.dict import DictDefault
 
+from axolotl_spin.commands.plan.moments import Holding, held
 from axolotl_spin.compat import empty_model, text_config
 from axolotl_spin.training.head import logits_held
 from axolotl_spin.training.towers import freeze_towers
 
 # buffers as large as the trained weights that an optimizer keeps
 _STATE = {"adam": 2, "rmsprop": 1, "lion": 1, "sgd": 0}
-# bytes that a layer keeps of a token without recomputation, times the hidden size, in half precision (arXiv 2205.05198)
-_LAYER = 34
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,9 @@ class ModelSize:
         quantised: Those that `load_in_4bit` or `load_in_8bit` stores in fewer bits.
         layers, hidden, vocabulary: Of the decoder.
         kv_per_token: Numbers that a token leaves in the cache of keys and values.
+        inner: Width of an MLP; of as many experts as a token is given to.
+        outside: Parameters that are in no layer of the decoder: embeddings and head.
+        head: Parameters of the LM head.
     """
 
     parameters: int
@@ -41,6 +43,9 @@ class ModelSize:
     hidden: int
     vocabulary: int
     kv_per_token: int
+    inner: int = 0
+    outside: int = 0
+    head: int = 0
 
 
 def model_size(cfg: Any) -> ModelSize:
@@ -65,6 +70,8 @@ def model_size(cfg: Any) -> ModelSize:
     text = text_config(config)
     parameters = sum(weight.numel() for weight in model.parameters())
     head = model.get_output_embeddings()
+    ends = [part.weight for part in (model.get_input_embeddings(), head) if getattr(part, "weight", None) is not None]
+    outside = sum(weight.numel() for weight in {id(weight): weight for weight in ends}.values())
     quantised = 0
     if cfg.load_in_4bit or cfg.load_in_8bit:
         linear = [part for part in model.modules() if isinstance(part, torch.nn.Linear) and part is not head]
@@ -88,7 +95,19 @@ def model_size(cfg: Any) -> ModelSize:
         hidden,
         int(getattr(text, "vocab_size", 0)),
         2 * layers * kv_heads * head_dim,
+        _inner(text, hidden),
+        outside,
+        head.weight.numel() if getattr(head, "weight", None) is not None else 0,
     )
+
+
+def _inner(text: Any, hidden: int) -> int:
+    """Returns the width of what a token passes through in an MLP."""
+    experts = getattr(text, "num_experts_per_tok", None)
+    if experts:
+        return int(experts) * int(getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", 0))
+    width = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden
+    return int(max(width) if isinstance(width, (list, tuple)) else width)
 
 
 def _adapter_parameters(model: Any, cfg: Any) -> int:
@@ -147,6 +166,7 @@ def estimate_memory(size: ModelSize, cfg: Any, load: Load) -> dict[str, Any]:
     bits = 0.516 if cfg.load_in_4bit else 1.0  # with double quantisation's constants
     weights = (frozen - size.quantised if cfg.adapter else 0) * stored + size.quantised * bits
     weights += size.trainable * trained_width
+    several = int(cfg.gradient_accumulation_steps or 1) > 1
     gradients = float(size.trainable * (2 if zero and half else trained_width))
     state = _optimizer_bytes(size.trainable, 4 if zero else trained_width, cfg, notes)
     if zero and state is not None:
@@ -155,7 +175,11 @@ def estimate_memory(size: ModelSize, cfg: Any, load: Load) -> dict[str, Any]:
     whole = weights
     if fsdp or zero == 3:
         weights /= load.ranks
-    if fsdp or zero >= 2:
+    if fsdp and several:
+        # accelerate reduces them after a step's last micro-batch alone; until then each rank has those of its own pairs
+        gradients = float(size.trainable * (2 if half else trained_width))
+        notes.append("FSDP2 keeps whole gradients on every rank where gradient_accumulation_steps is more than 1")
+    elif fsdp or zero >= 2:
         gradients /= load.ranks
     if state is not None and (fsdp or zero >= 1):
         state /= load.ranks
@@ -169,8 +193,29 @@ def estimate_memory(size: ModelSize, cfg: Any, load: Load) -> dict[str, Any]:
     logits = load.answer_tokens * size.vocabulary * (2 if half else 4)
     if not cfg.torch_compile:
         logits = logits_held(load.answer_tokens, size.vocabulary, 2 if half else 4)
-    activations = _activations(size, load, bool(cfg.gradient_checkpointing), 2 if half else 4) + logits
-    notes.append("activations are rough (34 x hidden size bytes a token and layer; less with gradient checkpointing)")
+    activations = held(
+        Holding(
+            tokens=load.training_tokens,
+            layers=size.layers,
+            hidden=size.hidden,
+            inner=size.inner or 4 * size.hidden,
+            layer=(size.parameters - size.outside) / max(1, size.layers),
+            outside=size.outside,
+            head=size.head,
+            width=2 if half else 4,
+            logits=logits,
+            adapter=bool(cfg.adapter),
+            checkpointing=_checkpointing(cfg),
+            gathered=fsdp,
+            gradients=gradients,
+            accumulated=several,
+        )
+    )
+    notes.append(
+        "activations are of a usual decoder, with what FSDP2 gathers for a layer; kernels and allocators differ"
+    )
+    if zero == 3:
+        notes.append("what DeepSpeed gathers and reduces at once (its buckets) is not counted")
     cache = load.generation_tokens * size.kv_per_token * (2 if half else width)
     answering = cache + (whole if fsdp or zero == 3 else 0)
     if fsdp or zero == 3:
@@ -217,10 +262,8 @@ def _offloaded(cfg: Any) -> set[str]:
     return found
 
 
-def _activations(size: ModelSize, load: Load, checkpointing: bool, width: int) -> float:
-    layer = _LAYER * size.hidden * width / 2
-    kept = size.layers * size.hidden * width + layer if checkpointing else size.layers * layer
-    return load.training_tokens * kept
+def _checkpointing(cfg: Any) -> bool:
+    return bool(cfg.gradient_checkpointing or (cfg.fsdp_config or {}).get("activation_checkpointing"))
 
 
 def gib(count: float | None, digits: int = 1) -> str:
