@@ -14,6 +14,7 @@ from axolotl.utils.dict import DictDefault
 
 from axolotl_spin.compat import empty_model, text_config
 from axolotl_spin.training.head import logits_held
+from axolotl_spin.training.layouts import masks_in_parts
 from axolotl_spin.training.towers import freeze_towers
 
 # buffers as large as the trained weights that an optimizer keeps
@@ -115,6 +116,8 @@ class Load:
         training_tokens: Of the largest micro-batch of pairs.
         answer_tokens: Among them, those of answers.
         generation_tokens: Prompts and answers that are written at once, at their longest.
+        pairs: In that micro-batch.
+        mask: Bytes of its mask of tokens x tokens in the shared layout.
     """
 
     ranks: int
@@ -122,6 +125,8 @@ class Load:
     training_tokens: int
     answer_tokens: int
     generation_tokens: int
+    pairs: int = 1
+    mask: int = 0
 
 
 def estimate_memory(size: ModelSize, cfg: Any, load: Load) -> dict[str, Any]:
@@ -170,6 +175,7 @@ def estimate_memory(size: ModelSize, cfg: Any, load: Load) -> dict[str, Any]:
     if not cfg.torch_compile:
         logits = logits_held(load.answer_tokens, size.vocabulary, 2 if half else 4)
     activations = _activations(size, load, bool(cfg.gradient_checkpointing), 2 if half else 4) + logits
+    activations += _mask(size, cfg, load, 2 if half else 4)
     notes.append("activations are rough (34 x hidden size bytes a token and layer; less with gradient checkpointing)")
     cache = load.generation_tokens * size.kv_per_token * (2 if half else width)
     answering = cache + (whole if fsdp or zero == 3 else 0)
@@ -221,6 +227,16 @@ def _activations(size: ModelSize, load: Load, checkpointing: bool, width: int) -
     layer = _LAYER * size.hidden * width / 2
     kept = size.layers * size.hidden * width + layer if checkpointing else size.layers * layer
     return load.training_tokens * kept
+
+
+def _mask(size: ModelSize, cfg: Any, load: Load, width: int) -> int:
+    """Returns the bytes of the mask, where one is made, with the copy that each layer's kernel keeps of it."""
+    attention = str(getattr(cfg.attn_implementation, "value", cfg.attn_implementation) or "sdpa")
+    if cfg.sample_packing is False or attention not in ("sdpa", "eager"):
+        return 0
+    if attention == "sdpa" and not cfg.torch_compile and masks_in_parts(load.mask, load.pairs):
+        return 0
+    return load.mask * (1 + width * (1 if attention == "eager" or cfg.gradient_checkpointing else size.layers))
 
 
 def gib(count: float | None, digits: int = 1) -> str:
