@@ -36,7 +36,9 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from test_house import ORDER, PACKAGE
 
-TOPICS = "configuration tuning objectives evaluation results monitoring resume vllm data models from-uclaml how-it-works faq"
+TOPICS = (
+    "configuration tuning objectives evaluation results monitoring resume vllm data models from-uclaml how-it-works faq"
+)
 TOPICS += " known-limitations"
 BY_NAME = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -78,8 +78,9 @@ from axolotl_spin.run.identity import _GROUP_RATES, _PLANNED
 from axolotl_spin.run.plan import make_plan
 from axolotl_spin.run.plan import warmup_steps as plan_warmup_steps
 from axolotl_spin.trainer import SpinTrainer
-from axolotl_spin.training.layouts import PairCollator, shared_block_mask
+from axolotl_spin.training.layouts import PairCollator
 from axolotl_spin.training.logprobs import completion_logps
+from axolotl_spin.training.masks import shared_block_mask
 from axolotl_spin.training.noise import disable_dropout
 
 SPIN = "axolotl_spin.SpinPlugin"

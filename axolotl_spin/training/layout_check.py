@@ -1,9 +1,10 @@
 """Which layout a model takes, and where its log-probs can be taken: asked before anything depends on it.
 
-Three questions, each with an answer of its own. Does every layer attend to all that a pair has? Its config says so
+Four questions, each with an answer of its own. Does every layer attend to all that a pair has? Its config says so
 (`preferred_layout`). Does the model do nothing to the logits that its LM head gives? Then both ways to take log-probs give
 the same numbers, whatever the precision (`head_off`). Does its attention keep to the layout? Then log-probs move by no
-more than padded rows' do when other rows stand beside them, which is rounding (`layout_off`).
+more than padded rows' do when other rows stand beside them, which is rounding (`layout_off`). Does it do so without a mask
+of tokens x tokens, which long rows do not get? Then log-probs move by no more than that either (`parts_off`).
 """
 
 from __future__ import annotations
@@ -25,15 +26,11 @@ from axolotl_spin.training.head import TiledHead
 from axolotl_spin.training.layouts import Layout, PairCollator
 from axolotl_spin.training.logprobs import completion_logps
 from axolotl_spin.training.policy import frozen
+from axolotl_spin.training.preferred_layout import preferred_layout
 
 LOG = get_logger(__name__)
 
 Pair = dict[str, Any]
-
-# kinds of layers that attend to so many tokens as a key of the config says, and to all where there are no more
-_LOCAL = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
-# what names such a key where a config does not tell its layers' kinds
-_REACHES = ("window", "attention_chunk", "index_topk")
 
 # pairs that are tried out, so many at a time; the longest of the run stand first, and are cut as no window is
 _TRIED, _TOGETHER, _LONG = 6, 2, 2
@@ -46,50 +43,6 @@ _NOISE = 3.0
 _LEAST = 1e-3
 # nats per token between two ways to take the same logits: nothing but the last digits of sums over the vocabulary
 _EXACT = 1e-5
-
-
-def preferred_layout(config: Any, *, sample_packing: bool | None, longest: int) -> tuple[Layout, str]:
-    """Returns the layout with the least to compute that a model's attention should take, and why.
-
-    Args:
-        config: The model's (`transformers.PretrainedConfig`).
-        sample_packing: The host's key; False asks for padding.
-        longest: Most tokens in a prompt with an answer.
-    """
-    if sample_packing is False:
-        return "padded", "`sample_packing: false`"
-    text = text_config(config)
-    attention = str(getattr(text, "_attn_implementation", None) or getattr(config, "_attn_implementation", None))
-    if "flash" in attention:
-        fault = _does_not_see_all(text, longest, known=("sliding_attention",))  # whose window goes to the kernel
-        return ("padded", fault) if fault else ("packed", f"{attention} separates sequences by their positions")
-    if attention not in ("sdpa", "eager", "flex_attention"):
-        return "padded", f"{attention} is not known to take a mask"
-    fault = _does_not_see_all(text, longest)
-    return ("padded", fault) if fault else ("shared", f"{attention} takes a mask")
-
-
-def _does_not_see_all(text: Any, longest: int, known: Sequence[str] = ()) -> str:
-    """Says which layers do not attend to every token before, or may not; empty where all do.
-
-    Args:
-        text: The config of the model's text part.
-        longest: Tokens in the longest sequence.
-        known: Kinds of layers that need not.
-    """
-    kinds = getattr(text, "layer_types", None)
-    if kinds is None:
-        names = [name for name in vars(text) if any(part in name for part in _REACHES) and "layers" not in name]
-        reaches = {name: getattr(text, name) for name in names if getattr(text, "use_sliding_window", True)}
-        kinds = ()
-    else:
-        kinds = sorted(set(kinds) - {"full_attention", *known})
-        reaches = {_LOCAL[kind]: getattr(text, _LOCAL[kind], None) for kind in kinds if kind in _LOCAL}
-    for name, reach in reaches.items():
-        if isinstance(reach, int) and not isinstance(reach, bool) and 0 < reach < longest:
-            return f"attention may reach over `{name}: {reach}` tokens, and pairs may have {longest}"
-    unknown = [kind for kind in kinds if not isinstance(reaches.get(_LOCAL.get(kind, "")), int)]
-    return f"layers of the kind `{unknown[0]}` are not known to take another layout" if unknown else ""
 
 
 def head_off(model: Any, pairs: Sequence[Pair], collator: PairCollator, device: Any) -> float:
@@ -154,6 +107,29 @@ def layout_off(model: Any, pairs: Sequence[Pair], collator: PairCollator, device
         moved.append(((found - logps(others, collator)) / root)[1, ::2])
     off = torch.stack([_root_mean_square(apart), _root_mean_square(moved)]).max()  # NaN, where one is
     return float(off), float(_root_mean_square(noise))
+
+
+def parts_off(model: Any, pairs: Sequence[Pair], collator: PairCollator, device: Any) -> tuple[float, float]:
+    """Returns how far the shared layout's log-probs are without a mask of tokens x tokens, in nats per root of a token.
+
+    Args:
+        model: The policy as the trainer wraps it, in `eval()`; every rank must call.
+        pairs: Some of the longest.
+        collator: Of the shared layout, with `in_head` as it will be; its `in_parts` is changed.
+        device: Where the model is.
+
+    Returns:
+        That, and how far rounding moves them, both as a root of the mean square.
+    """
+    root = torch.tensor([len(row[kind]) for kind in ("chosen_ids", "rejected_ids") for row in pairs]).sqrt()
+    found = {}
+    for way in (False, "always"):
+        collator.in_parts = way
+        found[way] = _logps(model, pairs, collator, device, in_head=collator.in_head)
+    with rounded_otherwise(model):
+        rounded = _logps(model, pairs, collator, device, in_head=collator.in_head)
+    off, noise = (found["always"] - found[False]) / root, (rounded - found["always"]) / root
+    return float(_root_mean_square([off])), float(_root_mean_square([noise]))
 
 
 def padding_off(model: Any, pairs: Sequence[Pair], collator: PairCollator, device: Any) -> tuple[float, float]:
@@ -243,13 +219,14 @@ def settle_layout(
     def ask(question: Callable[..., Any], some: Sequence[Pair], tried: Layout, in_head: bool = False) -> list[float]:
         """Returns a question's figures, the largest of any rank's; infinite where the model does not take the layout."""
         candidate = PairCollator(collator.pad_token_id, tried, hidden_size=10**6)  # all pairs in one row
-        candidate.in_head = in_head
+        candidate.in_head, candidate.in_parts = in_head, False
         figures: Any = float("inf") if question is head_off else (float("inf"), 0.0)
         try:
             with frozen(model):
                 figures = question(model, some, candidate, accelerator.device)
         except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
-            LOG.warning(f"the model does not take pairs in the {tried} layout: {error}")
+            without = " without a mask" if question is parts_off else ""
+            LOG.warning(f"the model does not take pairs in the {tried} layout{without}: {error}")
         return accelerator.gather(torch.tensor([figures], device=accelerator.device).view(1, -1)).amax(0).tolist()
 
     def in_head(tried: Layout) -> bool:
@@ -261,6 +238,18 @@ def settle_layout(
         if not off <= max(_NOISE * noise, _LEAST):
             why = f"{layout}, its log-probs are off by {off:.2g} nats per root of a token (rounding: {noise:.2g})"
             collator.layout, collator.in_head = "padded", in_head("padded")
+    attention = text_config(policy.config)._attn_implementation if collator.layout == "shared" else None
+    if attention in ("eager", "flex_attention") or is_compiled_module(model):
+        # scores of whole rows exist with the one, the other has blocks, and a graph knows plain tensors alone
+        collator.in_parts = False
+    elif attention:
+        off, noise = ask(parts_off, pairs[:_LONG], "shared", collator.in_head)
+        if not off <= max(_NOISE * noise, _LEAST):
+            LOG.warning(
+                f"long rows have a mask of tokens x tokens: without it log-probs are off by {off:.2g} nats per root of a "
+                f"token (rounding: {noise:.2g})"
+            )
+            collator.in_parts = False
     if collator.layout == "padded":
         off, noise = ask(padding_off, pairs[-_LONG:], "padded", collator.in_head)
         if np.isfinite(off) and off > max(_NOISE * noise, _LEAST):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from axolotl_spin.compat import text_config
 from axolotl_spin.training.head import TiledHead, logit_change, selected_logps, tiled_logps
-from axolotl_spin.training.layouts import shared_block_mask, shared_mask
+from axolotl_spin.training.masks import SharedMask, shared_block_mask, shared_mask
 
 
 def completion_logps(model: Any, batch: Mapping[str, Tensor], in_head: bool = False) -> Tensor:
@@ -38,7 +38,7 @@ def completion_logps(model: Any, batch: Mapping[str, Tensor], in_head: bool = Fa
     if "attention_mask" in batch:
         inputs["attention_mask"] = batch["attention_mask"]
     elif "segments" in batch:
-        inputs["attention_mask"] = _mask_for(model, batch["segments"])
+        inputs["attention_mask"] = _mask_for(model, batch["segments"], batch.get("spans"))
     columns = batch["columns"]
     some = {"logits_to_keep": columns} if _keeps_some_logits(model) else {}
 
@@ -85,17 +85,17 @@ def completion_logps(model: Any, batch: Mapping[str, Tensor], in_head: bool = Fa
     return per_token_logps.sum(-1)
 
 
-def _mask_for(model: Any, segments: Tensor) -> Any:
+def _mask_for(model: Any, segments: Tensor, spans: Tensor | None) -> Any:
     """Returns the shared layout's mask in the form that the model's attention takes.
 
-    Flex attention takes blocks, `eager` adds its mask, the others select by it.
+    Flex attention takes blocks, `eager` adds its mask, the others select by it, or compute what it would leave.
     """
     config = text_config(_causal_model(model).config)
     if config._attn_implementation == "flex_attention":
         return shared_block_mask(segments)
-    allowed = shared_mask(segments)
     if config._attn_implementation != "eager":
-        return allowed
+        return shared_mask(segments) if spans is None else SharedMask.of(segments, spans)
+    allowed = shared_mask(segments)
     kind = getattr(config, "dtype", None) or torch.float32
     kind = getattr(torch, kind) if isinstance(kind, str) else kind  # a config that was written out has its name
     return torch.zeros_like(allowed, dtype=kind).masked_fill(~allowed, torch.finfo(kind).min)

@@ -29,6 +29,7 @@ from axolotl_spin.disk.atomic import write_json
 from axolotl_spin.disk.directory import RunDirectory
 from axolotl_spin.run.plan import make_plan
 from axolotl_spin.settings.spin import SpinConfig
+from axolotl_spin.training.layouts import shared_mask_size
 
 ENV = host.environment(ACCELERATE_USE_CPU="true")
 DATA = host.SHARED / "data"
@@ -319,6 +320,35 @@ def test_checkpointing_keeps_what_enters_a_layer() -> None:
     settings = Cfg(optimizer="adamw_torch", torch_dtype=torch.bfloat16, bf16=True, gradient_checkpointing=True)
     found = estimate_memory(SIZE, settings, Load(1, None, 10, 4, 6))
     assert found["activations"] == 200 + 5600 + 1800
+
+
+@pytest.mark.parametrize(
+    ("cfg", "mask", "expected"),
+    [
+        # a bool a token, and its copy in bf16 that each of two layers keeps
+        ({}, 2**20, 2**20 * (1 + 2 * 2)),
+        ({"gradient_checkpointing": True}, 2**20, 2**20 * (1 + 2)),
+        # computed in parts from there on
+        ({}, 2**20 + 1, 0),
+        ({"attn_implementation": "sdpa", "torch_compile": True}, 2**21, 2**21 * (1 + 2 * 2)),
+        ({"attn_implementation": "eager"}, 2**21, 2**21 * (1 + 2)),
+        ({"attn_implementation": "flex_attention"}, 2**20, 0),
+        ({"attn_implementation": "flash_attention_2"}, 2**20, 0),
+        ({"sample_packing": False}, 2**20, 0),
+    ],
+)
+def test_the_mask_of_shared_rows_by_hand(cfg: dict[str, Any], mask: int, expected: int) -> None:
+    settings = Cfg({"optimizer": "adamw_torch", "torch_dtype": torch.bfloat16, "bf16": True, **cfg})
+    found, without = (
+        estimate_memory(SIZE, settings, Load(1, None, 10, 4, 6, pairs=8, mask=size))["activations"]
+        for size in (mask, 0)
+    )
+    assert found - without == expected
+
+
+def test_the_size_of_a_shared_mask() -> None:
+    """One row of 800 tokens, or eight of 100."""
+    assert [shared_mask_size([100] * 8, hidden) for hidden in (10**6, 1)] == [800**2, 8 * 100**2]
 
 
 def test_time_by_hand(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import tiny
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from torch.nn.attention.bias import causal_upper_left
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -32,12 +33,12 @@ from transformers import (
 from axolotl_spin.training.layout_check import (
     head_off,
     layout_off,
-    preferred_layout,
     rounded_otherwise,
     settle_layout,
     tried_pairs,
 )
 from axolotl_spin.training.layouts import PairCollator
+from axolotl_spin.training.preferred_layout import preferred_layout
 
 BOTH = pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 SMALL = {"vocab_size": 47, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -297,6 +298,28 @@ def test_the_head_is_taken_where_it_gives_the_models_logits_exactly(
     if layout == "shared":
         line, found = settled(model, prompts(answer=(20, 60)))
         assert "laid out shared" in line and found.in_head == (capped != "in silence")
+
+
+@BOTH
+def test_rows_without_a_mask_are_tried(
+    kind: torch.dtype, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel that aligns an answer's triangle with the first key gives it a mask again, of which the log tells."""
+    monkeypatch.setattr(logging.getLogger("axolotl"), "propagate", True)
+    model = tiny.model(47, seed=3, attn_implementation="sdpa").to(kind)
+    collator = settled(model, prompts(answer=(5, 9)))[1]
+    assert collator.layout == "shared" and collator.in_parts and "tokens x tokens" not in caplog.text
+    monkeypatch.setattr("axolotl_spin.training.masks._aligns_with_the_last_key", lambda _: True)
+    monkeypatch.setattr("axolotl_spin.training.masks.causal_lower_right", causal_upper_left)
+    line, collator = settled(model, prompts(answer=(5, 9)))
+    assert line.startswith("pairs are laid out shared") and collator.layout == "shared" and not collator.in_parts
+    assert "long rows have a mask of tokens x tokens" in caplog.text
+
+
+@pytest.mark.parametrize("attention", ["eager", "flex_attention"])
+def test_other_attentions_are_not_asked_about_parts(attention: str) -> None:
+    model = tiny.model(47, seed=3, attn_implementation=attention)
+    assert settled(model, prompts())[1].in_parts is False
 
 
 def test_a_head_whose_logits_cannot_but_be_held_is_told() -> None:

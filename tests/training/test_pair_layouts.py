@@ -21,8 +21,9 @@ from transformers import (
 
 from axolotl_spin.settings.spin import LossType
 from axolotl_spin.training.head import selected_logps
-from axolotl_spin.training.layouts import PairCollator, _balanced_rows, _cheapest_rows, shared_block_mask, shared_mask
+from axolotl_spin.training.layouts import PairCollator, _balanced_rows, _cheapest_rows
 from axolotl_spin.training.logprobs import completion_logps
+from axolotl_spin.training.masks import shared_block_mask, shared_mask
 from axolotl_spin.training.step import pair_losses
 
 

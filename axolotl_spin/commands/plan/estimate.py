@@ -25,6 +25,7 @@ from axolotl_spin.disk.atomic import DamagedFileError, read_json
 from axolotl_spin.run.prepare import SpinRun
 from axolotl_spin.run.resume import is_complete
 from axolotl_spin.settings.generation import DEFAULT_MAX_NEW_TOKENS
+from axolotl_spin.training.layouts import shared_mask_size
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,8 @@ def _memory(
         training_tokens=int(heaviest.sum()),
         answer_tokens=int(np.sort(answers + longest)[::-1][:micro].sum()),
         generation_tokens=int(np.sort(prompts + longest)[::-1][:at_once].sum()),
+        pairs=len(heaviest),
+        mask=shared_mask_size(heaviest.tolist(), size.hidden or 1024),
     )
     return size, estimate_memory(size, cfg, load)
 

@@ -15,6 +15,7 @@ from axolotl.utils.dict import DictDefault
 from axolotl_spin.commands.plan.moments import Holding, held
 from axolotl_spin.compat import empty_model, text_config
 from axolotl_spin.training.head import logits_held
+from axolotl_spin.training.layouts import masks_in_parts
 from axolotl_spin.training.towers import freeze_towers
 
 # buffers as large as the trained weights that an optimizer keeps
@@ -134,6 +135,8 @@ class Load:
         training_tokens: Of the largest micro-batch of pairs.
         answer_tokens: Among them, those of answers.
         generation_tokens: Prompts and answers that are written at once, at their longest.
+        pairs: In that micro-batch.
+        mask: Bytes of its mask of tokens x tokens in the shared layout.
     """
 
     ranks: int
@@ -141,6 +144,8 @@ class Load:
     training_tokens: int
     answer_tokens: int
     generation_tokens: int
+    pairs: int = 1
+    mask: int = 0
 
 
 def estimate_memory(size: ModelSize, cfg: Any, load: Load) -> dict[str, Any]:
@@ -210,7 +215,7 @@ def estimate_memory(size: ModelSize, cfg: Any, load: Load) -> dict[str, Any]:
             gradients=gradients,
             accumulated=several,
         )
-    )
+    ) + _mask(size, cfg, load, 2 if half else 4)
     notes.append(
         "activations are of a usual decoder, with what FSDP2 gathers for a layer; kernels and allocators differ"
     )
@@ -264,6 +269,16 @@ def _offloaded(cfg: Any) -> set[str]:
 
 def _checkpointing(cfg: Any) -> bool:
     return bool(cfg.gradient_checkpointing or (cfg.fsdp_config or {}).get("activation_checkpointing"))
+
+
+def _mask(size: ModelSize, cfg: Any, load: Load, width: int) -> int:
+    """Returns the bytes of the mask, where one is made, with the copy that each layer's kernel keeps of it."""
+    attention = str(getattr(cfg.attn_implementation, "value", cfg.attn_implementation) or "sdpa")
+    if cfg.sample_packing is False or attention not in ("sdpa", "eager"):
+        return 0
+    if attention == "sdpa" and not cfg.torch_compile and masks_in_parts(load.mask, load.pairs):
+        return 0
+    return load.mask * (1 + width * (1 if attention == "eager" or cfg.gradient_checkpointing else size.layers))
 
 
 def gib(count: float | None, digits: int = 1) -> str:
