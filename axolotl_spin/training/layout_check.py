@@ -240,7 +240,7 @@ def settle_layout(
             collator.layout, collator.in_head = "padded", in_head("padded")
     attention = text_config(policy.config)._attn_implementation if collator.layout == "shared" else None
     if attention in ("eager", "flex_attention") or is_compiled_module(model):
-        # scores of whole rows exist with the one, the other has blocks, and a graph knows plain tensors alone
+        # the one adds its mask to all scores, the other has blocks; a graph knows tensors alone
         collator.in_parts = False
     elif attention:
         off, noise = ask(parts_off, pairs[:_LONG], "shared", collator.in_head)

@@ -316,9 +316,8 @@ def test_rows_without_a_mask_are_tried(
     assert "long rows have a mask of tokens x tokens" in caplog.text
 
 
-@pytest.mark.parametrize("attention", ["eager", "flex_attention"])
-def test_other_attentions_are_not_asked_about_parts(attention: str) -> None:
-    model = tiny.model(47, seed=3, attn_implementation=attention)
+def test_another_attention_is_not_asked_about_parts() -> None:
+    model = tiny.model(47, seed=3, attn_implementation="eager")
     assert settled(model, prompts())[1].in_parts is False
 
 
