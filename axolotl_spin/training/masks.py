@@ -143,7 +143,9 @@ class SharedMask(Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Does what touches the mask's values to the real mask; a view of all of it is it again."""
         mask = args[0] if args else None
         if isinstance(mask, SharedMask) and _takes_all(func, mask, args[1:]):

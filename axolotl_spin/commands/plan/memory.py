@@ -105,10 +105,9 @@ def model_size(cfg: Any) -> ModelSize:
 def _inner(text: Any, hidden: int) -> int:
     """Returns the width of what a token passes through in an MLP."""
     experts = getattr(text, "num_experts_per_tok", None)
-    if experts:
-        return int(experts) * int(getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", 0))
-    width = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden
-    return int(max(width) if isinstance(width, (list, tuple)) else width)
+    names = ("moe_intermediate_size", "intermediate_size") if experts else ("intermediate_size", "n_inner")
+    width: Any = next((getattr(text, name) for name in names if getattr(text, name, None)), 4 * hidden)
+    return int(experts or 1) * int(max(width) if isinstance(width, (list, tuple)) else width)
 
 
 def _adapter_parameters(model: Any, cfg: Any) -> int:
