@@ -180,7 +180,9 @@ def _batch(pairs: int, hidden_size: int) -> dict[str, torch.Tensor]:
         "opponent_chosen_logp": -3.0,
         "opponent_rejected_logp": -4.0,
     }
-    return PairCollator(0, "shared", hidden_size)([row] * pairs)
+    collator = PairCollator(0, "shared", hidden_size)
+    collator.in_parts = False  # lengths are values, which fake tensors have not; a mask takes little beside the rest
+    return collator([row] * pairs)
 
 
 def simulate(case: Case, shape: dict[str, int], *, real: bool = False) -> Step:
