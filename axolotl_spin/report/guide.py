@@ -228,8 +228,8 @@ RULES: tuple[Rule, ...] = (
         _each(_move("rewards/chosen"), lt, -CHOSEN_FALL),
         lambda _, hits: (
             f"Their log-prob fell by up to {-min(f.per_token('rewards/chosen') or 0.0 for f in hits):.3f} nats per token "
-            "within an iteration: the margin grows because the model's own answers fall faster. Set `spin.loss` to space or "
-            "`spin.sft_weight` to 0.1, raise `spin.beta`, or lower `learning_rate`."
+            "within an iteration: the margin grows because the model's own answers fall faster. Set `spin.loss` to space "
+            "or `spin.sft_weight` to 0.1, raise `spin.beta`, or lower `learning_rate`."
         ),
     ),
     Rule(
