@@ -395,6 +395,7 @@ OTHER_NAMES = {
     # of DeepSpeed's config, of FSDP's
     *("gather_16bit_weights_on_model_save", "stage3_gather_16bit_weights_on_model_save", "forward_prefetch"),
     *("field_chosen", "chat_template", "input_output", "tokenizer_default"),
+    "max_num_seqs",  # of vLLM's engine
     # of a model's config, of libraries' optimizers
     *("generation_config", "output_router_logits", "optimi_adamw", "flash_adamw", "adamw_torch_8bit"),
     "bf16_stochastic_round",
