@@ -66,7 +66,6 @@ def main() -> None:
     if arguments.quick:
         arguments.seeds, arguments.iterations, arguments.prompts, arguments.heldout = 1, 2, 8, 8
     study = Study(arguments)
-    started = time.monotonic()
     rows = study.start()
     for seed in range(arguments.seeds):
         played = [row for arm in arguments.arms for row in study.played(arm, seed)]
@@ -75,7 +74,6 @@ def main() -> None:
     report = {
         "date": date.today().isoformat(),
         "data": study.about,
-        "minutes": round((time.monotonic() - started) / 60),
         **{name: getattr(arguments, name) for name in ("seeds", "iterations", "prompts", "heldout", "learning_rate")},
         **bench.machine(),
         "rows": rows,
