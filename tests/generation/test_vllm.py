@@ -171,7 +171,6 @@ def test_one_engine_over_two_ranks(tmp_path: Path, warm_ranks: Ranks) -> None:
         time.sleep(0.1)
     engines = group_of_engine(tmp_path)
     assert len(engines) >= 3  # the worker and vLLM's two
-    assert shared_memory() - before
     for fork in forks:
         fork.end(signal.SIGKILL)
     killed = time.monotonic()
