@@ -5,7 +5,7 @@
 # make test-configs two iterations of every architecture that transformers knows; writes the table of docs/models.md; 15 minutes
 # make test-hosts   contract and end-to-end tests on every pinned host, one rank and two
 # make bench        compares speed and memory with what one would use otherwise; prints a table; over an hour (BENCH=--quick: minutes)
-# make study        compares the objectives with each other and with continued SFT on a real model; under two hours
+# make study        compares the objectives with each other and with continued SFT on a real model; about two hours
 # make check        style and types; rewrites nothing
 # make docs         writes the generated tables of the documentation anew
 SHELL := /bin/bash

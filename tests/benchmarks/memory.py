@@ -34,27 +34,28 @@ def measure(
         folder: For what the contestants write.
         vocabularies: Sizes that are tried.
         tokens: In each of the two answers.
-        prompt: Tokens of the prompt; and 8,192 of them where attention is what is measured.
+        prompt: Tokens of the prompt; twice an answer's where attention is what is measured.
         repeats: Of each contestant; medians count.
     """
     rows = []
-    for vocabulary in vocabularies:
+    for vocabulary in vocabularies if "SPIN_RIVAL_PYTHON" in os.environ else ():
         asked = {"vocabulary": vocabulary, "tokens": tokens, "prompt": prompt}
-        found: dict[str, list[dict[str, float]]] = {"spin": [], "trl": []}
+        found: dict[str, list[dict[str, Any]]] = {"spin": [], "trl": []}
         for _ in range(repeats):
             for name, runs in found.items():
                 runs.append(contestant(folder, name, asked))
         about = f"{vocabulary} tokens of vocabulary, {prompt} + {tokens} / {tokens} tokens"
+        rival = f"TRL {found['trl'][0]['version']}, reference precomputed, head fused"
         for figure, unit, scale, target in (
             ("peak_bytes", "peak memory of a step, GiB", 2**30, "<= 0.9"),
             ("cpu_seconds", "CPU s of a step", 1, "<= 1"),
         ):
             ours, theirs = (median(run[figure] for run in found[name]) / scale for name in ("spin", "trl"))
-            rows.append(_row(unit, about, ours, "TRL DPOTrainer", theirs, target))
+            rows.append(_row(unit, about, ours, rival, theirs, target))
         cap = median(run["peak_bytes"] for run in found["trl"])
         longest = {name: longest_pair(folder, name, asked, cap) for name in found}
         rows.append(_row("longest answers in a fixed memory, tokens", f"{about}: {cap / 2**30:.2f} GiB",
-                         longest["spin"], "TRL DPOTrainer", longest["trl"], ">= 1.1"))  # fmt: skip
+                         longest["spin"], rival, longest["trl"], ">= 1.1"))  # fmt: skip
     return rows + masks(folder, prompt=2 * tokens, tokens=tokens, repeats=repeats)
 
 
@@ -90,7 +91,7 @@ def _row(figure: str, about: str, value: float, against: str, other: float, targ
             "ratio": value / other, "target": target}  # fmt: skip
 
 
-def contestant(folder: Path, name: str, asked: dict[str, Any]) -> dict[str, float]:
+def contestant(folder: Path, name: str, asked: dict[str, Any]) -> dict[str, Any]:
     """Returns what a contestant measured in a process of its own."""
     folder.mkdir(parents=True, exist_ok=True)
     result = folder / "memory.json"
@@ -170,12 +171,12 @@ def spin(asked: dict[str, Any]) -> dict[str, float]:
     return steps.figures()
 
 
-def trl(asked: dict[str, Any]) -> dict[str, float]:
+def trl(asked: dict[str, Any]) -> dict[str, Any]:
     import transformers.models.llama.modeling_llama  # noqa: F401  no part of a step
     from datasets import Dataset
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast, TrainerCallback
-    from trl import DPOConfig, DPOTrainer
+    from trl import DPOConfig, DPOTrainer, __version__
 
     measured = Steps()
     model, pair = build(asked)
@@ -199,7 +200,7 @@ def trl(asked: dict[str, Any]) -> dict[str, float]:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", bos_token="<s>")
     rows = Dataset.from_list([pair] * count)
     OfIds(model, args=config, train_dataset=rows, processing_class=tokenizer, callbacks=[End()]).train()
-    return measured.figures()
+    return {**measured.figures(), "version": __version__}
 
 
 if __name__ == "__main__":

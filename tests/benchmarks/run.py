@@ -29,6 +29,7 @@ sys.path.insert(1, str(Path(__file__).parents[1]))  # where the tests' `host` is
 import data_plane
 import generation
 import iteration
+import memory
 import sharded
 import startup
 import training
@@ -46,6 +47,16 @@ FIGURES: dict[str, tuple[Callable[[Path, str, int, bool], Rows], bool]] = {
             for row in training.measure(folder, model, batch=batch, steps=2 if quick else 3, repeats=repeats)
         ],
         True,
+    ),
+    "memory": (
+        lambda folder, _, repeats, quick: memory.measure(
+            folder / "memory",
+            vocabularies=(4096,) if quick else (131_072, 262_144),
+            tokens=128 if quick else 4096,
+            prompt=64,
+            repeats=repeats,
+        ),
+        False,
     ),
     "iteration": (
         lambda folder, model, repeats, quick: iteration.measure(

@@ -9,9 +9,9 @@ import pytest
 import tiny
 import torch
 from accelerate.utils import convert_outputs_to_fp32
+from largest import Largest
 from peft import LoraConfig, get_peft_model
 from torch.nn.attention.flex_attention import create_mask
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -283,21 +283,6 @@ def test_selected_logps_and_their_gradient(kind: torch.dtype, overwrite: bool, m
     assert torch.allclose(ours.float(), logits.grad.float(), atol=1e-6 if kind == torch.float32 else 1e-2)
 
 
-class LargestFp32(TorchDispatchMode):
-    """Notes the most numbers in an fp32 tensor that an operation gives."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numbers = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = function(*args, **(kwargs or {}))
-        for tensor in found if isinstance(found, (tuple, list)) else [found]:
-            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32:
-                self.numbers = max(self.numbers, tensor.numel())
-        return found
-
-
 @pytest.mark.parametrize("in_head", [True, False])
 def test_no_fp32_copy_of_the_logits_under_mixed_precision(in_head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """accelerate makes one of the forward's output: what is taken in the head never becomes output."""
@@ -308,9 +293,9 @@ def test_no_fp32_copy_of_the_logits_under_mixed_precision(in_head: bool, monkeyp
     batch = PairCollator(0, "shared")(pairs(30))
     logits = len(batch["targets"]) * 4000
     assert logits > 1.5 * max(weight.numel() for weight in model.parameters())
-    with LargestFp32() as largest:
+    with Largest(lambda tensor: tensor.numel() if tensor.dtype == torch.float32 else 0) as largest:
         completion_logps(model, batch, in_head).sum().backward()
-    assert (largest.numbers < logits) == in_head
+    assert (largest.found < logits) == in_head
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed", "shared"])

@@ -22,6 +22,7 @@ from axolotl_spin.data.endings import describe_endings
 from axolotl_spin.data.prompts import token_counts
 from axolotl_spin.data.thoughts import told_apart
 from axolotl_spin.disk.atomic import DamagedFileError, read_json
+from axolotl_spin.generation.rows import ROOM
 from axolotl_spin.run.prepare import SpinRun
 from axolotl_spin.run.resume import is_complete
 from axolotl_spin.settings.generation import DEFAULT_MAX_NEW_TOKENS
@@ -184,7 +185,8 @@ def _memory(
         sharding=run.launch.sharding,
         training_tokens=int(heaviest.sum()),
         answer_tokens=int(np.sort(answers + longest)[::-1][:micro].sum()),
-        generation_tokens=int(np.sort(prompts + longest)[::-1][:at_once].sum()),
+        # every row of the cache is as wide as the widest
+        generation_tokens=at_once * (int((prompts + longest).max()) + ROOM),
         pairs=len(heaviest),
         mask=shared_mask_size(heaviest.tolist(), size.hidden or 1024),
     )

@@ -133,7 +133,7 @@ class Load:
         sharding: See `Launch`.
         training_tokens: Of the largest micro-batch of pairs.
         answer_tokens: Among them, those of answers.
-        generation_tokens: Prompts and answers that are written at once, at their longest.
+        generation_tokens: That the cache of keys and values has room for: prompts and answers that are written at once.
         pairs: In that micro-batch.
         mask: Bytes of its mask of tokens x tokens in the shared layout.
     """
