@@ -69,7 +69,7 @@ class SpinPlugin(BasePlugin):
 
         import torch
         from axolotl.common.datasets import TrainDatasetMeta
-        from axolotl.loaders import load_tokenizer
+        from axolotl.loaders import load_processor, load_tokenizer
         from axolotl.utils.data import prepare_datasets
 
         from axolotl_spin.compat import naming_data_keys, rows_only
@@ -89,9 +89,10 @@ class SpinPlugin(BasePlugin):
         if not torch.cuda.is_available():
             cfg.device_map = None  # with several ranks the host sets an accelerator's index
         tokenizer = load_tokenizer(cfg)
+        processor = load_processor(cfg, tokenizer) if cfg.processor_type else None
         with rows_only(), naming_data_keys(cfg):
-            train_dataset, eval_dataset, _, _ = prepare_datasets(cfg, tokenizer)
-        self.run = prepare_run(cfg, settings, train_dataset, tokenizer, eval_dataset)
+            train_dataset, eval_dataset, _, _ = prepare_datasets(cfg, tokenizer, processor)
+        self.run = prepare_run(cfg, settings, train_dataset, tokenizer, eval_dataset, processor)
         if not preprocess:
             from axolotl_spin.report import warn_without_report
             from axolotl_spin.run.resume import settle_start

@@ -49,13 +49,6 @@ def _one_of(*names: str) -> Test:
 REFUSED: tuple[tuple[str, Test, str], ...] = (
     ("streaming", _truthy, "self-play answers every prompt, so it needs a finite dataset; remove it"),
     ("pretraining_dataset", _truthy, "pretraining data has no prompt to answer; use `datasets:`"),
-    ("skip_prepare_dataset", _truthy, "prompts are read from prepared rows; remove it"),
-    (
-        "processor_type",
-        _truthy,
-        "it has the host read images and sound with the data, and pairs are of text alone; remove it (a model that takes "
-        "more than text keeps its processor without it)",
-    ),
     ("reward_model", _truthy, "SPIN trains a language model and needs no reward model; remove it"),
     ("process_reward_model", _truthy, "SPIN trains a language model and needs no reward model; remove it"),
     (
@@ -130,6 +123,7 @@ def refuse_unsupported(data: dict[str, Any]) -> None:
         for key, refused, why in REFUSED
         if data.get(key) is not None and refused(data[key])
     ]
+    found += _of_images(data)
     fsdp = data.get("fsdp_config")
     fsdp = fsdp if isinstance(fsdp, dict) else {}
     version = data.get("fsdp_version") or fsdp.get("fsdp_version") or fsdp.get("version")
@@ -140,6 +134,40 @@ def refuse_unsupported(data: dict[str, Any]) -> None:
         )
     if found:
         raise ValueError("\n".join(found))
+
+
+def _of_images(data: dict[str, Any]) -> list[str]:
+    """Says what of a config does not go with pictures in the data, which `processor_type` has the host read."""
+    if not data.get("processor_type"):
+        skipped = (
+            "`skip_prepare_dataset: true` does not work with `rl: spin`: prompts are read from prepared rows; remove it"
+        )
+        return [skipped] if data.get("skip_prepare_dataset") else []
+    with_them = f"does not work with `processor_type: {data['processor_type']}` and `rl: spin`"
+    found = []
+    if not data.get("skip_prepare_dataset"):
+        found.append(
+            f"`skip_prepare_dataset` left out {with_them}: pictures are processed with each batch; set it to `true`, with "
+            "`remove_unused_columns: false` and `sample_packing: false`, or remove `processor_type` where all is text (a "
+            "model that takes more keeps its processor without it)"
+        )
+    if data.get("sample_packing"):
+        found.append(
+            f"`sample_packing: true` {with_them}: prompts with pictures stand in padded rows; set it to `false`"
+        )
+    spin = data.get("spin") if isinstance(data.get("spin"), dict) else {}
+    generation = spin.get("generation") if isinstance(spin.get("generation"), dict) else {}
+    if generation.get("backend") == "vllm":
+        found.append(
+            f"`spin.generation.backend: vllm` {with_them}: the engine is given ids alone; set it to `transformers`"
+        )
+    if spin.get("turns") == "all":
+        found.append(
+            f"`spin.turns: all` {with_them}: a row's pictures belong to the prompt of its last answer; use `last`"
+        )
+    if spin.get("initial_pairs"):
+        found.append(f"`spin.initial_pairs` {with_them}: pairs of a file have no pictures; remove it")
+    return found
 
 
 def refuse_leftovers(data: dict[str, Any]) -> None:

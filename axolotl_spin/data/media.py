@@ -31,10 +31,8 @@ def refuse_media(dataset: Any, cfg: Any, tokenizer: Any, key: str = "datasets") 
     """
     if dataset is None or not cfg.is_multimodal:
         return
-    from axolotl.loaders.utils import load_model_config
-
-    found = {value: name for name, value in load_model_config(cfg).to_dict().items() if _NAMES.fullmatch(name)}
-    tokens = sorted(token for token in found if isinstance(token, int) and token in special_tokens(tokenizer))
+    found = _named(cfg)
+    tokens = sorted(token for token in found if token in special_tokens(tokenizer))
     start = 0
     for batch in dataset.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=10_000) if tokens else ():
         rows = batch["input_ids"].combine_chunks()
@@ -48,6 +46,22 @@ def refuse_media(dataset: Any, cfg: Any, tokenizer: Any, key: str = "datasets") 
                 "image or a sound would stand: pairs are of text alone; leave such rows out, or those parts of `content`"
             )
         start += len(rows)
+
+
+def placeholder_tokens(cfg: Any) -> tuple[int, ...]:
+    """Returns the tokens that stand where a picture, a video or a sound does, and around it, by the model's config.
+
+    Args:
+        cfg: The host's normalized config.
+    """
+    return tuple(sorted(_named(cfg)))
+
+
+def _named(cfg: Any) -> dict[int, str]:
+    from axolotl.loaders.utils import load_model_config
+
+    named = load_model_config(cfg).to_dict().items()
+    return {value: name for name, value in named if _NAMES.fullmatch(name) and isinstance(value, int)}
 
 
 def describe_unread(cfg: Any) -> str | None:

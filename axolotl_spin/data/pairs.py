@@ -5,6 +5,7 @@ Files are written and read a batch of rows at a time, so that memory does not gr
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch.utils.data import Dataset
 
+from axolotl_spin.data.images import ImageRows
 from axolotl_spin.data.texts import Decode, answer_texts
 from axolotl_spin.disk.atomic import MARK, WEIGHTS, DamagedFileError, ForeignFileError, StaleFileError, write_whole
 
@@ -34,6 +36,8 @@ SCHEMA = pa.schema(
         ("row", pa.int64()),  # index of the source row
     ]
 )
+# of a run on pictures: the hash of each picture of the prompt, in order
+PICTURED = SCHEMA.append(pa.field("images", pa.list_(pa.string())))
 LOGPS = ("opponent_chosen_logp", "opponent_rejected_logp")
 
 # rows that are held in memory at once while pairs are made, written or read; a row group of the file
@@ -59,7 +63,8 @@ def with_texts(pairs: PairDataset, decode: Decode) -> Iterator[pa.RecordBatch]:
         decode: Returns the texts of lists of ids.
     """
     assert pairs.logps is not None
-    start = 0
+    images, start = pairs.images, 0
+    schema = SCHEMA if images is None else PICTURED
     for batch in pairs.table.to_batches(max_chunksize=BATCH_ROWS):
         logps = pairs.logps[start : start + len(batch)]
         start += len(batch)
@@ -72,7 +77,9 @@ def with_texts(pairs: PairDataset, decode: Decode) -> Iterator[pa.RecordBatch]:
                 name: answer_texts(prompts, batch[f"{name}_ids"].to_pylist(), decode) for name in ("chosen", "rejected")
             },
         }
-        yield record_batch(columns, SCHEMA)
+        if images is not None:
+            columns["images"] = [images.hashes(row) for row in batch["row"].to_pylist()]
+        yield record_batch(columns, schema)
 
 
 def write_pairs(path: Path, batches: Iterable[pa.RecordBatch], mark: str, weights: str = "") -> None:
@@ -80,15 +87,18 @@ def write_pairs(path: Path, batches: Iterable[pa.RecordBatch], mark: str, weight
 
     Args:
         path: Destination.
-        batches: Of `SCHEMA`, one row per pair trained on, in order; a row group each.
+        batches: Of `SCHEMA` or `PICTURED`, one row per pair trained on, in order; a row group each.
         mark: What the pairs depend on (`Identity.before`), kept in the file's metadata.
         weights: Digest of the opponent's weights, likewise.
     """
 
     def write(aside: Path) -> None:
-        schema = SCHEMA.with_metadata({MARK: mark.encode(), WEIGHTS: weights.encode()})
+        ordered = iter(batches)
+        first = next(ordered, None)
+        kind = SCHEMA if first is None else first.schema
+        schema = kind.with_metadata({MARK: mark.encode(), WEIGHTS: weights.encode()})
         with pq.ParquetWriter(aside, schema, write_page_checksum=True) as file:
-            for batch in batches:
+            for batch in itertools.chain([] if first is None else [first], ordered):
                 file.write_batch(batch.replace_schema_metadata(schema.metadata))
 
     write_whole(path, write)
@@ -117,7 +127,7 @@ def check_pairs(path: Path, mark: str, rows: int, weights: str = "") -> None:
         raise DamagedFileError(f"{path} is damaged ({error})") from error
     with file:
         schema, found_rows = file.schema_arrow, file.metadata.num_rows
-    if not schema.equals(SCHEMA):
+    if not (schema.equals(SCHEMA) or schema.equals(PICTURED)):
         raise DamagedFileError(f"{path} does not hold the columns of a pairs file")
     found = (schema.metadata or {}).get(MARK, b"").decode()
     if found != mark:
@@ -171,10 +181,12 @@ class PairDataset(Dataset):
         pairs: A table with `prompt_ids`, `chosen_ids` and `rejected_ids`, in one piece or several; mapped or in memory.
         logps: (pairs, 2) the opponent's log-probs of the human's and of its own answers, in nats. None while they are
             still to be computed; where the table has them, they are taken from it.
+        images: Where the prompts' pictures are, by the table's `row`; None where all is text.
     """
 
-    def __init__(self, pairs: pa.Table, logps: np.ndarray | None = None):
-        self.table = pairs
+    def __init__(self, pairs: pa.Table, logps: np.ndarray | None = None, images: ImageRows | None = None):
+        self.table, self.images = pairs, images
+        self._sources = pairs["row"].to_numpy() if images is not None else None
         batches = [batch for batch in pairs.to_batches() if batch.num_rows]
         self._starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
         self._ids = {
@@ -193,7 +205,8 @@ class PairDataset(Dataset):
 
         Returns:
             `prompt_ids`, `chosen_ids` and `rejected_ids`, each (tokens,) int32 in the file's own memory; and, where they
-            are known, `opponent_chosen_logp` and `opponent_rejected_logp`, float64 in nats.
+            are known, `opponent_chosen_logp` and `opponent_rejected_logp`, float64 in nats; and, where prompts have
+            pictures, `images` and the `row` there.
         """
         batch = int(np.searchsorted(self._starts, index, side="right")) - 1
         at = index - self._starts[batch]
@@ -203,6 +216,8 @@ class PairDataset(Dataset):
             row[name] = values[offsets[at] : offsets[at + 1]]
         if self.logps is not None:
             row.update(zip(LOGPS, self.logps[index], strict=True))
+        if self._sources is not None:
+            row |= {"images": self.images, "row": int(self._sources[index])}
         return row
 
     def lengths(self, name: str) -> np.ndarray:

@@ -131,9 +131,10 @@ class HeldOutPlay:
                     "prompt_ids": columns["prompt_ids"].combine_chunks(),
                     "chosen_ids": human,
                     "rejected_ids": end_alike(human, own, self.sampling.stop_token_ids, limit),
+                    "row": columns["row"].combine_chunks(),
                 }
             )
-            dataset = PairDataset(pairs)
+            dataset = PairDataset(pairs, images=self.run.heldout_images)
             batches = chunk_rows(dataset.padded_lengths(), self.trainer.args.per_device_train_batch_size)
             logps = self.scorer.logps(model, dataset, batches).numpy()
         table = self._table(pairs, columns["row"], answers, logps)
@@ -162,7 +163,8 @@ class HeldOutPlay:
         """Returns an answer to each held-out prompt, on every rank."""
         generation = self.run.settings.generation
         seed = play_seed(self.run.sampling_seed, number)
-        chunks = Chunks.of(self.run.heldout, generation, self.run.sequence_len, seed)
+        images = self.run.heldout_images
+        chunks = Chunks.of(self.run.heldout, generation, self.run.sequence_len, seed, images)
         mine = sum(len(part) for index, part in chunks.rows() if index % self.ranks.count == self.ranks.rank)
         found: list[tuple[int, Completion]] = []
         with self.ranks.bar(f"{name}: held-out play", mine, "answer") as bar:
@@ -179,7 +181,7 @@ class HeldOutPlay:
 
     def _table(self, pairs: pa.Table, rows: Any, answers: Sequence[Completion], logps: np.ndarray) -> pa.Table:
         ids = {"prompt": pairs["prompt_ids"], "human": pairs["chosen_ids"], "own": pairs["rejected_ids"]}
-        decode, prompts = self.run.tokenizer.batch_decode, pairs["prompt_ids"].to_pylist()
+        decode, prompts = self.run.decode, pairs["prompt_ids"].to_pylist()
         columns = {
             "prompt": decode(prompts),
             **{name: answer_texts(prompts, ids[name].to_pylist(), decode) for name in ("human", "own")},

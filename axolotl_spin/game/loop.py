@@ -69,7 +69,8 @@ class Loop:
         if switched_off := disable_dropout(policy):
             LOG.info(f"dropout is off, so that policy and opponent agree at step 0: {', '.join(switched_off)}")
         compute_as_in_training(policy)
-        if towers := freeze_towers(policy):
+        # pictures reach a tower as they do in SFT, which trains it unless a key says otherwise
+        if run.images is None and (towers := freeze_towers(policy)):
             LOG.info(f"text does not reach {', '.join(towers)}: they stay as they are")
         refuse_untrained(policy, adapter=hasattr(policy, "peft_config"))
         if leave_out_router_logits(policy):
@@ -215,7 +216,8 @@ class Loop:
             return
         self._layout_settled = True
         half = self.trainer.args.bf16 or self.trainer.args.fp16
-        refuse_noise(model, self.run.prompts, self.collator.pad_token_id, self.ranks, half=half)
+        images = self.run.images
+        refuse_noise(model, self.run.prompts, self.collator.pad_token_id, self.ranks, half=half, images=images)
         line = settle_layout(
             self.collator,
             model,
@@ -223,5 +225,6 @@ class Loop:
             self.ranks.accelerator,
             sample_packing=self.run.sample_packing,
             longest=self.run.sequence_len,
+            images=images,
         )
         LOG.info(line)

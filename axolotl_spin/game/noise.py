@@ -7,17 +7,21 @@ from typing import Any
 import torch
 
 from axolotl_spin.compat import text_config
+from axolotl_spin.data.images import ImageRows
 from axolotl_spin.game.health import Finding, act_on
 from axolotl_spin.ranks.bare import bare
 from axolotl_spin.ranks.main import Ranks
 from axolotl_spin.training.layouts import PairCollator
 from axolotl_spin.training.noise import noise, noisy
+from axolotl_spin.training.tried_pairs import pictured_pairs
 
 # nats per token between two forwards: sums in another order stay below, a dropout of 1% does not
 _MOST, _MOST_IN_HALF = 1e-3, 0.05
 
 
-def refuse_noise(model: Any, prompts: Any, pad: int, ranks: Ranks, *, half: bool) -> None:
+def refuse_noise(
+    model: Any, prompts: Any, pad: int, ranks: Ranks, *, half: bool, images: ImageRows | None = None
+) -> None:
     """Makes two forwards in training mode on a pair or two, and stops a run in which they differ.
 
     Args:
@@ -26,6 +30,7 @@ def refuse_noise(model: Any, prompts: Any, pad: int, ranks: Ranks, *, half: bool
         pad: Fills the padding.
         ranks: All of them.
         half: Whether the forward is in half precision, whose sums are rounded more.
+        images: Where the prompts' pictures are.
 
     Raises:
         UnhealthyRunError: They differ.
@@ -35,6 +40,8 @@ def refuse_noise(model: Any, prompts: Any, pad: int, ranks: Ranks, *, half: bool
         {"prompt_ids": prompt[-64:], "chosen_ids": answer[:64], "rejected_ids": answer[:64]}
         for prompt, answer in zip(rows["prompt_ids"][:], rows["chosen_ids"][:], strict=True)
     ]
+    if images is not None:
+        pairs = pictured_pairs(rows, images)
     batch = {name: tensor.to(ranks.device) for name, tensor in PairCollator(pad)(pairs).items()}
     off = torch.tensor([noise(model, batch)], device=ranks.device)
     far = float(ranks.accelerator.gather(off).max())

@@ -139,7 +139,8 @@ class SelfPlay:
         files = ChunkFiles(self.run.directory, iteration, self.run.identity.before(iteration), self._weights)
         seed = iteration_seed(self.run.sampling_seed, iteration)
         finished = self.ranks.on_main(lambda: files.finished(entry.new_rows))
-        todo = Chunks.of(self.run.prompts_of(entry), settings, self.run.sequence_len, seed).left(finished)
+        chunks = Chunks.of(self.run.prompts_of(entry), settings, self.run.sequence_len, seed, self.run.images)
+        todo = chunks.left(finished)
         if finished.chunks:
             done = int(finished.answered.sum())
             self.ranks.say(f"iteration {iteration}: {done} of {entry.new_rows} prompts are already answered")
@@ -154,7 +155,7 @@ class SelfPlay:
             self.ranks.meet(f"generated/{iteration}")
         staged = self.run.directory.staged(iteration)
         self.ranks.on_main(lambda: write_staged(staged, self._assemble(entry, files)))
-        pairs = PairDataset(read_staged(staged))
+        pairs = PairDataset(read_staged(staged), images=self.run.images)
         counts = self._count(pairs, entry)
         seconds, apart = time.perf_counter() - started, self.ranks.on_main(lambda: apart)
         made = ~finished.answered  # an earlier start's answers took none of this one's seconds
@@ -196,7 +197,7 @@ class SelfPlay:
         """Takes the iteration's pairs from `spin.initial_pairs`, still without the opponent's log-probs."""
         staged = self.run.directory.staged(entry.iteration)
         self.ranks.on_main(lambda: write_staged(staged, map(self._ended_alike, given.staged())))
-        pairs = PairDataset(read_staged(staged))
+        pairs = PairDataset(read_staged(staged), images=self.run.images)
         counts = self._count(pairs, entry)
         self.ranks.say(f"iteration {entry.iteration}: took {entry.new_rows} pairs from {given.source}")
         return pairs, counts
@@ -236,7 +237,7 @@ class SelfPlay:
         act_on(check_opponent_logps(logps, entry.iteration), self.ranks.main)
         seconds = time.perf_counter() - started
         self.ranks.say(f"iteration {entry.iteration}: scored {entry.rows} pairs in {seconds:.1f} s")
-        return PairDataset(pairs.table, logps), {"spin/scoring_seconds": seconds}
+        return PairDataset(pairs.table, logps, self.run.images), {"spin/scoring_seconds": seconds}
 
     # -- files --------------------------------------------------------------------------------------------------------
 
@@ -258,15 +259,13 @@ class SelfPlay:
             ChunkFiles(directory, entry.iteration, "").remove()
         logps = read_pairs(path, mark, entry.rows, LOGPS)
         staged = read_staged(directory.staged(entry.iteration))
-        pairs = PairDataset(staged, np.stack([logps[name].to_numpy() for name in LOGPS], axis=1))
+        pairs = PairDataset(staged, np.stack([logps[name].to_numpy() for name in LOGPS], axis=1), self.run.images)
         return pairs, self._count(pairs, entry)
 
     def _write(self, entry: IterationPlan, pairs: PairDataset) -> None:
         """Writes the iteration's pairs with their log-probs and texts. Call it on one rank."""
         directory, mark = self.run.directory, self.run.identity.before(entry.iteration)
-        write_pairs(
-            directory.pairs(entry.iteration), with_texts(pairs, self.run.tokenizer.batch_decode), mark, self._weights
-        )
+        write_pairs(directory.pairs(entry.iteration), with_texts(pairs, self.run.decode), mark, self._weights)
         ChunkFiles(directory, entry.iteration, mark).remove()
 
     def _read(

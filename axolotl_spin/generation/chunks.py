@@ -6,12 +6,15 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from axolotl_spin.data.prompts import token_counts
 from axolotl_spin.settings.generation import DEFAULT_MAX_NEW_TOKENS, GenerationConfig
+
+if TYPE_CHECKING:
+    from axolotl_spin.data.images import ImageRows
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,8 @@ class Chunk:
         prompts: Their token ids.
         limits: Most tokens that each answer may have.
         seed: With the row it seeds the answer; depends on the run's seed and the iteration alone.
+        images: Where the prompts' pictures are; None where they are text alone.
+        sources: The prompts' rows there.
     """
 
     index: int
@@ -31,11 +36,14 @@ class Chunk:
     prompts: tuple[Sequence[int], ...]
     limits: tuple[int, ...]
     seed: int
+    images: ImageRows | None = None
+    sources: tuple[int, ...] = ()
 
     def part(self, start: int, stop: int) -> Chunk:
         """Returns the prompts from one position up to another."""
         some = slice(start, stop)
-        return replace(self, rows=self.rows[some], prompts=self.prompts[some], limits=self.limits[some])
+        rows, sources = self.rows[some], self.sources[some]
+        return replace(self, rows=rows, prompts=self.prompts[some], limits=self.limits[some], sources=sources)
 
 
 def iteration_seed(seed: int, iteration: int) -> int:
@@ -88,11 +96,12 @@ class Chunks(Sequence[Chunk]):
     """An iteration's chunks, each made when it is asked for: prompts stay in the dataset's file until then.
 
     Args:
-        prompts: `datasets.Dataset` with `prompt_ids`.
+        prompts: `datasets.Dataset` with `prompt_ids`, and `row` where they have pictures.
         rows: The prompts of each chunk; see `chunk_rows`.
         limit: Returns from a prompt's tokens how many its answer may have.
         seed: See `Chunk`.
         indices: What each chunk is called; its position by default.
+        images: See `Chunk`.
     """
 
     def __init__(
@@ -102,13 +111,17 @@ class Chunks(Sequence[Chunk]):
         limit: Callable[[int], int],
         seed: int,
         indices: Sequence[int] | None = None,
+        images: ImageRows | None = None,
     ):
-        self._prompts = prompts.with_format("numpy").select_columns(["prompt_ids"])
+        self.images = images
+        self._prompts = prompts.with_format("numpy").select_columns(["prompt_ids", *(["row"] if images else [])])
         self._rows, self._limit, self._seed = rows, limit, seed
         self._indices = range(len(rows)) if indices is None else indices
 
     @classmethod
-    def of(cls, prompts: Any, generation: GenerationConfig, sequence_len: int, seed: int) -> Chunks:
+    def of(
+        cls, prompts: Any, generation: GenerationConfig, sequence_len: int, seed: int, images: ImageRows | None = None
+    ) -> Chunks:
         """Cuts prompts into chunks; the same on any number of ranks.
 
         Args:
@@ -116,6 +129,7 @@ class Chunks(Sequence[Chunk]):
             generation: The `spin.generation` block.
             sequence_len: The host's, in tokens.
             seed: Of the answers; see `Chunk`.
+            images: See `Chunk`.
         """
         lengths = token_counts(prompts, "prompt_ids")
         rows = chunk_rows(lengths, chunk_size(len(lengths), generation.batch_size))
@@ -123,16 +137,18 @@ class Chunks(Sequence[Chunk]):
         def limit(prompt: int) -> int:
             return token_limit(prompt, max_new_tokens=generation.max_new_tokens, sequence_len=sequence_len)
 
-        return cls(prompts, rows, limit, seed)
+        return cls(prompts, rows, limit, seed, images=images)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, position: int) -> Chunk:  # type: ignore[override]
         rows = self._rows[position].tolist()
-        prompts = tuple(self._prompts[rows]["prompt_ids"])
+        found = self._prompts[rows]
+        prompts = tuple(found["prompt_ids"])
         limits = tuple(self._limit(len(prompt)) for prompt in prompts)
-        return Chunk(self._indices[position], tuple(rows), prompts, limits, self._seed)
+        sources = tuple(found["row"].tolist()) if self.images else ()
+        return Chunk(self._indices[position], tuple(rows), prompts, limits, self._seed, self.images, sources)
 
     def index_at(self, position: int) -> int:
         """Returns the index of the chunk at a position, without making it."""
@@ -156,7 +172,8 @@ class Chunks(Sequence[Chunk]):
         order, size = order[~finished.answered[order]], len(self._rows[0])
         rows = [order[start : start + size] for start in range(0, len(order), size)]
         free = (index for index in itertools.count() if index not in finished.chunks)
-        return Chunks(self._prompts, rows, self._limit, self._seed, list(itertools.islice(free, len(rows))))
+        indices = list(itertools.islice(free, len(rows)))
+        return Chunks(self._prompts, rows, self._limit, self._seed, indices, self.images)
 
 
 def token_limit(prompt_length: int, *, max_new_tokens: int | None, sequence_len: int) -> int:

@@ -43,6 +43,8 @@ class Draw:
 
     def __init__(self, sampling: Sampling, chunk: Chunk):
         self.greedy = sampling.temperature == 0
+        # a token that stands for a picture, without one, is nothing that a forward could take
+        self.never = list(chunk.images.placeholders) if chunk.images else []
         self.warpers: list[Any] = []
         if self.greedy:
             return
@@ -70,6 +72,9 @@ class Draw:
             FloatingPointError: The logits are not numbers.
         """
         scores = logits.float()
+        if self.never:
+            known = [token for token in self.never if token < scores.shape[-1]]
+            scores = scores.index_fill(-1, torch.tensor(known, device=scores.device), -torch.inf)
         if self.greedy:
             tokens = scores.argmax(-1)
             total = scores.gather(-1, tokens[:, None]).squeeze(-1)

@@ -52,7 +52,13 @@ class TransformersBackend:
         ranks = self.ranks
         policy = bare(model, ranks.accelerator)
         with whole_weights(model, ranks.accelerator, self.gather) as coupled:
-            answer = self._decode if can_decode(policy) else self._generate
+            pictured = getattr(chunks, "images", None) is not None
+            if pictured and coupled:
+                raise ValueError(
+                    "`spin.generation.gather_weights`: ranks that gather weights for each forward together cannot answer "
+                    "prompts with pictures, whose towers not every forward needs: set it to `true`"
+                )
+            answer = self._decode if can_decode(policy) and not pictured else self._generate
             for position in range(ranks.rank, len(chunks), ranks.count):
                 chunk = chunks[position]
                 completions = answer(policy, chunk, coupled)
@@ -129,6 +135,7 @@ class TransformersBackend:
         tokens = policy.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
+            **(_of_pictures(policy, chunk, device) if chunk.images else {}),
             generation_config=config,
             logits_processor=LogitsProcessorList([_Drawing(Draw(self.sampling, chunk), ids.shape[1])]),
             # under ZeRO-3 it asks all ranks before each token whether one goes on, which here the ranks do not do together:
@@ -142,6 +149,16 @@ class TransformersBackend:
         self.ranks.check()
         if coupled:
             self._any_rank_goes_on(True)
+
+
+def _of_pictures(policy: Any, chunk: Chunk, device: Any) -> dict[str, torch.Tensor]:
+    """Returns what `generate` takes beside left-padded ids where the prompts have pictures."""
+    assert chunk.images is not None
+    found = chunk.images.inputs(chunk.sources, chunk.prompts)
+    given = {name: values.to(device) for name, values in found.of_images.items()}
+    # where nothing casts for a forward, what the processor gives in fp32 does not fit weights in half precision
+    given = {name: values.to(policy.dtype) if values.is_floating_point() else values for name, values in given.items()}
+    return given | {name: left_padded(rows, 0).to(device) for name, rows in found.of_tokens.items()}
 
 
 class _Drawing(LogitsProcessor):

@@ -108,7 +108,9 @@ class Identity:
         return replace(self, fixed={key: given.get(key, self.values.get(key)) for key in old}, version=version)
 
 
-def identify(cfg: Any, settings: SpinConfig, prompts: Any, plan: Plan, given: str | None = None) -> Identity:
+def identify(
+    cfg: Any, settings: SpinConfig, prompts: Any, plan: Plan, given: str | None = None, pictures: str | None = None
+) -> Identity:
     """Collects what identifies a run.
 
     Args:
@@ -117,6 +119,7 @@ def identify(cfg: Any, settings: SpinConfig, prompts: Any, plan: Plan, given: st
         prompts: The prompts (`datasets.Dataset` with `prompt_ids` and `chosen_ids`).
         plan: Made from them.
         given: Digest of the pairs that iteration 0 is given, if it is.
+        pictures: Digest of the prompts' pictures, where they have some.
     """
     spin = {f"spin.{key}": value for key, value in _flat(settings.model_dump())}
     usual = {f"spin.{key}": value for key, value in _flat(SpinConfig().model_dump())}
@@ -132,6 +135,8 @@ def identify(cfg: Any, settings: SpinConfig, prompts: Any, plan: Plan, given: st
     )
     if given is not None:
         values["spin.initial_pairs (pairs as token ids)"] = given
+    if pictures is not None:
+        values["data (pictures)"] = pictures
     defaults = _plain({**host_defaults(), **usual})
     kept = (key for key in values if key not in _PLANNED and _is_compared(key))
     fixed = {key: values[key] for key in kept if values[key] != defaults.get(key)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,17 +12,20 @@ from axolotl.utils.logging import get_logger
 from axolotl_spin.compat import text_config
 from axolotl_spin.data.endings import Endings, count_endings, describe_endings, refuse_endless, stop_token_ids
 from axolotl_spin.data.heldout import heldout_prompts
+from axolotl_spin.data.images import ImageRows
 from axolotl_spin.data.initial_pairs import GivenPairs, pairs_file, read_file
 from axolotl_spin.data.marks import declared_ends, end_ids, special_tokens, turn_marks
 from axolotl_spin.data.media import describe_unread, refuse_media
 from axolotl_spin.data.prompts import prompt_dataset, token_counts
 from axolotl_spin.data.slices import prompt_slice
 from axolotl_spin.data.thoughts import ThinkBlock, think_block
+from axolotl_spin.data.turns import NO_MARKS
 from axolotl_spin.disk.atomic import DamagedFileError, read_json, write_json
 from axolotl_spin.disk.directory import RunDirectory
 from axolotl_spin.generation.vllm.served import ServedModel, served_model
 from axolotl_spin.run.identity import Identity, identify
 from axolotl_spin.run.merging import describe_merge, describe_shards
+from axolotl_spin.run.pictures import image_rows, refuse_unfit
 from axolotl_spin.run.plan import IterationPlan, Plan, make_plan
 from axolotl_spin.settings.spin import SpinConfig
 
@@ -65,6 +69,8 @@ class SpinRun:
         select: The figure that tells the best iteration: `spin.select` or its default; None where nothing does.
         thoughts: What marks thoughts in answers; None where nothing does.
         benchmarks: The `spin.eval_tasks`, loaded; None where there are none.
+        images: The source rows of `prompts`, where they have pictures; None where all is text.
+        heldout_images: Those of `heldout`, likewise.
     """
 
     settings: SpinConfig
@@ -86,6 +92,8 @@ class SpinRun:
     select: str | None = None
     thoughts: ThinkBlock | None = None
     benchmarks: Any = None
+    images: ImageRows | None = None
+    heldout_images: ImageRows | None = None
 
     @property
     def sampling_seed(self) -> int:
@@ -114,6 +122,11 @@ class SpinRun:
         """
         return tuple(sorted({*self.stops, *end_ids(getattr(model, "generation_config", None))}))
 
+    def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        """Returns the texts of lists of ids, for people; what stands for a picture stands once for each."""
+        images = self.images
+        return self.tokenizer.batch_decode(ids if images is None else [images.squeezed(row) for row in ids])
+
     def write_plan(self, completed_steps: int | None = None) -> None:
         """Writes `plan.json`. Call it on one rank.
 
@@ -126,31 +139,46 @@ class SpinRun:
 
 
 def prepare_run(
-    cfg: Any, settings: SpinConfig, train_dataset: Any, tokenizer: Any, eval_dataset: Any = None
+    cfg: Any, settings: SpinConfig, train_dataset: Any, tokenizer: Any, eval_dataset: Any = None, processor: Any = None
 ) -> SpinRun:
     """Makes a run from the host's normalized config and prepared SFT dataset.
 
     Args:
         cfg: The host's config.
         settings: Its `spin` block.
-        train_dataset: `datasets.Dataset` with `input_ids` and `labels`.
+        train_dataset: `datasets.Dataset` with `input_ids` and `labels`; with a processor, of conversations with pictures.
         tokenizer: The host's.
         eval_dataset: The host's held-out rows, with the same columns, or None.
+        processor: The host's, of a config with `processor_type`.
 
     Raises:
-        ValueError: The data has images (see `refuse_media`) or leaves nothing to train on (see `prompt_dataset`), no human
-            answer has an end (see `refuse_endless`), or the held-out rows leave nothing to play on.
+        ValueError: The data has images without a processor (see `refuse_media`) or such as cannot be used (see
+            `image_rows`), it leaves nothing to train on (see `prompt_dataset`), no human answer has an end (see
+            `refuse_endless`), or the held-out rows leave nothing to play on.
     """
-    refuse_media(train_dataset, cfg, tokenizer)
-    refuse_media(eval_dataset, cfg, tokenizer, "test_datasets" if cfg.test_datasets else "datasets")
     ends, special = declared_ends(cfg, tokenizer), special_tokens(tokenizer)
     marks = turn_marks(cfg, tokenizer, ends)
+    images = heldout_images = None
+    held_out_by = "test_datasets" if cfg.test_datasets else "datasets"
+    if processor is None:
+        refuse_media(train_dataset, cfg, tokenizer)
+        refuse_media(eval_dataset, cfg, tokenizer, held_out_by)
+    else:
+        images = image_rows(cfg, train_dataset, tokenizer, processor, marks)
+        train_dataset = images.tokenised
+        if eval_dataset is not None:
+            heldout_images = image_rows(cfg, eval_dataset, tokenizer, processor, marks, held_out_by)
+            eval_dataset = heldout_images.tokenised
+        marks = NO_MARKS  # the labels are an assistant's turns already
     prompts = prompt_dataset(train_dataset, turns=settings.turns, max_prompts=settings.max_prompts, marks=marks)
     known: dict[str, Any] = {"special": special, "sequence_len": int(cfg.sequence_len)}
     stops = stop_token_ids(prompts, ends=ends, **known)
     endings = count_endings(prompts, train_dataset, stops=stops, **known)
     refuse_endless(endings, cfg, tokenizer, stops)
-    notes = [describe_unread(cfg), describe_endings(endings, cfg, tokenizer), describe_merge(cfg), describe_shards(cfg)]
+    if images is not None:
+        refuse_unfit(prompts, images, sequence_len=int(cfg.sequence_len), sharded=_shares_weights(cfg))
+    unread = describe_unread(cfg) if images is None else None
+    notes = [unread, describe_endings(endings, cfg, tokenizer), describe_merge(cfg), describe_shards(cfg)]
     for line in filter(None, notes):
         LOG.warning(line)
     given = _given_pairs(cfg, settings, tokenizer)
@@ -169,7 +197,8 @@ def prepare_run(
         schedule_epochs=settings.schedule_epochs,
     )
     directory = RunDirectory(cfg.output_dir)
-    identity = identify(cfg, settings, prompts, plan, given.digest if given else None)
+    pictured = images.digest(prompts) if images else None
+    identity = identify(cfg, settings, prompts, plan, given.digest if given else None, pictured)
     return SpinRun(
         settings=settings,
         prompts=prompts,
@@ -189,6 +218,8 @@ def prepare_run(
         else None,
         given=given,
         heldout=heldout_prompts(eval_dataset, settings, marks),
+        images=images,
+        heldout_images=heldout_images,
         select=settings.select or ("eval_loss" if eval_dataset is not None and len(eval_dataset) else None),
         thoughts=think_block(cfg, tokenizer, marks.blanks),
     )
@@ -244,6 +275,10 @@ def _vocabulary(cfg: Any, tokenizer: Any) -> int:
     config = load_model_config(cfg)
     text = text_config(config)
     return max(len(tokenizer), int(getattr(text, "vocab_size", 0) or 0))
+
+
+def _shares_weights(cfg: Any) -> bool:
+    return _sharding(cfg) in ("ZeRO-3", "FSDP2")
 
 
 def _sharding(cfg: Any) -> str | None:

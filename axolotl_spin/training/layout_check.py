@@ -20,21 +20,18 @@ from axolotl.utils.logging import get_logger
 from torch import Tensor
 
 from axolotl_spin.compat import text_config
-from axolotl_spin.data.prompts import token_counts
+from axolotl_spin.data.images import ImageRows
 from axolotl_spin.ranks.bare import bare
 from axolotl_spin.training.head import TiledHead
 from axolotl_spin.training.layouts import Layout, PairCollator
 from axolotl_spin.training.logprobs import completion_logps
 from axolotl_spin.training.policy import frozen
 from axolotl_spin.training.preferred_layout import preferred_layout
+from axolotl_spin.training.tried_pairs import LONG, Pair, tried_pairs
 
 LOG = get_logger(__name__)
 
-Pair = dict[str, Any]
-
-# pairs that are tried out, so many at a time; the longest of the run stand first, and are cut as no window is
-_TRIED, _TOGETHER, _LONG = 6, 2, 2
-_MOST_LONG, _MOST, _MOST_ANSWER = 1024, 64, 128
+_TOGETHER = 2  # pairs that are tried out at a time
 
 # times what padded rows differ by: 352 sound cases (six architectures, two layouts, bf16 and fp32, answers of one token and
 # of eighty) came to 0.84 at most, SmolLM2-135M in bf16 to 0.66; masks or positions that are not heeded to 7 and more
@@ -145,6 +142,8 @@ def padding_off(model: Any, pairs: Sequence[Pair], collator: PairCollator, devic
     for pair in pairs:
         alike = {**pair, "rejected_ids": pair["chosen_ids"][::-1]}  # two sequences of one length: nothing is padded
         longer = {**alike, "prompt_ids": [*alike["prompt_ids"], *alike["prompt_ids"], *alike["chosen_ids"]]}
+        if "images" in pair:  # whose prompt is as long as its pictures have it
+            longer = {**alike, "chosen_ids": [*alike["chosen_ids"]] * 3, "rejected_ids": [*alike["chosen_ids"]] * 3}
         alone, beside = (
             _logps(model, rows, collator, device, in_head=collator.in_head) for rows in ([alike], [alike, longer])
         )
@@ -193,7 +192,14 @@ def _root_mean_square(parts: list[Tensor]) -> Tensor:
 
 
 def settle_layout(
-    collator: PairCollator, model: Any, prompts: Any, accelerator: Any, *, sample_packing: bool | None, longest: int
+    collator: PairCollator,
+    model: Any,
+    prompts: Any,
+    accelerator: Any,
+    *,
+    sample_packing: bool | None,
+    longest: int,
+    images: ImageRows | None = None,
 ) -> str:
     """Gives a collator the layout that a model takes, on every rank the same.
 
@@ -204,17 +210,20 @@ def settle_layout(
         accelerator: The trainer's.
         sample_packing: The host's key; False asks for padding.
         longest: Most tokens in a prompt with an answer.
+        images: Where the prompts' pictures are; None where all is text.
 
     Returns:
         A line for the log: the layout and why it was chosen.
     """
     policy = bare(model, accelerator)
     layout, why = preferred_layout(policy.config, sample_packing=sample_packing, longest=longest)
+    if images is not None:
+        layout, why = "padded", "a prompt's pictures stand before each of its answers"
     collator.hidden_size = int(getattr(text_config(policy.config), "hidden_size", None) or collator.hidden_size)
     # a compiled forward may pass by hooks that its head got later, for some shapes and not for others
     asked = hasattr(policy, "get_output_embeddings") and not is_compiled_module(model)
     has_head = asked and policy.get_output_embeddings() is not None
-    pairs = tried_pairs(prompts)
+    pairs = tried_pairs(prompts, images)
 
     def ask(question: Callable[..., Any], some: Sequence[Pair], tried: Layout, in_head: bool = False) -> list[float]:
         """Returns a question's figures, the largest of any rank's; infinite where the model does not take the layout."""
@@ -230,7 +239,7 @@ def settle_layout(
         return accelerator.gather(torch.tensor([figures], device=accelerator.device).view(1, -1)).amax(0).tolist()
 
     def in_head(tried: Layout) -> bool:
-        return has_head and ask(head_off, pairs[:_LONG], tried)[0] <= _EXACT
+        return has_head and ask(head_off, pairs[:LONG], tried)[0] <= _EXACT
 
     collator.layout, collator.in_head = layout, in_head(layout)
     if layout != "padded":
@@ -243,7 +252,7 @@ def settle_layout(
         # the one adds its mask to all scores, the other has blocks; a graph knows tensors alone
         collator.in_parts = False
     elif attention:
-        off, noise = ask(parts_off, pairs[:_LONG], "shared", collator.in_head)
+        off, noise = ask(parts_off, pairs[:LONG], "shared", collator.in_head)
         if not off <= max(_NOISE * noise, _LEAST):
             LOG.warning(
                 f"long rows have a mask of tokens x tokens: without it log-probs are off by {off:.2g} nats per root of a "
@@ -251,7 +260,7 @@ def settle_layout(
             )
             collator.in_parts = False
     if collator.layout == "padded":
-        off, noise = ask(padding_off, pairs[-_LONG:], "padded", collator.in_head)
+        off, noise = ask(padding_off, pairs[-LONG:], "padded", collator.in_head)
         if np.isfinite(off) and off > max(_NOISE * noise, _LEAST):
             LOG.warning(
                 f"padding moves the model's log-probs by {off:.2g} nats per root of a token (rounding: {noise:.2g}): its "
@@ -261,28 +270,6 @@ def settle_layout(
     if collator.in_head and TiledHead.of(policy.get_output_embeddings()) is None:
         where += ", all of which are held: it is more than linear layers"
     return f"pairs are laid out {collator.layout}: {why}; log-probs are taken {where}"
-
-
-def tried_pairs(prompts: Any) -> list[Pair]:
-    """Returns some pairs of real text: the longest of the run, then others spread over it.
-
-    Prompt and answer of a row are one text here, whose latter half answers the first, so that answers of a token or two
-    show as much as others do. The second answer is the next row's.
-
-    Args:
-        prompts: `datasets.Dataset` with `prompt_ids` and `chosen_ids`.
-    """
-    lengths = token_counts(prompts, "prompt_ids") + token_counts(prompts, "chosen_ids")
-    longest = np.argsort(-lengths, kind="stable")[:_LONG].tolist()
-    spread = np.linspace(0, len(lengths) - 1, min(_TRIED, len(lengths))).astype(int).tolist()
-    picked = [*longest, *(row for row in spread if row not in longest)][: min(_TRIED, len(lengths))]
-    texts = [[*prompts[row]["prompt_ids"], *prompts[row]["chosen_ids"]] for row in picked]
-    texts = [ids[: _MOST_LONG if place < _LONG else _MOST] for place, ids in enumerate(texts)]
-    answers = [ids[-min(len(ids) // 2, _MOST_ANSWER) :] for ids in texts]
-    return [
-        {"prompt_ids": ids[: len(ids) - len(answer)], "chosen_ids": answer, "rejected_ids": other}
-        for ids, answer, other in zip(texts, answers, answers[1:] + answers[:1], strict=True)
-    ]
 
 
 def _other_tokens(row: Pair, parts: Sequence[str]) -> Pair:

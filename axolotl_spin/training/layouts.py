@@ -22,6 +22,9 @@ from torch import Tensor
 
 Layout = Literal["padded", "packed", "shared"]
 
+# begins the names of what a batch has for the model's forward as it is: what a processor made of pictures
+GIVEN = "given/"
+
 # a token's attention over a row of this many times the hidden size costs as much as the rest of the layer does for it: with
 # linear layers of 12 * hidden^2 weights, 2 * 12 * hidden^2 against 4 * row * hidden operations
 _EVEN_COST = 6
@@ -70,7 +73,8 @@ class PairCollator:
             `columns` (k,), the positions whose logits are needed, `picks` (answer tokens,), which of the (rows * k) logits
             predicts each token, and `targets` (answer tokens,), all in the order of the sequences; `completion_lengths`
             (2 * pairs,); and, where the rows have them, `opponent_logps` (2 * pairs,) float64 in nats and `weight`
-            (pairs,), 0 for a pair that only fills a rank's batch.
+            (pairs,), 0 for a pair that only fills a rank's batch; and, where prompts have pictures, what the forward takes
+            for them, under names that begin with `GIVEN`.
         """
         batch = {"padded": self._padded, "packed": self._packed, "shared": self._shared}[self.layout](rows)
         answers = [np.asarray(row[kind]) for kind in ("chosen_ids", "rejected_ids") for row in rows]
@@ -80,6 +84,9 @@ class PairCollator:
             logps = [row[f"opponent_{kind}_logp"] for kind in ("chosen", "rejected") for row in rows]
             batch["opponent_logps"] = torch.tensor(logps, dtype=torch.float64)
             batch["weight"] = torch.tensor([float(row.get("weight", 1.0)) for row in rows])
+        if rows[0].get("images") is not None:
+            assert self.layout == "padded", "a prompt's pictures stand before each of its answers"
+            batch.update(_of_pictures(rows, batch["input_ids"].shape[1]))
         return batch
 
     def _padded(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
@@ -152,6 +159,18 @@ class PairCollator:
             ]
             made["spans"] = torch.tensor(spans)
         return {**made, **_needed([predicts[key] for key in sorted(predicts)])}
+
+
+def _of_pictures(rows: Sequence[dict[str, Any]], width: int) -> dict[str, Tensor]:
+    """Returns what the forward takes for the pictures of padded rows: those of all prompts twice, once for each answer."""
+    found = rows[0]["images"].inputs([row["row"] for row in rows], [row["prompt_ids"] for row in rows])
+    given = {name: torch.cat([values, values]) for name, values in found.of_images.items()}
+    for name, parts in found.of_tokens.items():
+        whole = parts[0].new_zeros(2 * len(rows), width)
+        for place, part in enumerate([*parts, *parts]):
+            whole[place, : len(part)] = part
+        given[name] = whole
+    return {f"{GIVEN}{name}": values for name, values in given.items()}
 
 
 def shared_mask_size(lengths: Sequence[int], hidden_size: int) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from axolotl_spin.compat import text_config
 from axolotl_spin.training.head import TiledHead, logit_change, selected_logps, tiled_logps
+from axolotl_spin.training.layouts import GIVEN
 from axolotl_spin.training.masks import SharedMask, shared_block_mask, shared_mask
 
 
@@ -33,6 +34,7 @@ def completion_logps(model: Any, batch: Mapping[str, Tensor], in_head: bool = Fa
         (sequences,) sums in nats, fp32: all human answers, then all of the opponent's.
     """
     inputs = {"input_ids": batch["input_ids"]}
+    inputs |= _given(model, batch)
     if "position_ids" in batch:
         inputs["position_ids"] = batch["position_ids"]
     if "attention_mask" in batch:
@@ -83,6 +85,15 @@ def completion_logps(model: Any, batch: Mapping[str, Tensor], in_head: bool = Fa
     places = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]  # (sequences, longest)
     per_token_logps = token_logps.new_zeros(places.shape).masked_scatter(places, token_logps)
     return per_token_logps.sum(-1)
+
+
+def _given(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns what a batch has for the forward as it is; in the weights' precision, where nothing else casts it."""
+    given = {name.removeprefix(GIVEN): values for name, values in batch.items() if name.startswith(GIVEN)}
+    if not given or torch.is_autocast_enabled(batch["input_ids"].device.type):
+        return given
+    kind = _causal_model(model).dtype
+    return {name: values.to(kind) if values.is_floating_point() else values for name, values in given.items()}
 
 
 def _mask_for(model: Any, segments: Tensor, spans: Tensor | None) -> Any:
