@@ -155,8 +155,8 @@ def _of_images(data: dict[str, Any]) -> list[str]:
         found.append(
             f"`sample_packing: true` {with_them}: prompts with pictures stand in padded rows; set it to `false`"
         )
-    spin = data.get("spin") if isinstance(data.get("spin"), dict) else {}
-    generation = spin.get("generation") if isinstance(spin.get("generation"), dict) else {}
+    spin = _block(data, "spin")
+    generation = _block(spin, "generation")
     if generation.get("backend") == "vllm":
         found.append(
             f"`spin.generation.backend: vllm` {with_them}: the engine is given ids alone; set it to `transformers`"
@@ -168,6 +168,11 @@ def _of_images(data: dict[str, Any]) -> list[str]:
     if spin.get("initial_pairs"):
         found.append(f"`spin.initial_pairs` {with_them}: pairs of a file have no pictures; remove it")
     return found
+
+
+def _block(data: dict[str, Any], key: str) -> dict[str, Any]:
+    value = data.get(key)
+    return value if isinstance(value, dict) else {}
 
 
 def refuse_leftovers(data: dict[str, Any]) -> None:

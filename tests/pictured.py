@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,12 +14,14 @@ import architectures
 import datasets
 import host
 import torch
+from axolotl.utils.chat_templates import get_chat_template
 from datasets import Dataset, Features, List, Value
 from PIL import Image
 from tiny import WORDS
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForImageTextToText,
+    AutoProcessor,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -280,5 +284,98 @@ def settings(name: str, folder: Path, rows: int = 12, **changes: Any) -> dict[st
         "datasets": [{"path": str(folder / "data.parquet"), "ds_type": "parquet", "type": "chat_template"}],
     }
     if name == "llava":  # the host's template ends no turn
-        base["spin"]["generation"]["max_new_tokens"] = 3
+        base["datasets"][0]["train_on_eos"] = "none"
     return host.config(folder, **{**base, **changes})
+
+
+def messages_of(folder: Path) -> list[list[dict[str, Any]]]:
+    """Returns the conversations of a run's data, as a processor takes them."""
+    rows = Dataset.from_parquet(str(folder / "data.parquet"))
+    return [
+        [
+            {**turn, "content": [{k: v for k, v in part.items() if v is not None} for part in turn["content"]]}
+            for turn in row["messages"]
+        ]
+        for row in rows
+    ]
+
+
+def shown(messages: list[dict[str, Any]]) -> list[str]:
+    """Returns the hashes of a conversation's pictures, as pairs keep them."""
+    found = [part["image"] for turn in messages for part in turn["content"] if part["type"] == "image"]
+    return [hashlib.sha256(f"{one.mode}/{one.size}".encode() + one.tobytes()).hexdigest()[:32] for one in found]
+
+
+def processed(name: str, processor: Any, messages: list[dict[str, Any]], asked: bool = False) -> dict[str, Any]:
+    """Returns what a model takes for a conversation, as the processor itself makes it.
+
+    Args:
+        name: Of the family.
+        processor: Of the run's model.
+        messages: The conversation.
+        asked: Leaves out its last turn, and asks for it.
+    """
+    made = processor.apply_chat_template(
+        messages[:-1] if asked else messages,
+        add_generation_prompt=asked,
+        tokenize=True,
+        return_tensors="pt",
+        return_dict=True,
+        chat_template=get_chat_template(FAMILIES[name].template),
+    )
+    return dict(made)
+
+
+def cut(made: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """Returns of what a processor made of a conversation the first so many tokens, and all pictures."""
+    length = made["input_ids"].shape[1]
+    return {key: value[:, :tokens] if tuple(value.shape) == (1, length) else value for key, value in made.items()}
+
+
+@torch.no_grad()
+def logps_alone(model: Any, prompt: dict[str, torch.Tensor], answer: list[int]) -> float:
+    """Returns an answer's log-prob from one unpadded sequence, in nats."""
+    length = prompt["input_ids"].shape[1]
+    given = {key: value for key, value in prompt.items() if key not in ("input_ids", "attention_mask")}
+    for key, value in given.items():  # kinds of tokens; an answer is text
+        if tuple(value.shape) == (1, length):
+            given[key] = torch.nn.functional.pad(value, (0, len(answer)))
+    ids = torch.cat([prompt["input_ids"], torch.tensor([answer])], dim=1)
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **given, use_cache=False).logits[
+        0, length - 1 : -1
+    ]
+    return logits.double().log_softmax(-1)[range(len(answer)), answer].sum().item()
+
+
+def off_alone(model: Any, prompt: dict[str, torch.Tensor], row: dict[str, Any]) -> float:
+    """Returns how far the opponent's log-probs of a pair are from `logps_alone`, in nats per token."""
+    worst = 0.0
+    for kind in ("chosen", "rejected"):
+        answer = row[f"{kind}_ids"]
+        off = abs(logps_alone(model, prompt, answer) - row[f"opponent_{kind}_logp"]) / len(answer)
+        worst = off if math.isnan(off) else max(worst, off)
+    return worst
+
+
+def loaded(folder: Path) -> tuple[Any, Any]:
+    """Returns the model and the processor that a run saved."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    return model.eval(), AutoProcessor.from_pretrained(folder)
+
+
+def known_colours(name: str, model: Any, processor: Any, folder: Path, rows: int = 12) -> tuple[float, float]:
+    """Returns what a model knows of pictures that it has not seen.
+
+    Returns:
+        The share of questions of which it finds the right answer likelier than the other colour's, and the right
+        answers' negative log-likelihood per token, in nats.
+    """
+    conversations(folder / "data.parquet", rows, seed=5)
+    right, nll, count = 0, 0.0, 0
+    for place, messages in enumerate(messages_of(folder)):
+        prompt = processed(name, processor, messages, asked=True)
+        answers = [processor.tokenizer(ANSWERS[key], add_special_tokens=False)["input_ids"] for key in ("red", "blue")]
+        logps = [logps_alone(model, prompt, answer) for answer in answers]
+        right += logps[place % 2] > logps[1 - place % 2]
+        nll, count = nll - logps[place % 2], count + len(answers[0])
+    return right / rows, nll / count

@@ -99,7 +99,7 @@ def test_wrong_blocks_are_refused(block, message: str) -> None:
 
 # one offending value per refused key; the keys must cover the table
 OFFENDING = {
-    "streaming": True, "pretraining_dataset": "x", "skip_prepare_dataset": True, "processor_type": "AutoProcessor",
+    "streaming": True, "pretraining_dataset": "x", 
     "reward_model": True, "process_reward_model": True, "context_parallel_size": 2,
     "sequence_parallel_degree": 2, "tensor_parallel_size": 2, "expert_parallel_size": 2, "relora": True,
     "peft_init_lora_weights": "pissa_niter_16",

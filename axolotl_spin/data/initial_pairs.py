@@ -144,6 +144,9 @@ def read_file(path: Path, source: str) -> GivenPairs:
                 "folder made by `axolotl spin export --format parquet`, or rows with `real` and `generated` messages"
             )
 
+        if "images" in schema.names:
+            raise ValueError(f"{path} holds pairs of prompts with pictures, which are not in the file")
+
     def read() -> Iterator[pa.RecordBatch]:
         with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
             yield from file.iter_batches(BATCH_ROWS, columns=list(_COLUMNS))

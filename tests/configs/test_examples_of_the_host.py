@@ -27,8 +27,6 @@ from warm import Warm
 EXAMPLES = json.loads((Path(__file__).parent / "examples.json").read_text())
 # the only keys for which an example that the host takes is refused, each with a reason in docs/known-limitations.md
 REFUSED = {
-    "skip_prepare_dataset": "images, which have no prompts as tokens",
-    "processor_type": "images",
     "pretraining_dataset": "no prompts",
     "streaming": "no end of the data, each of whose prompts is answered",
     "relora": "the adapter is merged while the opponent has to stand still",

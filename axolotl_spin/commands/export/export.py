@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import secrets
 import shutil
 from collections import Counter
@@ -17,7 +18,7 @@ import pyarrow.parquet as pq
 
 from axolotl_spin.commands.export.formats import SCHEMAS, UNREAD, rows_of
 from axolotl_spin.data.initial_pairs import PAIRS_FILE
-from axolotl_spin.data.pairs import SCHEMA
+from axolotl_spin.data.pairs import PICTURED, SCHEMA
 from axolotl_spin.disk.atomic import publish_folder
 from axolotl_spin.disk.directory import RunDirectory
 
@@ -110,8 +111,14 @@ def export_pairs(asked: Export) -> Tally:
 
 def _read(path: Path, asked: Export) -> Iterator[pa.RecordBatch]:
     with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
-        if not file.schema_arrow.equals(SCHEMA):
+        pictured = file.schema_arrow.equals(PICTURED)
+        if not (pictured or file.schema_arrow.equals(SCHEMA)):
             raise ValueError(f"{path} does not hold the columns of a pairs file")
+        if pictured and asked.kind != "parquet":
+            raise ValueError(
+                f"{path} holds pairs of prompts with pictures, which are not in the file: --format parquet keeps tokens "
+                "and the pictures' hashes, other formats would lose them"
+            )
         for batch in file.iter_batches(_ROWS):
             batch = batch.replace_schema_metadata(None)
             yield batch.filter(pc.equal(batch["generated_in"], asked.iteration)) if asked.only_new else batch
@@ -120,7 +127,10 @@ def _read(path: Path, asked: Export) -> Iterator[pa.RecordBatch]:
 def _write(folder: Path, asked: Export, pairs: Iterator[pa.RecordBatch], tally: Tally) -> None:
     """Writes the folder's files; the last rows are held back for `test.parquet`."""
     raw = asked.kind == "parquet"
-    schema = SCHEMA if raw else SCHEMAS[asked.kind]
+    first = next(pairs, None)
+    pairs = itertools.chain([] if first is None else [first], pairs)
+    raw_schema = SCHEMA if first is None else first.schema
+    schema = raw_schema if raw else SCHEMAS[asked.kind]
     made = _counted(pairs, tally) if raw else _converted(pairs, asked, tally, schema)
     held = schema.empty_table()
     with pq.ParquetWriter(folder / (PAIRS_FILE if raw else "train.parquet"), schema, write_page_checksum=True) as file:

@@ -179,7 +179,9 @@ def _memory(
     except ValueError as error:
         return None, {"missing": str(error)}
     micro, at_once = int(cfg.micro_batch_size), min(run.settings.generation.batch_size, len(prompts))
-    heaviest = np.sort(prompts + answers + longest)[::-1][:micro]
+    # rows of pictures are padded: a prompt stands before each answer
+    whole = prompts + answers + longest if run.images is None else 2 * (prompts + np.maximum(answers, longest))
+    heaviest = np.sort(whole)[::-1][:micro]
     load = Load(
         ranks=run.launch.ranks,
         sharding=run.launch.sharding,
@@ -188,7 +190,7 @@ def _memory(
         # every row of the cache is as wide as the widest
         generation_tokens=at_once * (int((prompts + longest).max()) + ROOM),
         pairs=len(heaviest),
-        mask=shared_mask_size(heaviest.tolist(), size.hidden or 1024),
+        mask=shared_mask_size(heaviest.tolist(), size.hidden or 1024) if run.images is None else 0,
     )
     return size, estimate_memory(size, cfg, load)
 

@@ -81,7 +81,8 @@ def model_size(cfg: Any) -> ModelSize:
         trainable = _adapter_parameters(model, cfg)
         parameters += trainable
     else:
-        freeze_towers(model)
+        if not cfg.processor_type:  # pictures train them
+            freeze_towers(model)
         trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     heads = int(getattr(text, "num_attention_heads", 0) or 0)
     kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
