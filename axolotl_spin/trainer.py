@@ -25,6 +25,7 @@ from axolotl_spin.game.schedule import IterationSchedule, OptimizerStart, learni
 from axolotl_spin.run.checkpoints import read_checkpoint
 from axolotl_spin.run.plan import IterationPlan
 from axolotl_spin.run.prepare import SpinRun
+from axolotl_spin.run.restoring import restore
 from axolotl_spin.run.resume import set_aside
 from axolotl_spin.run.saving import saving
 from axolotl_spin.training.evaluation import TokenLoss
@@ -170,6 +171,13 @@ class SpinTrainer(TokenLoss, AxolotlTrainer, PairTrainer):
         }
         with saving(self, folder, root=run.directory.root, mark=mark):
             super()._save_checkpoint(model, trial, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Restores weights that are saved in another form than they have in memory; all others the Trainer restores."""
+        whole = self.accelerator.unwrap_model(self.model if model is None else model, keep_torch_compile=False)
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # whose checkpoints are in the form of the memory
+        if self.loop is None or sharded or not restore(whole, Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def take_up(self) -> None:
         """Goes on from what `_save_checkpoint` kept beside the host's files; called when training begins.

@@ -58,7 +58,14 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from rows import PAIR
-from transformers import AutoModelForCausalLM, GenerationConfig, Trainer, TrainerControl, TrainerState
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    MixtralForCausalLM,
+    Trainer,
+    TrainerControl,
+    TrainerState,
+)
 from transformers.trainer_callback import DefaultFlowCallback, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
@@ -740,6 +747,7 @@ METHODS = {
     "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
     "log": ["logs", "start_time"],
     "_save_checkpoint": ["model", "trial"],
+    "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
 }  # fmt: skip
 
 
@@ -756,6 +764,22 @@ def test_methods_that_we_override_are_those() -> None:
     """A helper of ours whose name a new host takes for itself would be called in its place."""
     functions = {name for name, value in vars(SpinTrainer).items() if inspect.isfunction(value)}
     assert {name for name in functions if hasattr(AxolotlTrainer, name)} == set(METHODS)
+
+
+def test_the_trainer_restores_tensors_by_their_names_in_memory(tmp_path: Path) -> None:
+    """Those of merged experts stay as they were, with a warning; `run/restoring.py` can go when they do not."""
+    architectures.build("mixtral", 47).save_pretrained(tmp_path / "start")
+    policy, model = (MixtralForCausalLM.from_pretrained(tmp_path / "start") for _ in range(2))
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight.add_(1)
+    policy.save_pretrained(tmp_path / "checkpoint-3")
+    told: list[Any] = []
+    trainer: Any = SimpleNamespace(is_fsdp_enabled=False, _issue_warnings_after_load=told.append)
+    Trainer._load_from_checkpoint(trainer, str(tmp_path / "checkpoint-3"), model)
+    same = {name: torch.equal(weight, policy.get_parameter(name)) for name, weight in model.named_parameters()}
+    assert same["lm_head.weight"] and not same["model.layers.0.mlp.experts.down_proj"]
+    assert "model.layers.0.mlp.experts.down_proj" in told[0].missing_keys
 
 
 def test_trainer_has_the_attributes_that_we_use(run: SimpleNamespace) -> None:
