@@ -13,7 +13,15 @@ CONFIGS = sorted((host.ROOT / "example_configs").rglob("*.yml"))
 
 def test_the_examples_are_there() -> None:
     names = {path.relative_to(host.ROOT / "example_configs").as_posix() for path in CONFIGS}
-    assert {"quickstart.yml", "paper-zephyr-7b.yml", "lora.yml", "qlora.yml", "zero3.yml", "fsdp2.yml"} <= names
+    assert {
+        "quickstart.yml",
+        "paper-zephyr-7b.yml",
+        "lora.yml",
+        "qlora.yml",
+        "zero3.yml",
+        "fsdp2.yml",
+        "vision-lora.yml",
+    } <= names
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -26,6 +26,7 @@ from typing import Any
 import architectures
 import dill
 import host
+import pictured
 import pytest
 import tiny
 import torch
@@ -43,8 +44,10 @@ from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.core.training_args import AxolotlTrainingArguments
 from axolotl.integrations.base import BasePlugin, PluginManager
 from axolotl.integrations.config import merge_input_args
-from axolotl.loaders import ModelLoader, load_tokenizer
+from axolotl.loaders import ModelLoader, load_processor, load_tokenizer
 from axolotl.prompt_strategies import load as load_strategy
+from axolotl.utils.chat_templates import get_chat_template
+from axolotl.utils.collators.mm_chat import MultiModalChatDataCollator
 from axolotl.utils.config import prepare_plugins, validate_config
 from axolotl.utils.data import prepare_datasets
 from axolotl.utils.data.wrappers import get_dataset_wrapper
@@ -82,6 +85,7 @@ from axolotl_spin.refusals import REFUSED
 from axolotl_spin.run.checkpoints import read_checkpoint
 from axolotl_spin.run.compared import NOT_COMPARED, host_defaults, host_values, reasons
 from axolotl_spin.run.identity import _GROUP_RATES, _PLANNED
+from axolotl_spin.run.pictures import host_collator
 from axolotl_spin.run.plan import make_plan
 from axolotl_spin.run.plan import warmup_steps as plan_warmup_steps
 from axolotl_spin.trainer import SpinTrainer
@@ -1141,6 +1145,25 @@ def test_the_class_of_a_model_that_takes_more_than_text(name: str) -> None:
     with torch.device("meta"):
         expected = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
         assert type(empty_model(config, multimodal=multimodal, trusted=False)) is type(expected)
+
+
+def test_the_collator_of_rows_with_pictures(tmp_path: Path) -> None:
+    """`host_collator` is what the host's builder gives SFT on the same config: `data/images.py` reads its strategy."""
+    pictured.save("gemma3", tmp_path / "model")
+    keys = {"rl": None, "spin": None, "plugins": None, "role_boundaries": None, "image_size": 24}
+    cfg = DictDefault({**pictured.settings("gemma3", tmp_path), **keys, "processor_config": str(tmp_path / "model")})
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    processor = load_processor(cfg, tokenizer)
+    found = host_collator(cfg, tokenizer, processor)
+    assert type(found) is MultiModalChatDataCollator
+    strategy = found.processing_strategy
+    assert type(strategy).__name__ == "Gemma3ProcessingStrategy" and strategy.image_size == 24
+    assert strategy.chat_template == get_chat_template("gemma3") and strategy.role_boundaries
+    assert not strategy.train_on_inputs
+    row = Dataset.from_parquet(str(tmp_path / "data.parquet"))[0]
+    batch = found([row])
+    assert {"input_ids", "attention_mask", "labels", "pixel_values", "token_type_ids"} <= set(batch)
+    assert batch["labels"].shape == batch["input_ids"].shape == batch["token_type_ids"].shape
 
 
 # -- kernels that no CPU runs -------------------------------------------------------------------------------------------
