@@ -63,6 +63,7 @@ from peft import LoraConfig, get_peft_model
 from rows import PAIR
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     GenerationConfig,
     MixtralForCausalLM,
     Trainer,
