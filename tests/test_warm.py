@@ -40,6 +40,34 @@ def test_where_one_fails_the_other_is_ended(warm_ranks: Ranks, tmp_path: Path) -
     assert time.monotonic() - started < 60
 
 
+def test_a_group_that_ddp_lets_go_of_last_does_not_hang(warm_ranks: Ranks, tmp_path: Path) -> None:
+    """With finished collectives whose tensors are yet to be freed; without `_keep_process_groups` it does, soon."""
+    code, output = warm_ranks.run("test_warm", env=host.environment(GROUPS="10"), cwd=tmp_path, timeout=120)
+    assert (code, output.count("let go")) == (0, 20), output
+
+
+def _let_go(times: int) -> None:
+    """Does what ends a run of the host on two ranks, again and again."""
+    import gc
+
+    import torch
+    from torch.nn.parallel import DistributedDataParallel
+
+    rank = int(os.environ["RANK"])
+    for turn in range(times):
+        store = f"file://{Path.cwd()}/store-{turn}"
+        torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+        model: Any = DistributedDataParallel(torch.nn.Linear(64, 64))
+        model(torch.ones(2, 64)).sum().backward()
+        tensors = [torch.ones(1000) for _ in range(50)]
+        begun: Any = [torch.distributed.all_reduce(tensor, async_op=True) for tensor in tensors]
+        torch.distributed.destroy_process_group()
+        del tensors, begun
+        del model
+        gc.collect()
+        os.write(1, b"let go\n")
+
+
 def _say() -> None:
     """Prints what a rank finds; the one named by FAILS ends with an error, and the other would sleep for long."""
     import torch
@@ -58,4 +86,4 @@ def _say() -> None:
 
 
 if __name__ == "__main__":
-    _say()
+    _let_go(int(os.environ["GROUPS"])) if "GROUPS" in os.environ else _say()
