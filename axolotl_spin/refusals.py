@@ -161,6 +161,13 @@ def _of_images(data: dict[str, Any]) -> list[str]:
         found.append(
             f"`spin.generation.backend: vllm` {with_them}: the engine is given ids alone; set it to `transformers`"
         )
+    if generation.get("gather_weights") is False and (
+        data.get("deepspeed") or data.get("fsdp_config") or data.get("fsdp")
+    ):
+        found.append(
+            f"`spin.generation.gather_weights: false` {with_them} and sharded weights: not every forward needs a tower's, "
+            "which ranks would gather together; set it to `true`"
+        )
     if spin.get("turns") == "all":
         found.append(
             f"`spin.turns: all` {with_them}: a row's pictures belong to the prompt of its last answer; use `last`"

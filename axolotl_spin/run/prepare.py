@@ -19,7 +19,7 @@ from axolotl_spin.data.media import describe_unread, refuse_media
 from axolotl_spin.data.prompts import prompt_dataset, token_counts
 from axolotl_spin.data.slices import prompt_slice
 from axolotl_spin.data.thoughts import ThinkBlock, think_block
-from axolotl_spin.data.turns import NO_MARKS
+from axolotl_spin.data.turns import Marks
 from axolotl_spin.disk.atomic import DamagedFileError, read_json, write_json
 from axolotl_spin.disk.directory import RunDirectory
 from axolotl_spin.generation.vllm.served import ServedModel, served_model
@@ -169,7 +169,7 @@ def prepare_run(
         if eval_dataset is not None:
             heldout_images = image_rows(cfg, eval_dataset, tokenizer, processor, marks, held_out_by)
             eval_dataset = heldout_images.tokenised
-        marks = NO_MARKS  # the labels are an assistant's turns already
+        marks = Marks(blanks=marks.blanks)  # the labels are an assistant's turns already
     prompts = prompt_dataset(train_dataset, turns=settings.turns, max_prompts=settings.max_prompts, marks=marks)
     known: dict[str, Any] = {"special": special, "sequence_len": int(cfg.sequence_len)}
     stops = stop_token_ids(prompts, ends=ends, **known)

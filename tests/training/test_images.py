@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,15 @@ import yaml
 from axolotl.processing_strategies import get_processing_strategy
 from axolotl.utils.chat_templates import get_chat_template
 from axolotl.utils.collators.mm_chat import MultiModalChatDataCollator
+from click.testing import CliRunner
 from datasets import Dataset
 from recovery import CHANGES, differences, outcome
 from safetensors.torch import load_file
 from warm import Ranks, Warm
 
+from axolotl_spin.cli import spin as spin_command
 from axolotl_spin.data.images import ImageRows, labels_by_headers, tokenise_row
+from axolotl_spin.data.initial_pairs import read_file
 from axolotl_spin.generation.backend import Sampling
 from axolotl_spin.generation.chunks import Chunk
 from axolotl_spin.generation.decoding import Draw
@@ -160,6 +164,10 @@ SEEN = {"processor_type": "AutoProcessor", "skip_prepare_dataset": True}
         ({**SEEN, "spin": {"turns": "all"}}, "`spin.turns: all`"),
         ({**SEEN, "spin": {"initial_pairs": "x.parquet"}}, "`spin.initial_pairs`"),
         ({**SEEN, "spin": {"generation": {"backend": "vllm"}}}, "`spin.generation.backend: vllm`"),
+        (
+            {**SEEN, "deepspeed": "zero3.json", "spin": {"generation": {"gather_weights": False}}},
+            "`spin.generation.gather_weights: false`",
+        ),
     ],
 )
 def test_what_does_not_go_with_pictures_is_refused(data: dict[str, Any], key: str) -> None:
@@ -198,6 +206,25 @@ def test_two_iterations(name: str, tmp_path: Path, warm: Warm) -> None:
     before, after = (load_file(path / "model.safetensors") for path in (tmp_path / "model", run.out))
     moved = {key for key in before.keys() & after.keys() if not torch.equal(before[key], after[key])}
     assert any("vis" in key for key in moved) and any("lm_head" in key or "layers" in key for key in moved)
+    if name == "gemma3":
+        its_files_are_read(run, tmp_path)
+
+
+def its_files_are_read(run: host.Run, folder: Path) -> None:
+    """What the other commands make of a run on pictures."""
+    said = host.start(pictured.settings("gemma3", folder), "-m", "axolotl_spin", "plan", "{config}", "--json")
+    assert said.code == 0, said.output[-4000:]
+    plan = json.loads(said.output[said.output.index("{\n") :])
+    assert plan["folder"]["holds"] == "this run, complete" and "missing" not in plan["memory"]
+    assert plan["lengths"]["prompt"]["max"] == max(len(ids) for ids in run.pairs(0)["prompt_ids"].to_pylist())
+    for kind, refused in (("dpo", True), ("parquet", False)):
+        options = ["--iteration", "0", "--format", kind, "--output", str(folder / kind)]
+        done = CliRunner().invoke(spin_command, ["export", str(run.out), *options])
+        assert bool(done.exit_code) == refused, done.output
+        assert ("pairs of prompts with pictures, which are not in the file" in done.output) == refused
+    with pytest.raises(ValueError, match="pairs of prompts with pictures"):
+        read_file(folder / "parquet" / "pairs.parquet", "x")
+    assert CliRunner().invoke(spin_command, ["report", str(run.out)]).exit_code == 0
 
 
 @pytest.mark.host

@@ -81,7 +81,7 @@ def model_size(cfg: Any) -> ModelSize:
         trainable = _adapter_parameters(model, cfg)
         parameters += trainable
     else:
-        if not cfg.processor_type:  # pictures train them
+        if not cfg.processor_type or cfg.freeze_mm_modules:  # else pictures train them
             freeze_towers(model)
         trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     heads = int(getattr(text, "num_attention_heads", 0) or 0)
