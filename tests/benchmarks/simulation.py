@@ -25,6 +25,7 @@ import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
@@ -147,8 +148,8 @@ def ranks(count: int) -> Iterator[Any]:
         dist.destroy_process_group()
 
 
-def _sharded(config: LlamaConfig, case: Case, mesh: Any) -> torch.nn.Module:
-    """Returns the model as the host prepares it for FSDP2 with `bf16: true`: see `fsdp2_prepare_model` there."""
+def _built(config: LlamaConfig, case: Case) -> tuple[torch.nn.Module, list[torch.nn.Module]]:
+    """Returns the model in bf16, with its adapter in fp32, and its decoder layers."""
     torch.set_default_dtype(torch.bfloat16)
     try:
         model: Any = LlamaForCausalLM(config)
@@ -157,6 +158,25 @@ def _sharded(config: LlamaConfig, case: Case, mesh: Any) -> torch.nn.Module:
     layers = list(model.model.layers)
     if case.adapter:
         model = get_peft_model(model, LoraConfig(**LORA, target_modules=TARGETS))
+    return model, layers
+
+
+def _empty(config: LlamaConfig, case: Case) -> tuple[torch.nn.Module, list[torch.nn.Module]]:
+    """Returns the same of fake tensors; PEFT moves what it makes, which those cannot be."""
+    with unset_fake_temporarily(), torch.device("meta"):
+        model, layers = _built(config, case)
+    for part in model.modules():
+        for name, weight in part.named_parameters(recurse=False):
+            made = torch.empty(weight.shape, dtype=weight.dtype)
+            part.register_parameter(name, torch.nn.Parameter(made, requires_grad=weight.requires_grad))
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+    return model, layers
+
+
+def _sharded(config: LlamaConfig, case: Case, mesh: Any, real: bool) -> torch.nn.Module:
+    """Returns the model as the host prepares it for FSDP2 with `bf16: true`: see `fsdp2_prepare_model` there."""
+    model, layers = (_built if real else _empty)(config, case)
     if case.checkpointing:
         wrap = functools.partial(checkpoint_wrapper, checkpoint_impl=CheckpointImpl.NO_REENTRANT)
         apply_activation_checkpointing(model, checkpoint_wrapper_fn=wrap, check_fn=lambda part: part in layers)
@@ -196,7 +216,7 @@ def simulate(case: Case, shape: dict[str, int], *, real: bool = False) -> Step:
     config = LlamaConfig(**shape, max_position_embeddings=8192, attn_implementation="sdpa", use_cache=False)
     batch = _batch(case.pairs, config.hidden_size)
     with ranks(case.ranks) as mesh, nullcontext() if real else FakeTensorMode() as fake:
-        model: Any = _sharded(config, case, mesh)
+        model: Any = _sharded(config, case, mesh, real)
         trained = [weight for weight in model.parameters() if weight.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
         if fake is not None:
