@@ -68,6 +68,8 @@ def measure(
 def longest_pair(folder: Path, asked: dict[str, Any], peak: float, cap: float) -> int:
     """Returns the most tokens of our two answers, in steps of 64, for which a measured peak stays below a rival's.
 
+    No more than four times the rival's are tried, of which a step takes minutes.
+
     Args:
         folder: For what the contestant writes.
         asked: Of it; `tokens` are those of the rival's answers.
@@ -79,8 +81,10 @@ def longest_pair(folder: Path, asked: dict[str, Any], peak: float, cap: float) -
     def taken(count: int) -> float:
         return contestant(folder, "spin", {**asked, "tokens": count, "steps": 2})["peak_bytes"]
 
-    slope = (taken(2 * tokens) - peak) / tokens
-    longest = tokens + int((cap - peak) / slope)
+    most = taken(4 * tokens)
+    if most <= cap:
+        return 4 * tokens
+    longest = tokens + int((cap - peak) * 3 * tokens / (most - peak))  # a line, nearly
     while taken(longest := longest // 64 * 64) > cap:
         longest -= longest // 32
     return longest

@@ -9,6 +9,7 @@ the host around it. PyTorch's profiler notes what every operator takes itself.
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -84,8 +85,33 @@ def table(taken: dict[tuple[str, str], float], least: float, steps: int, smalles
     return "\n".join(["| part | operator | ms a step | share |", "|---|---|---|---|", *lines])
 
 
+def speeds(events: Iterable[Any], machine: float, steps: int, smallest: float = 0.02) -> str:
+    """Returns the products by their sizes, the longest first, and what share of the machine's speed each reaches.
+
+    Args:
+        events: Noted with their shapes.
+        machine: Operations a second of large products, by `floor`.
+        steps: How many were noted.
+        smallest: Share of the time of all products.
+    """
+    taken: Counter[tuple[int, ...]] = Counter()
+    counts: Counter[tuple[int, ...]] = Counter()
+    for event in events:
+        if event.name in PRODUCTS:
+            left, right = [shape for shape in event.input_shapes if len(shape) > 1][-2:]
+            taken[*left, right[-1]] += event.self_cpu_time_total
+            counts[*left, right[-1]] += 1
+    lines = [
+        f"| {' x '.join(map(str, size))} | {counts[size] // steps} | {count / steps / 1000:.0f} | "
+        f"{2e6 * math.prod(size) * counts[size] / count / machine:.0%} |"
+        for size, count in taken.most_common()
+        if count >= smallest * taken.total()
+    ]
+    return "\n".join(["| product | of them | ms a step | of the machine's speed |", "|---|---|---|---|", *lines])
+
+
 def main() -> None:
-    """Prints the table of a step."""
+    """Prints the tables of a step."""
     import pyarrow.parquet as pq
     from transformers import AutoModelForCausalLM
 
@@ -113,14 +139,16 @@ def main() -> None:
         begun = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - begun)
-    with profile(activities=[ProfilerActivity.CPU]) as noted:
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as noted:
         for _ in range(STEPS):
             step()
-    least = floor.operations(given.model, floor.of_pairs(pairs)) / floor.matrix_speed()
+    machine = floor.matrix_speed()
+    least = floor.operations(given.model, floor.of_pairs(pairs)) / machine
     tokens = batch["input_ids"]
     print(f"{given.batch} pairs, {tokens.shape[0]} rows of {tokens.shape[1]} tokens, {given.optimizer}: "
           f"{median(seconds):.2f} s a step without the profiler, {least:.2f} s at the least")  # fmt: skip
     print(table(shares(noted.events()), least, STEPS))
+    print(speeds(noted.events(), machine, STEPS))
 
 
 if __name__ == "__main__":

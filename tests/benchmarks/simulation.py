@@ -4,9 +4,10 @@
 
 A training step of ours runs on tensors that have a shape and no storage (`FakeTensorMode`), as one rank of a process group
 that communicates with nobody, sharded by FSDP2 as the host shards. PyTorch's own tracker (`FSDPMemTracker`) follows every
-storage. `docs/scale.md` has the figures, made of the file beside this one, and what they leave out.
+storage. `docs/tuning.md` has the figures, made of the file beside this one, and what they leave out.
 
-Decoder layers are alike, so that each figure is a line in their number: two shallow models of the full width give it.
+All layers are simulated where all weights are trained. With LoRA every low-rank layer is sharded by itself, for which the
+tracker takes too long. Decoder layers are alike, so that each figure is a line in their number: two shallow models give it.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_key_value_heads": 8, "vocab_size": 128256,
     },
 }  # fmt: skip
-# of the model's layers, those that are simulated
+# with LoRA, so many of the model's layers are simulated
 DEPTHS = (3, 4)
 # what a rank holds of the pairs: sequences of 2048 tokens with one prompt for both answers
 PROMPT, ANSWER = 512, 768
@@ -291,12 +292,14 @@ def seconds(step: Step, count: int) -> dict[str, float]:
     return {"compute": compute, "network": network, "step": max(compute, network)}
 
 
-def measure(case: Case, depths: Sequence[int] = DEPTHS) -> dict[str, Any]:
-    """Simulates a case, as plain JSON: the case, `step` and `seconds`."""
+def measure(case: Case) -> dict[str, Any]:
+    """Simulates a case, as plain JSON: the case, the `depths` that were simulated, `step` and `seconds`."""
     shape = SHAPES[case.model]
-    steps = [simulate(case, {**shape, "num_hidden_layers": depth}) for depth in depths]
-    step = extended(steps, depths, shape["num_hidden_layers"])
-    return {"case": asdict(case), "step": asdict(step), "seconds": seconds(step, case.ranks)}
+    depth = shape["num_hidden_layers"]
+    depths = DEPTHS if case.adapter else (depth,)
+    steps = [simulate(case, {**shape, "num_hidden_layers": count}) for count in depths]
+    step = extended(steps, depths, depth) if case.adapter else steps[0]
+    return {"case": asdict(case), "depths": depths, "step": asdict(step), "seconds": seconds(step, case.ranks)}
 
 
 def main() -> None:
@@ -312,7 +315,7 @@ def main() -> None:
             known[key] = measure(case)
             print(key, f"{known[key]['step']['peak'] / 2**30:.2f} GiB", flush=True)
         names = [json.dumps(asdict(each), sort_keys=True) for each in CASES]
-        about = {"torch": torch.__version__, "depths": DEPTHS, "prompt": PROMPT, "answer": ANSWER}
+        about = {"torch": torch.__version__, "prompt": PROMPT, "answer": ANSWER}
         found = {**about, "figures": [known[name] for name in names if name in known]}
         given.json.write_text(json.dumps(found, indent=2) + "\n")
 

@@ -49,9 +49,10 @@ def planned(case: Case, shape: dict[str, int], folder: Path) -> int:
 
 
 @pytest.mark.once
-def test_fake_tensors_take_what_real_ones_take() -> None:
+@pytest.mark.parametrize("adapter", [False, True])
+def test_fake_tensors_take_what_real_ones_take(adapter: bool) -> None:
     """The same step, with numbers and without: the same peak, and the same bytes to communicate."""
-    case = Case("tiny", 4, pairs=1)
+    case = Case("tiny", 4, pairs=1, adapter=adapter)
     real, fake = (simulate(case, TINY, real=kind) for kind in (True, False))
     assert fake.peak == real.peak and fake.traffic == real.traffic
     assert fake.flops == real.flops > 0
