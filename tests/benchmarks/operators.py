@@ -61,7 +61,7 @@ def shares(events: Iterable[Any]) -> dict[tuple[str, str], float]:
     return dict(taken)
 
 
-def table(taken: dict[tuple[str, str], float], least: float, steps: int, smallest: float = 0.01) -> str:
+def table(taken: dict[tuple[str, str], float], least: float, steps: int, smallest: float = 0.005) -> str:
     """Returns the shares as Markdown, the largest first; those below the smallest are one row for each part.
 
     Args:
