@@ -41,7 +41,7 @@ def measure(folder: Path, model: str, *, prompts: int, batch: int, most: int, re
             "against": "a plain generate loop",
             "other": plain,
             "ratio": ours / plain,
-            "target": ">= 1.5",
+            "target": ">= 2",
         }
     ]
 

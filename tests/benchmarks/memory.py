@@ -17,12 +17,17 @@ import os
 import resource
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
 SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
-STEPS = 3
+STEPS = 2
+DEEP = 12  # layers, so that what each keeps can be seen
 
 
 def measure(
@@ -52,25 +57,45 @@ def measure(
         ):
             ours, theirs = (median(run[figure] for run in found[name]) / scale for name in ("spin", "trl"))
             rows.append(_row(unit, about, ours, rival, theirs, target))
-        cap = median(run["peak_bytes"] for run in found["trl"])
-        longest = {name: longest_pair(folder, name, asked, cap) for name in found}
-        rows.append(_row("longest answers in a fixed memory, tokens", f"{about}: {cap / 2**30:.2f} GiB",
-                         longest["spin"], rival, longest["trl"], ">= 1.1"))  # fmt: skip
+        if vocabulary == vocabularies[0]:
+            ours, cap = (median(run["peak_bytes"] for run in found[name]) for name in ("spin", "trl"))
+            longest = longest_pair(folder, asked, ours, cap)
+            rows.append(_row("longest answers in a fixed memory, tokens", f"{about}: {cap / 2**30:.2f} GiB",
+                             longest, rival, tokens, ">= 1.1"))  # fmt: skip
     return rows + masks(folder, prompt=2 * tokens, tokens=tokens, repeats=repeats)
 
 
-def longest_pair(folder: Path, name: str, asked: dict[str, Any], cap: float) -> int:
-    """Returns the most tokens, in steps of 64, of two answers whose measured peak stays below `cap`."""
-    low, high = 64, 4 * asked["tokens"]
-    while high - low > 64:
-        middle = (low + high) // 128 * 64
-        fits = contestant(folder, name, {**asked, "tokens": middle, "steps": 2})["peak_bytes"] <= cap
-        low, high = (middle, high) if fits else (low, middle)
-    return low
+def longest_pair(folder: Path, asked: dict[str, Any], peak: float, cap: float) -> int:
+    """Returns the most tokens of our two answers, in steps of 64, for which a measured peak stays below a rival's.
+
+    No more than four times the rival's are tried, of which a step takes minutes.
+
+    Args:
+        folder: For what the contestant writes.
+        asked: Of it; `tokens` are those of the rival's answers.
+        peak: Ours at so many tokens.
+        cap: The rival's.
+    """
+    tokens = asked["tokens"]
+
+    def taken(count: int) -> float:
+        return contestant(folder, "spin", {**asked, "tokens": count, "steps": 2})["peak_bytes"]
+
+    most = taken(4 * tokens)
+    if most <= cap:
+        return 4 * tokens
+    longest = tokens + int((cap - peak) * 3 * tokens / (most - peak))  # a line, nearly
+    while taken(longest := longest // 64 * 64) > cap:
+        longest -= longest // 32
+    return longest
 
 
 def masks(folder: Path, *, prompt: int, tokens: int, repeats: int) -> list[dict[str, Any]]:
-    """Returns the memory of one long row in parts, against the mask of tokens x tokens; with recomputation and without."""
+    """Returns the memory of one long row in parts, against the mask of tokens x tokens; with recomputation and without.
+
+    And that of a deeper model whose checkpointed activations are elsewhere until the backward pass: in a file, since the
+    host's `activation_offloading` asks torch for an accelerator, of which a CPU has none.
+    """
     rows = []
     for checkpointing in (False, True):
         asked = {"vocabulary": 1024, "tokens": tokens, "prompt": prompt, "checkpointing": checkpointing}
@@ -83,6 +108,14 @@ def masks(folder: Path, *, prompt: int, tokens: int, repeats: int) -> list[dict[
         )
         rows.append(_row("peak memory of a step, GiB, no mask", about, peaks[True] / 2**30, "the row's mask",
                          peaks[False] / 2**30, "reported"))  # fmt: skip
+    asked = {"vocabulary": 1024, "tokens": tokens, "prompt": prompt, "checkpointing": True, "layers": DEEP}
+    peaks = {
+        away: median(contestant(folder, "spin", {**asked, "away": away})["peak_bytes"] for _ in range(repeats))
+        for away in (True, False)
+    }
+    rows.append(_row("peak memory of a step, GiB, what layers keep in a file",
+                     f"{prompt} + {tokens} / {tokens} tokens in a row, {DEEP} layers, gradient_checkpointing",
+                     peaks[True] / 2**30, "in memory", peaks[False] / 2**30, "reported"))  # fmt: skip
     return rows
 
 
@@ -131,19 +164,35 @@ class Steps:
 
 
 def build(asked: dict[str, Any]) -> tuple[Any, dict[str, list[int]]]:
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=asked["vocabulary"], max_position_embeddings=65536, attn_implementation="sdpa",
-                         tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=0, **SHAPE)  # fmt: skip
+                         tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+                         **{**SHAPE, "num_hidden_layers": asked.get("layers", SHAPE["num_hidden_layers"])})  # fmt: skip
     kinds = {"prompt_ids": asked["prompt"], "chosen_ids": asked["tokens"], "rejected_ids": asked["tokens"]}
     pair = {kind: torch.randint(3, asked["vocabulary"], (count,)).tolist() for kind, count in kinds.items()}
     return LlamaForCausalLM(config), pair
 
 
+class Away(saved_tensors_hooks):
+    """Keeps what a forward pass saves in files until the backward pass asks for it, as offloading keeps it off a GPU."""
+
+    def __init__(self, folder: Path, model: torch.nn.Module):
+        super().__init__(self.put, lambda kept: kept if isinstance(kept, torch.Tensor) else torch.load(kept))
+        self.folder, self.count = folder, 0
+        self.weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+
+    def put(self, saved: torch.Tensor) -> torch.Tensor | Path:
+        storage = saved.untyped_storage()
+        if storage.data_ptr() in self.weights or not 1024 < saved.nbytes == storage.nbytes():
+            return saved
+        self.count += 1
+        torch.save(saved.detach(), kept := self.folder / f"saved-{self.count}.pt")
+        return kept
+
+
 def spin(asked: dict[str, Any]) -> dict[str, float]:
-    import torch
     import transformers.models.llama.modeling_llama  # noqa: F401  no part of a step
 
     from axolotl_spin.training.layouts import PairCollator
@@ -159,11 +208,12 @@ def spin(asked: dict[str, Any]) -> dict[str, float]:
     with torch.no_grad():
         opponent = completion_logps(model.eval(), collator([pair]), True).tolist()
     pair |= {"opponent_chosen_logp": opponent[0], "opponent_rejected_logp": opponent[1], "weight": 1.0}
-    optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-6)
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-6, fused=True)
     for _ in range(asked.get("steps", STEPS)):
-        found = pair_losses(model, collator([pair]), beta=0.1, loss_type="sigmoid", sft_weight=0.0,
-                            length_normalized=False, in_head=True)  # fmt: skip
-        found.losses.sum().backward()
+        with Away(Path(asked["folder"]), model) if asked.get("away") else nullcontext():
+            found = pair_losses(model, collator([pair]), beta=0.1, loss_type="sigmoid", sft_weight=0.0,
+                                length_normalized=False, in_head=True)  # fmt: skip
+            found.losses.sum().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -192,7 +242,7 @@ def trl(asked: dict[str, Any]) -> dict[str, Any]:
     count = asked.get("steps", STEPS)
     config = DPOConfig(
         output_dir=str(Path(asked["folder"]) / "trl"), per_device_train_batch_size=1, max_steps=count, learning_rate=1e-6,
-        optim="adamw_torch", beta=0.1, max_length=None, bf16=False, use_cpu=True, remove_unused_columns=False,
+        optim="adamw_torch_fused", beta=0.1, max_length=None, bf16=False, use_cpu=True, remove_unused_columns=False,
         gradient_checkpointing=bool(asked.get("checkpointing")), precompute_ref_log_probs=True, report_to=[],
         save_strategy="no", logging_steps=1000,
     )  # fmt: skip

@@ -36,7 +36,7 @@ def main() -> None:
     config = trl.DPOConfig(
         output_dir=str(file.parent / "trl"), per_device_train_batch_size=batch, gradient_accumulation_steps=1,
         num_train_epochs=1, learning_rate=workload.LEARNING_RATE, lr_scheduler_type="constant", beta=0.1,
-        optim="adamw_torch", max_length=None, bf16=on_gpu, use_cpu=not on_gpu, gradient_checkpointing=False,
+        optim="adamw_torch_fused", max_length=None, bf16=on_gpu, use_cpu=not on_gpu, gradient_checkpointing=False,
         remove_unused_columns=False, report_to=[], save_strategy="no", logging_steps=1000, seed=workload.SEED,
         precompute_ref_log_probs=True,
     )  # fmt: skip

@@ -4,9 +4,9 @@
 
 A training step of ours runs on tensors that have a shape and no storage (`FakeTensorMode`), as one rank of a process group
 that communicates with nobody, sharded by FSDP2 as the host shards. PyTorch's own tracker (`FSDPMemTracker`) follows every
-storage. `docs/scale.md` has the figures, made of the file beside this one, and what they leave out.
+storage. `docs/tuning.md` has the figures, made of the file beside this one, and what they leave out.
 
-Decoder layers are alike, so that each figure is a line in their number: two shallow models of the full width give it.
+All layers are simulated: which moment of a step is the highest may depend on their number.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
@@ -51,8 +52,6 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_key_value_heads": 8, "vocab_size": 128256,
     },
 }  # fmt: skip
-# of the model's layers, those that are simulated
-DEPTHS = (3, 4)
 # what a rank holds of the pairs: sequences of 2048 tokens with one prompt for both answers
 PROMPT, ANSWER = 512, 768
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0}
@@ -89,8 +88,9 @@ CASES = [
     *(Case("Llama 3.1 8B", count) for count in (8, 16, 64)),
     Case("Llama 3.1 8B", 8, accumulation=2),
     Case("Llama 3.1 8B", 8, checkpointing=False),
-    *(Case("Llama 3.1 70B", count, adapter=True) for count in (8, 16, 64)),
+    Case("Llama 3.1 8B", 8, adapter=True),
     Case("Llama 3.1 70B", 64),
+    *(Case("Llama 3.1 70B", count, adapter=True) for count in (64, 8, 16)),
 ]
 
 
@@ -137,6 +137,15 @@ class _Traffic(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class _Tracker(FSDPMemTracker):
+    """Follows the peak of the whole alone: each module's takes time that grows with the square of their number."""
+
+    def _update_peak_stats(self, peak_state: Any) -> None:
+        for device, now in self._curr_mem_snap.items():
+            if self._peak_mem.get(device, 0) < now["Total"]:
+                self._peak_mem[device], self._peak_mem_snap[device] = now["Total"], dict(now)
+
+
 @contextmanager
 def ranks(count: int) -> Iterator[Any]:
     """Yields the device mesh of a process group of which this process is the first rank, and the others do not exist."""
@@ -147,8 +156,8 @@ def ranks(count: int) -> Iterator[Any]:
         dist.destroy_process_group()
 
 
-def _sharded(config: LlamaConfig, case: Case, mesh: Any) -> torch.nn.Module:
-    """Returns the model as the host prepares it for FSDP2 with `bf16: true`: see `fsdp2_prepare_model` there."""
+def _built(config: LlamaConfig, case: Case) -> tuple[torch.nn.Module, list[torch.nn.Module]]:
+    """Returns the model in bf16, with its adapter in fp32, and its decoder layers."""
     torch.set_default_dtype(torch.bfloat16)
     try:
         model: Any = LlamaForCausalLM(config)
@@ -157,6 +166,25 @@ def _sharded(config: LlamaConfig, case: Case, mesh: Any) -> torch.nn.Module:
     layers = list(model.model.layers)
     if case.adapter:
         model = get_peft_model(model, LoraConfig(**LORA, target_modules=TARGETS))
+    return model, layers
+
+
+def _empty(config: LlamaConfig, case: Case) -> tuple[torch.nn.Module, list[torch.nn.Module]]:
+    """Returns the same of fake tensors; PEFT moves what it makes, which those cannot be."""
+    with unset_fake_temporarily(), torch.device("meta"):
+        model, layers = _built(config, case)
+    for part in model.modules():
+        for name, weight in part.named_parameters(recurse=False):
+            made = torch.empty(weight.shape, dtype=weight.dtype)
+            part.register_parameter(name, torch.nn.Parameter(made, requires_grad=weight.requires_grad))
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+    return model, layers
+
+
+def _sharded(config: LlamaConfig, case: Case, mesh: Any, real: bool) -> torch.nn.Module:
+    """Returns the model as the host prepares it for FSDP2 with `bf16: true`: see `fsdp2_prepare_model` there."""
+    model, layers = (_built if real else _empty)(config, case)
     if case.checkpointing:
         wrap = functools.partial(checkpoint_wrapper, checkpoint_impl=CheckpointImpl.NO_REENTRANT)
         apply_activation_checkpointing(model, checkpoint_wrapper_fn=wrap, check_fn=lambda part: part in layers)
@@ -196,12 +224,12 @@ def simulate(case: Case, shape: dict[str, int], *, real: bool = False) -> Step:
     config = LlamaConfig(**shape, max_position_embeddings=8192, attn_implementation="sdpa", use_cache=False)
     batch = _batch(case.pairs, config.hidden_size)
     with ranks(case.ranks) as mesh, nullcontext() if real else FakeTensorMode() as fake:
-        model: Any = _sharded(config, case, mesh)
+        model: Any = _sharded(config, case, mesh, real)
         trained = [weight for weight in model.parameters() if weight.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
         if fake is not None:
             batch = {name: fake.from_tensor(value) for name, value in batch.items()}
-        tracker, traffic, counter = FSDPMemTracker(model, optimizer), _Traffic(), FlopCounterMode(display=False)
+        tracker, traffic, counter = _Tracker(model, optimizer), _Traffic(), FlopCounterMode(display=False)
         tracker.track_inputs(tuple(batch.values()))
         known = nullcontext() if real else _Known()
 
@@ -235,29 +263,6 @@ def simulate(case: Case, shape: dict[str, int], *, real: bool = False) -> Step:
     return Step(total, parts, float(counter.get_total_flops()), float(traffic.bytes))
 
 
-def extended(steps: Sequence[Step], depths: Sequence[int], depth: int) -> Step:
-    """Returns what a deeper model takes, by the line through two shallow ones.
-
-    Args:
-        steps: Of two models.
-        depths: Their numbers of layers.
-        depth: That of the deeper one.
-    """
-    low, high = steps
-    (first, second), far = depths, depth
-
-    def line(at_first: float, at_second: float) -> float:
-        return at_first + (at_second - at_first) * (far - first) / (second - first)
-
-    kinds = {**low.parts, **high.parts}
-    return Step(
-        line(low.peak, high.peak),
-        {kind: line(low.parts.get(kind, 0.0), high.parts.get(kind, 0.0)) for kind in kinds},
-        line(low.flops, high.flops),
-        line(low.traffic, high.traffic),
-    )
-
-
 def seconds(step: Step, count: int) -> dict[str, float]:
     """Returns how long a step takes at the least: as long as its products or its collectives, whichever is longer.
 
@@ -271,11 +276,9 @@ def seconds(step: Step, count: int) -> dict[str, float]:
     return {"compute": compute, "network": network, "step": max(compute, network)}
 
 
-def measure(case: Case, depths: Sequence[int] = DEPTHS) -> dict[str, Any]:
+def measure(case: Case) -> dict[str, Any]:
     """Simulates a case, as plain JSON: the case, `step` and `seconds`."""
-    shape = SHAPES[case.model]
-    steps = [simulate(case, {**shape, "num_hidden_layers": depth}) for depth in depths]
-    step = extended(steps, depths, shape["num_hidden_layers"])
+    step = simulate(case, SHAPES[case.model])
     return {"case": asdict(case), "step": asdict(step), "seconds": seconds(step, case.ranks)}
 
 
@@ -292,7 +295,7 @@ def main() -> None:
             known[key] = measure(case)
             print(key, f"{known[key]['step']['peak'] / 2**30:.2f} GiB", flush=True)
         names = [json.dumps(asdict(each), sort_keys=True) for each in CASES]
-        about = {"torch": torch.__version__, "depths": DEPTHS, "prompt": PROMPT, "answer": ANSWER}
+        about = {"torch": torch.__version__, "prompt": PROMPT, "answer": ANSWER}
         found = {**about, "figures": [known[name] for name in names if name in known]}
         given.json.write_text(json.dumps(found, indent=2) + "\n")
 

@@ -69,7 +69,7 @@ def settings(folder: Path, model: str, **changes: Any) -> dict[str, Any]:
         "micro_batch_size": 8,
         "gradient_accumulation_steps": 1,
         "num_epochs": 1,
-        "optimizer": "adamw_torch",
+        "optimizer": "adamw_torch_fused",
         "learning_rate": LEARNING_RATE,
         "lr_scheduler": "constant",
         "warmup_steps": 0,
