@@ -93,6 +93,8 @@ def load(saved: SavedModel, config: dict[str, Any], device: str | None) -> tuple
     import torch
     from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 
+    from axolotl_spin.training.quantised import compute_as_in_training
+
     remote = {"trust_remote_code": bool(config.get("trust_remote_code"))}
     how: dict[str, Any] = {**remote, "dtype": "auto"}
     if config.get("revision_of_model") and not Path(saved.model).exists():
@@ -123,6 +125,7 @@ def load(saved: SavedModel, config: dict[str, Any], device: str | None) -> tuple
         model = PeftModel.from_pretrained(model, str(saved.adapter))
     if "device_map" not in how and "quantization_config" not in how:
         model = model.to(device or "cpu")
+    compute_as_in_training(model)  # what the run itself measured was computed so
     return model.eval(), tokenizer
 
 
