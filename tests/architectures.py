@@ -222,7 +222,11 @@ def build(name: str, vocabulary: int, seed: int = 0) -> Any:
     """Returns a tiny model, all of whose weights are random and large."""
     torch.manual_seed(seed)
     kind, config = model_class(name), config_of(name, vocabulary)
-    model = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+    return enlarged(kind.from_config(config) if hasattr(kind, "from_config") else kind(config))
+
+
+def enlarged(model: Any) -> Any:
+    """Gives a model random weights so large that a wrong mask or a lost input shows; returns it, in fp32."""
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() > 1:

@@ -212,16 +212,8 @@ def build(name: str, seed: int = 0) -> Any:
     family = FAMILIES[name]
     tokenizer = tokenizer_of(family)
     torch.manual_seed(seed)
-    model = AutoModelForImageTextToText.from_config(
-        family.config({token: tokenizer.convert_tokens_to_ids(token) for token in (*family.special, "</s>")})
-    )
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() > 1:
-                weight.normal_(0, 0.2)
-            else:
-                weight.add_(torch.randn(weight.shape), alpha=0.05)
-    return model.float()
+    config = family.config({token: tokenizer.convert_tokens_to_ids(token) for token in (*family.special, "</s>")})
+    return architectures.enlarged(AutoModelForImageTextToText.from_config(config))
 
 
 def save(name: str, folder: Path) -> None:
@@ -240,7 +232,9 @@ def picture(colour: str, seed: int, size: tuple[int, int] = (20, 20)) -> Image.I
     return Image.new("RGB", size, (red, green, blue))
 
 
-def conversations(path: Path, rows: int, seed: int = 0, shuffled: bool = False, mixed: bool = False) -> Path:
+def conversations(
+    path: Path, rows: int, seed: int = 0, shuffled: bool = False, mixed: bool = False, behind: bool = False
+) -> Path:
     """Writes conversations with their pictures; what the human answers, only the picture tells.
 
     Args:
@@ -249,6 +243,7 @@ def conversations(path: Path, rows: int, seed: int = 0, shuffled: bool = False, 
         seed: Of questions, colours and shades.
         shuffled: Pictures are handed out anew, so that they tell nothing.
         mixed: Every third row has two pictures, the last of which counts, and every third none.
+        behind: A question with its picture follows the answer, and is not answered.
     """
     generator = random.Random(seed)
     colours = [("red", "blue")[place % 2] for place in range(rows)]
@@ -262,7 +257,8 @@ def conversations(path: Path, rows: int, seed: int = 0, shuffled: bool = False, 
         content = [{"type": "image", "image": image, "text": None} for image in drawn]
         content.append({"type": "text", "image": None, "text": question})
         said = [{"type": "text", "image": None, "text": ANSWERS[colours[place]]}]
-        made.append({"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": said}]})
+        turns = [{"role": "user", "content": content}, {"role": "assistant", "content": said}]
+        made.append({"messages": [*turns, turns[0]] if behind else turns})
     part = {"type": Value("string"), "image": datasets.Image(), "text": Value("string")}
     features = Features({"messages": List({"role": Value("string"), "content": List(part)})})
     Dataset.from_list(made, features=features).to_parquet(path)

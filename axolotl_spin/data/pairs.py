@@ -5,7 +5,6 @@ Files are written and read a batch of rows at a time, so that memory does not gr
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,7 +63,6 @@ def with_texts(pairs: PairDataset, decode: Decode) -> Iterator[pa.RecordBatch]:
     """
     assert pairs.logps is not None
     images, start = pairs.images, 0
-    schema = SCHEMA if images is None else PICTURED
     for batch in pairs.table.to_batches(max_chunksize=BATCH_ROWS):
         logps = pairs.logps[start : start + len(batch)]
         start += len(batch)
@@ -79,27 +77,32 @@ def with_texts(pairs: PairDataset, decode: Decode) -> Iterator[pa.RecordBatch]:
         }
         if images is not None:
             columns["images"] = [images.hashes(row) for row in batch["row"].to_pylist()]
-        yield record_batch(columns, schema)
+        yield record_batch(columns, schema_of(images))
 
 
-def write_pairs(path: Path, batches: Iterable[pa.RecordBatch], mark: str, weights: str = "") -> None:
+def schema_of(images: ImageRows | None) -> pa.Schema:
+    """Returns the columns of pairs whose prompts have pictures, or none."""
+    return SCHEMA if images is None else PICTURED
+
+
+def write_pairs(
+    path: Path, batches: Iterable[pa.RecordBatch], mark: str, weights: str = "", schema: pa.Schema = SCHEMA
+) -> None:
     """Writes `pairs.parquet` as a whole file, each page with a checksum.
 
     Args:
         path: Destination.
-        batches: Of `SCHEMA` or `PICTURED`, one row per pair trained on, in order; a row group each.
+        batches: Of the schema, one row per pair trained on, in order; a row group each.
         mark: What the pairs depend on (`Identity.before`), kept in the file's metadata.
         weights: Digest of the opponent's weights, likewise.
+        schema: See `schema_of`.
     """
 
     def write(aside: Path) -> None:
-        ordered = iter(batches)
-        first = next(ordered, None)
-        kind = SCHEMA if first is None else first.schema
-        schema = kind.with_metadata({MARK: mark.encode(), WEIGHTS: weights.encode()})
-        with pq.ParquetWriter(aside, schema, write_page_checksum=True) as file:
-            for batch in itertools.chain([] if first is None else [first], ordered):
-                file.write_batch(batch.replace_schema_metadata(schema.metadata))
+        marked = schema.with_metadata({MARK: mark.encode(), WEIGHTS: weights.encode()})
+        with pq.ParquetWriter(aside, marked, write_page_checksum=True) as file:
+            for batch in batches:
+                file.write_batch(batch.replace_schema_metadata(marked.metadata))
 
     write_whole(path, write)
 
@@ -127,7 +130,7 @@ def check_pairs(path: Path, mark: str, rows: int, weights: str = "") -> None:
         raise DamagedFileError(f"{path} is damaged ({error})") from error
     with file:
         schema, found_rows = file.schema_arrow, file.metadata.num_rows
-    if not (schema.equals(SCHEMA) or schema.equals(PICTURED)):
+    if schema not in (SCHEMA, PICTURED):
         raise DamagedFileError(f"{path} does not hold the columns of a pairs file")
     found = (schema.metadata or {}).get(MARK, b"").decode()
     if found != mark:

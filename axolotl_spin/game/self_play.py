@@ -18,7 +18,16 @@ import pyarrow.compute as pc
 
 from axolotl_spin.data.endings import pairs_end_alike
 from axolotl_spin.data.initial_pairs import GivenPairs
-from axolotl_spin.data.pairs import LOGPS, SCHEMA, PairDataset, read_batches, read_pairs, with_texts, write_pairs
+from axolotl_spin.data.pairs import (
+    LOGPS,
+    SCHEMA,
+    PairDataset,
+    read_batches,
+    read_pairs,
+    schema_of,
+    with_texts,
+    write_pairs,
+)
 from axolotl_spin.data.staging import STAGED, AnswerStore, read_staged, write_staged
 from axolotl_spin.data.thoughts import told_apart
 from axolotl_spin.disk.atomic import DamagedFileError, ForeignFileError, StaleFileError
@@ -265,7 +274,8 @@ class SelfPlay:
     def _write(self, entry: IterationPlan, pairs: PairDataset) -> None:
         """Writes the iteration's pairs with their log-probs and texts. Call it on one rank."""
         directory, mark = self.run.directory, self.run.identity.before(entry.iteration)
-        write_pairs(directory.pairs(entry.iteration), with_texts(pairs, self.run.decode), mark, self._weights)
+        texts, schema = with_texts(pairs, self.run.decode), schema_of(self.run.images)
+        write_pairs(directory.pairs(entry.iteration), texts, mark, self._weights, schema)
         ChunkFiles(directory, entry.iteration, mark).remove()
 
     def _read(

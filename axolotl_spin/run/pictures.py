@@ -15,7 +15,16 @@ from axolotl_spin.data.row_cache import map_rows
 from axolotl_spin.data.turns import Marks
 
 
-def image_rows(cfg: Any, rows: Any, tokenizer: Any, processor: Any, marks: Marks, key: str = "datasets") -> ImageRows:
+def image_rows(
+    cfg: Any,
+    rows: Any,
+    tokenizer: Any,
+    processor: Any,
+    marks: Marks,
+    *,
+    key: str = "datasets",
+    first: int | None = None,
+) -> ImageRows:
     """Makes tokens of the host's unprepared rows, once: later starts and other ranks find them in the cache.
 
     Args:
@@ -25,12 +34,14 @@ def image_rows(cfg: Any, rows: Any, tokenizer: Any, processor: Any, marks: Marks
         processor: The host's.
         marks: By what turns are told apart, where the host's strategy does not.
         key: What the rows come from.
+        first: How many rows are enough; None for all. A row gives one prompt.
 
     Raises:
         ValueError: A row cannot be used; names the key and the row.
     """
     from datasets import Features, List, Value
 
+    rows = rows.select(range(min(len(rows), first or len(rows))))
     collate = host_collator(cfg, tokenizer, processor)
     strategy = collate.processing_strategy
 
@@ -100,35 +111,37 @@ def host_collator(cfg: Any, tokenizer: Any, processor: Any) -> Any:
     return HFCausalTrainerBuilder(cfg, None, tokenizer, processor).build_collator(arguments, padding=True)
 
 
-def refuse_unfit(prompts: Any, found: ImageRows, *, sequence_len: int, sharded: bool) -> None:
+def refuse_unfit(prompts: Any, found: ImageRows, key: str, *, sequence_len: int, sharded: bool) -> None:
     """Refuses prompts that leave no room for an answer, pictures that are no part of a prompt, and rows without.
 
     Args:
         prompts: `datasets.Dataset` with `prompt_ids`, `chosen_ids` and `row`.
         found: The rows that they come from.
+        key: What these come from.
         sequence_len: The host's.
         sharded: Whether ranks gather weights for each forward, a picture's tower among them.
 
     Raises:
         ValueError: Names the row and the key.
     """
-    for index in range(len(prompts)):
-        prompt = prompts[index]
-        row, length = prompt["row"], len(prompt["prompt_ids"])
-        whole = found.tokenised[row]
+    marks = set(found.placeholders)
+    for prompt in prompts:
+        whole, length = found.tokenised[prompt["row"]], len(prompt["prompt_ids"])
+        why = ""
         if length >= sequence_len:
-            raise ValueError(
-                f"the prompt of row {row} has {length} tokens, its pictures' included, and `sequence_len: {sequence_len}` "
-                "leaves no room for an answer: raise it, or make pictures smaller (`image_size`)"
+            why = (
+                f"its prompt has {length} tokens, its pictures' included, and `sequence_len: {sequence_len}` leaves no "
+                "room for an answer: raise it, or make pictures smaller (`image_size`)"
             )
-        marks = set(found.placeholders)
-        if any(token in marks for token in whole["input_ids"][length:]):
-            raise ValueError(
-                f"row {row} has a picture in or behind its last answer, and pairs have pictures in their prompts alone: "
-                "leave out what follows the answer"
+        elif any(token in marks for token in whole["input_ids"][length:]):
+            why = (
+                "it has a picture in or behind its last answer, and pairs have pictures in their prompts alone: leave out "
+                "what follows the answer"
             )
-        if sharded and not whole["images"]:
-            raise ValueError(
-                f"row {row} has no picture: ranks that share weights (ZeRO-3, FSDP2) gather a vision tower's together, "
-                "and would wait forever for one that needs none; leave such rows out, or train without sharding"
+        elif sharded and not whole["images"]:
+            why = (
+                "it has no picture: ranks that share weights (ZeRO-3, FSDP2) gather a vision tower's together, and would "
+                "wait forever for one that needs none; leave such rows out, or train without sharding"
             )
+        if why:
+            raise ValueError(f"`{key}`: row {prompt['row']} cannot be used: {why}")

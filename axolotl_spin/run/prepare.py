@@ -164,10 +164,10 @@ def prepare_run(
         refuse_media(train_dataset, cfg, tokenizer)
         refuse_media(eval_dataset, cfg, tokenizer, held_out_by)
     else:
-        images = image_rows(cfg, train_dataset, tokenizer, processor, marks)
+        images = image_rows(cfg, train_dataset, tokenizer, processor, marks, first=settings.max_prompts)
         train_dataset = images.tokenised
         if eval_dataset is not None:
-            heldout_images = image_rows(cfg, eval_dataset, tokenizer, processor, marks, held_out_by)
+            heldout_images = image_rows(cfg, eval_dataset, tokenizer, processor, marks, key=held_out_by)
             eval_dataset = heldout_images.tokenised
         marks = Marks(blanks=marks.blanks)  # the labels are an assistant's turns already
     prompts = prompt_dataset(train_dataset, turns=settings.turns, max_prompts=settings.max_prompts, marks=marks)
@@ -175,8 +175,10 @@ def prepare_run(
     stops = stop_token_ids(prompts, ends=ends, **known)
     endings = count_endings(prompts, train_dataset, stops=stops, **known)
     refuse_endless(endings, cfg, tokenizer, stops)
-    if images is not None:
-        refuse_unfit(prompts, images, sequence_len=int(cfg.sequence_len), sharded=_shares_weights(cfg))
+    heldout = heldout_prompts(eval_dataset, settings, marks)
+    for found, source, key in ((prompts, images, "datasets"), (heldout, heldout_images, held_out_by)):
+        if found is not None and source is not None:
+            refuse_unfit(found, source, key, sequence_len=int(cfg.sequence_len), sharded=_shares_weights(cfg))
     unread = describe_unread(cfg) if images is None else None
     notes = [unread, describe_endings(endings, cfg, tokenizer), describe_merge(cfg), describe_shards(cfg)]
     for line in filter(None, notes):
@@ -217,7 +219,7 @@ def prepare_run(
         if settings.generation.backend == "vllm"
         else None,
         given=given,
-        heldout=heldout_prompts(eval_dataset, settings, marks),
+        heldout=heldout,
         images=images,
         heldout_images=heldout_images,
         select=settings.select or ("eval_loss" if eval_dataset is not None and len(eval_dataset) else None),

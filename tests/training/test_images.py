@@ -125,13 +125,13 @@ def test_a_sound_is_refused(tmp_path: Path) -> None:
 def test_rows_that_ranks_could_not_share_are_refused(tmp_path: Path) -> None:
     images = source("gemma3", tmp_path, mixed=True)
     prompts = Dataset.from_list([{"prompt_ids": [5], "chosen_ids": [6], "row": row} for row in (3, 2)])
-    with pytest.raises(ValueError, match="row 3 has a picture in or behind its last answer"):
-        refuse_unfit(prompts, images, sequence_len=64, sharded=False)
+    with pytest.raises(ValueError, match="`test_datasets`: row 3 cannot be used: it has a picture in or behind"):
+        refuse_unfit(prompts, images, "test_datasets", sequence_len=64, sharded=False)
     ids = [images.tokenised[row]["input_ids"] for row in (3, 2)]
     prompts = prompts.remove_columns("prompt_ids").add_column("prompt_ids", [found[:-4] for found in ids])
-    refuse_unfit(prompts, images, sequence_len=64, sharded=False)
-    with pytest.raises(ValueError, match="row 2 has no picture: ranks that share weights"):
-        refuse_unfit(prompts, images, sequence_len=64, sharded=True)
+    refuse_unfit(prompts, images, "test_datasets", sequence_len=64, sharded=False)
+    with pytest.raises(ValueError, match="row 2 cannot be used: it has no picture: ranks that share weights"):
+        refuse_unfit(prompts, images, "test_datasets", sequence_len=64, sharded=True)
 
 
 def test_turns_by_the_headers_of_a_template() -> None:
@@ -202,7 +202,7 @@ def test_two_iterations(name: str, tmp_path: Path, warm: Warm) -> None:
     assert "pairs are laid out padded: a prompt's pictures stand" in run.output and "padding moves" not in run.output
     hashes = [pair["images"] for pair in run.pairs(0).to_pylist()]
     assert all(len(found) == 1 for found in hashes) and hashes == [pair["images"] for pair in run.pairs(1).to_pylist()]
-    # both answers stay far from what stands for a picture, and steps reach the tower
+    # steps reach the tower as they reach the language model
     before, after = (load_file(path / "model.safetensors") for path in (tmp_path / "model", run.out))
     moved = {key for key in before.keys() & after.keys() if not torch.equal(before[key], after[key])}
     assert any("vis" in key for key in moved) and any("lm_head" in key or "layers" in key for key in moved)
@@ -304,3 +304,10 @@ def test_rows_that_cannot_be_used_stop_a_run_before_a_model_loads(tmp_path: Path
     made = pictured.settings("gemma3", tmp_path)
     run = host.train({**made, "sequence_len": 12}, by=warm, fails=True)
     assert "`sequence_len: 12` leaves no room for an answer" in run.output and not host.loaded_a_model(run.out)
+    # of held-out rows too, where nobody is asked for more than the first of the others
+    pictured.conversations(tmp_path / "held.parquet", 3, behind=True)
+    held = [{**made["datasets"][0], "path": str(tmp_path / "held.parquet"), "split": "train"}]
+    spin = {**made["spin"], "max_prompts": 5}
+    run = host.train({**made, "spin": spin, "test_datasets": held}, by=warm, fails=True)
+    assert "`test_datasets`: row 0 cannot be used: it has a picture in or behind" in run.output
+    assert not host.loaded_a_model(run.out) and "Processing rows with pictures: 100%|██████████| 5/5" in run.output

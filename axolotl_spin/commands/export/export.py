@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import secrets
 import shutil
 from collections import Counter
@@ -98,7 +97,7 @@ def export_pairs(asked: Export) -> Tally:
     tally = Tally()
     try:
         aside.mkdir(parents=True)
-        _write(aside, asked, _read(path, asked), tally)
+        _write(aside, asked, _schema(path, asked), _read(path, asked), tally)
         if output.exists():
             output.rmdir()  # empty
         publish_folder(aside, output)
@@ -109,28 +108,35 @@ def export_pairs(asked: Export) -> Tally:
     return tally
 
 
+def _schema(path: Path, asked: Export) -> pa.Schema:
+    """Returns the columns that are written.
+
+    Raises:
+        ValueError: The file has other columns than pairs have, or pictures that the format would lose.
+    """
+    found = pq.read_schema(path)
+    if found not in (SCHEMA, PICTURED):
+        raise ValueError(f"{path} does not hold the columns of a pairs file")
+    if asked.kind == "parquet":
+        return found.remove_metadata()
+    if found == PICTURED:
+        raise ValueError(
+            f"{path} holds pairs of prompts with pictures, which are not in the file: --format parquet keeps tokens and "
+            "the pictures' hashes, other formats would lose them"
+        )
+    return SCHEMAS[asked.kind]
+
+
 def _read(path: Path, asked: Export) -> Iterator[pa.RecordBatch]:
     with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
-        pictured = file.schema_arrow.equals(PICTURED)
-        if not (pictured or file.schema_arrow.equals(SCHEMA)):
-            raise ValueError(f"{path} does not hold the columns of a pairs file")
-        if pictured and asked.kind != "parquet":
-            raise ValueError(
-                f"{path} holds pairs of prompts with pictures, which are not in the file: --format parquet keeps tokens "
-                "and the pictures' hashes, other formats would lose them"
-            )
         for batch in file.iter_batches(_ROWS):
             batch = batch.replace_schema_metadata(None)
             yield batch.filter(pc.equal(batch["generated_in"], asked.iteration)) if asked.only_new else batch
 
 
-def _write(folder: Path, asked: Export, pairs: Iterator[pa.RecordBatch], tally: Tally) -> None:
+def _write(folder: Path, asked: Export, schema: pa.Schema, pairs: Iterator[pa.RecordBatch], tally: Tally) -> None:
     """Writes the folder's files; the last rows are held back for `test.parquet`."""
     raw = asked.kind == "parquet"
-    first = next(pairs, None)
-    pairs = itertools.chain([] if first is None else [first], pairs)
-    raw_schema = SCHEMA if first is None else first.schema
-    schema = raw_schema if raw else SCHEMAS[asked.kind]
     made = _counted(pairs, tally) if raw else _converted(pairs, asked, tally, schema)
     held = schema.empty_table()
     with pq.ParquetWriter(folder / (PAIRS_FILE if raw else "train.parquet"), schema, write_page_checksum=True) as file:
