@@ -227,6 +227,9 @@ def its_files_are_read(run: host.Run, folder: Path, warm: Warm) -> None:
     with pytest.raises(ValueError, match="pairs of prompts with pictures"):
         read_file(folder / "parquet" / "pairs.parquet", "x")
     assert CliRunner().invoke(spin_command, ["report", str(run.out)]).exit_code == 0
+    pictured.conversations(folder / "data.parquet", 12, shuffled=True)  # the same words to other pictures
+    other = host.train(pictured.settings("gemma3", folder), by=warm, fails=True)
+    assert "data (pictures): '" in other.output and "going on from" not in other.output
 
 
 @pytest.mark.host
