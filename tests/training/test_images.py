@@ -319,14 +319,18 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(tmp_path: Path, warm: 
     assert {"eval_loss", "spin/heldout_auc"} <= {name for row in expected["logs"] for name in row}
 
 
+HALF = {"bf16": None, "bfloat16": True, "plugins": ["half.HalfPlugin", *host.OURS]}
+FOUR_BITS = {"adapter": "qlora", "load_in_4bit": True}
+
+
 @pytest.mark.host
-def test_an_adapter_of_the_language_model_in_bf16(tmp_path: Path, warm: Warm) -> None:
+@pytest.mark.parametrize(("kind", "off"), [(HALF, 1e-3), (FOUR_BITS, 1e-5)], ids=["bf16", "4 bits"])
+def test_an_adapter_of_the_language_model(kind: dict[str, Any], off: float, tmp_path: Path, warm: Warm) -> None:
     """What most of the host's examples are; the tower and what joins it stay as they are."""
     modules = r"model.language_model.layers.[\d]+.(mlp|self_attn).(up|down|gate|q|k|v|o)_proj"
     lora = {**host.LORA, "lora_target_linear": None, "lora_target_modules": modules, "lora_dropout": 0.0}
-    half = {"bf16": None, "bfloat16": True, "plugins": ["half.HalfPlugin", *host.OURS]}
-    run = host.train(pictured.settings("gemma3", tmp_path, **lora, **half), by=warm)
-    assert [run.metrics(i)["loss_first"] for i in range(2)] == pytest.approx([LN2] * 2, abs=1e-3)
+    run = host.train(pictured.settings("gemma3", tmp_path, **{**lora, **kind}), by=warm)
+    assert [run.metrics(i)["loss_first"] for i in range(2)] == pytest.approx([LN2] * 2, abs=off)
     adapter = load_file(run.out / "spin" / "iteration-1" / "model" / "adapter_model.safetensors")
     assert len(adapter) == 2 * 2 * 7 and all("language_model.layers" in name for name in adapter)
     assert all(weight.any() for weight in adapter.values())
