@@ -155,10 +155,6 @@ def _of_images(data: dict[str, Any]) -> list[str]:
         found.append(f"`sample_packing: true` {with_them}: prompts with pictures are not packed; set it to `false`")
     spin = _block(data, "spin")
     generation = _block(spin, "generation")
-    if generation.get("backend") == "vllm":
-        found.append(
-            f"`spin.generation.backend: vllm` {with_them}: the engine is given ids alone; set it to `transformers`"
-        )
     if generation.get("gather_weights") is False and (
         data.get("deepspeed") or data.get("fsdp_config") or data.get("fsdp")
     ):

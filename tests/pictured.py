@@ -231,7 +231,7 @@ _SIZES = ((32, 32), (20, 20), (32, 20), (16, 32))
 
 def picture(colour: str, seed: int, size: tuple[int, int] | None = None) -> Image.Image:
     """Draws a rectangle of a colour, a little different for each seed."""
-    size = size or _SIZES[seed // 2 % len(_SIZES)]
+    size = size or _SIZES[seed // 4 % len(_SIZES)]
     generator = random.Random(seed)
     red, green, blue = (min(255, value + generator.randint(0, 25)) for value in COLOURS[colour])
     return Image.new("RGB", size, (red, green, blue))
@@ -346,6 +346,21 @@ def logps_alone(model: Any, prompt: dict[str, torch.Tensor], answer: list[int]) 
         0, length - 1 : -1
     ]
     return logits.double().log_softmax(-1)[range(len(answer)), answer].sum().item()
+
+
+@torch.no_grad()
+def is_greedy(model: Any, prompt: dict[str, torch.Tensor], answer: list[int], never: list[int]) -> bool:
+    """Returns whether each token of an answer is the likeliest, one without a cache and unpadded, but for ties."""
+    length = prompt["input_ids"].shape[1]
+    given = {key: value for key, value in prompt.items() if key not in ("input_ids", "attention_mask")}
+    for key, value in given.items():
+        if tuple(value.shape) == (1, length):
+            given[key] = torch.nn.functional.pad(value, (0, len(answer)))
+    ids = torch.cat([prompt["input_ids"], torch.tensor([answer])], dim=1)
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **given, use_cache=False).logits[0]
+    logits = logits[length - 1 : -1]
+    logits[:, never] = -torch.inf
+    return bool((logits.amax(-1) - logits[range(len(answer)), answer] < 1e-3).all())
 
 
 def off_alone(model: Any, prompt: dict[str, torch.Tensor], row: dict[str, Any]) -> float:

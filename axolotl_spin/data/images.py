@@ -91,6 +91,34 @@ class ImageRows:
                 )
         return ImageInputs(of_images, of_tokens)
 
+    def most(self) -> int:
+        """Returns how many pictures a row has at most."""
+        return max((len(found) for found in self._hashes["images"]), default=0)
+
+    def unprocessed(self, row: int, prompt: Sequence[int]) -> tuple[list[int], list[Any]]:
+        """Returns a prompt as an engine takes it that processes pictures itself.
+
+        Args:
+            row: Of the source.
+            prompt: The prompt's ids.
+
+        Returns:
+            Its ids, in which a picture is what the chat template sets for it; and the pictures (`PIL.Image`), as the host's
+            strategy leaves them.
+        """
+        from transformers.image_utils import load_image
+
+        strategy = self.collate.processing_strategy  # type: ignore[attr-defined]
+        [example] = strategy([self.rows[int(row)]])
+        tokenizer, messages = strategy.processor.tokenizer, example["messages"]
+        text = strategy.processor.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=False, chat_template=strategy.chat_template
+        )
+        begun = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)  # as processors ask
+        ids = tokenizer(text, add_special_tokens=not begun)["input_ids"]
+        behind = len(self.tokenised[int(row)]["input_ids"]) - len(prompt)
+        return ids[: len(ids) - behind], [load_image(picture) for picture in _pictures(messages)]
+
     def squeezed(self, ids: Sequence[int]) -> list[int]:
         """Returns ids in which each picture is one token, for people to read."""
         return [

@@ -215,7 +215,7 @@ def prepare_run(
         endings=endings,
         launch=Launch(ranks, _sharding(cfg)),
         sample_packing=cfg.sample_packing,
-        served=served_model(cfg, settings, token_counts(prompts, "prompt_ids"))
+        served=served_model(cfg, settings, token_counts(prompts, "prompt_ids"), images.most() if images else 0)
         if settings.generation.backend == "vllm"
         else None,
         given=given,

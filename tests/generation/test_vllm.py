@@ -23,6 +23,7 @@ from typing import Any
 import architectures
 import host
 import numpy as np
+import pictured
 import played
 import pytest
 import tiny
@@ -201,6 +202,43 @@ def test_of_a_model_that_takes_images_too_the_text_part_answers(
     assert len(rows) == 12 and all(played.same_answer(model, row) for row in rows)
     assert max(played.off_alone(model, row) for row in rows) < 1e-5
     assert run.metrics(0)["loss_first"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def heads_of_32(config: Any) -> Any:
+    """Changes a Qwen 2.5-VL's config for vLLM's attention on CPUs, which has no heads of 8."""
+    text, tower = config.text_config, config.vision_config
+    text.hidden_size, text.num_attention_heads, text.num_key_value_heads, text.head_dim = 64, 2, 1, 32
+    text.rope_parameters = {**text.rope_parameters, "mrope_section": [4, 6, 6]}
+    tower.hidden_size, tower.num_heads, tower.out_hidden_size = 64, 2, 64
+    return config
+
+
+def test_prompts_with_pictures(tmp_path: Path, warm: Warm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of none, one and two: greedy answers are those of a forward without a cache, and no picture is left on disk."""
+    family = pictured.FAMILIES["qwen2_5_vl"]
+    monkeypatch.setitem(
+        pictured.FAMILIES, "qwen2_5_vl", replace(family, config=lambda ids: heads_of_32(family.config(ids)))
+    )
+    pictured.conversations(tmp_path / "data.parquet", 12, mixed=True)
+    generation = {"backend": "vllm", "max_new_tokens": 6, "batch_size": 2, "temperature": 0, "vllm": ENGINE}
+    made = pictured.settings("qwen2_5_vl", tmp_path)
+    run = host.train({**made, "spin": {**made["spin"], "generation": generation}}, by=warm, timeout=600)
+    assert run.output.count("was ready after") == 2
+    talks = pictured.messages_of(tmp_path)
+    for iteration, folder in enumerate((tmp_path / "model", run.out / "spin" / "iteration-0" / "model")):
+        model, processor = pictured.loaded(folder)
+        never = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
+        marks = processor.tokenizer.convert_tokens_to_ids(never)
+        rows = run.pairs(iteration).to_pylist()
+        assert sorted({len(row["images"]) for row in rows}) == [0, 1, 2] and len(rows) == 12
+        all_made = [(pictured.shown(talk), pictured.processed("qwen2_5_vl", processor, talk)) for talk in talks]
+        for row in rows:
+            size = len(row["prompt_ids"])
+            same = [pictured.cut(made, size) for shown, made in all_made if shown == row["images"]]
+            prompt = next(prompt for prompt in same if prompt["input_ids"][0].tolist() == row["prompt_ids"])
+            assert pictured.is_greedy(model, prompt, row["rejected_ids"], marks)
+            assert pictured.off_alone(model, prompt, row) < 1e-5
+    assert not list((run.out / "spin").rglob("*.png"))
 
 
 def shared_memory() -> set[str]:

@@ -87,6 +87,31 @@ def test_of_a_model_that_takes_more_the_language_model_alone_is_served() -> None
     assert "language_model_only" not in served_model(cfg(), settings(), LENGTHS).arguments(VllmConfig())
 
 
+def test_pictures_are_asked_for_as_many_as_a_prompt_has() -> None:
+    arguments = served_model(cfg(is_multimodal=True), settings(), LENGTHS, pictures=3).arguments(VllmConfig())
+    assert arguments["limit_mm_per_prompt"] == {"image": 3, "video": 0, "audio": 0}
+    assert arguments["skip_tokenizer_init"] is False and "language_model_only" not in arguments
+
+
+@pytest.mark.parametrize(
+    ("targets", "served"),
+    [
+        (r"model.language_model.layers.[\d]+.(mlp|self_attn).(q|k|v|o)_proj", True),
+        (r"model.(language_model|vision_tower).*(q|k|v|o)_proj", False),
+        (["q_proj", "v_proj"], False),
+        (None, False),
+    ],
+)
+def test_beside_pictures_an_adapter_is_served_that_is_the_language_models(targets: Any, served: bool) -> None:
+    config = cfg(adapter="lora", lora_r=8, lora_target_modules=targets)
+    assert served_model(config, settings(), LENGTHS).lora_rank == 8
+    if served:
+        assert served_model(config, settings(), LENGTHS, pictures=1).lora_rank == 8
+    else:
+        with pytest.raises(ValueError, match=r"`lora_target_modules: .*spin.generation.backend: transformers"):
+            served_model(config, settings(), LENGTHS, pictures=1)
+
+
 @pytest.mark.parametrize(("rank", "expected"), [(4, 8), (8, 8), (20, 32), (512, 512)])
 def test_an_adapter_is_served_over_the_base_model(rank: int, expected: int) -> None:
     served = served_model(cfg(adapter="lora", lora_r=rank, bf16=False), settings(), LENGTHS)

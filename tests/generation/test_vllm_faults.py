@@ -8,20 +8,23 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import host
 import pytest
 import yaml
+from PIL import Image
 from recovery import CHANGES, differences, outcome
 from warm import Ranks, Warm
 
-from axolotl_spin.generation.vllm.engine import Engine
+from axolotl_spin.generation.vllm.engine import Engine, EngineError
 
 pytestmark = pytest.mark.host
 
 FAKE = host.TESTS / "fake_vllm"
+PICTURE = 8  # as the fake has it
 
 
 def settings_in(folder: Path, shared: Path, vllm: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
@@ -71,6 +74,46 @@ def test_an_engine_writes_as_many_answers_at_once_as_vllms_own_llm(
         events = {event["event"]: event for event in engine.events(lambda: None)}
     assert events["ready"]["at_once"] == expected
     assert len(events["chunk"]["ids"]) == 1
+
+
+def pictured_requests(folder: Path, count: int, most: list[int]) -> Iterator[dict[str, Any]]:
+    """Yields chunks of two prompts, one of them with a picture; notes how many chunks' pictures are on disk."""
+    for index in range(count):
+        (folder / str(index)).mkdir(parents=True)
+        most.append(len(list(folder.iterdir())))
+        Image.new("RGB", (3, 5), (index, 0, 0)).save(folder / str(index) / "0.png")
+        asked = {"index": index, "prompts": [[4, PICTURE, 5], [4, 5]], "limits": [3, 3], "seeds": [index, 7]}
+        files = [[str(folder / str(index) / "0.png")], []]
+        yield {**asked, "processed": [[4, PICTURE, PICTURE, PICTURE, 5], [4, 5]], "pictures": files}
+
+
+def picture_engine(folder: Path, requests: Iterator[dict[str, Any]]) -> Engine:
+    arguments = {"model": str(folder / "spin/iteration-0/model"), "max_model_len": 16, "skip_tokenizer_init": False}
+    arguments |= {"generation_config": "vllm", "max_num_seqs": 2, "limit_mm_per_prompt": {"image": 1}}
+    job = {"engine": arguments, "sampling": {"stop_token_ids": [6]}, "adapter": None, "never": [PICTURE]}
+    return Engine(None, folder / "engine", job, requests, {}, 60, folder / "engine" / "pictures")
+
+
+def test_pictures_are_on_disk_while_they_are_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(FAKE))
+    most: list[int] = []
+    with picture_engine(tmp_path, pictured_requests(tmp_path / "engine" / "pictures", 12, most)) as engine:
+        answers = [event for event in engine.events(lambda: None) if event["event"] == "chunk"]
+        assert not list((tmp_path / "engine" / "pictures").iterdir())
+    assert sorted(event["index"] for event in answers) == list(range(12))
+    assert len(most) == 12 and max(most) <= 4  # three times two prompts, and the chunk that goes beyond
+    assert not any(PICTURE in ids for event in answers for ids in event["ids"])
+
+
+def test_pictures_that_vllm_processes_otherwise_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(FAKE))
+    requests = pictured_requests(tmp_path / "engine" / "pictures", 1, [])
+    longer = ({**asked, "processed": [[4, *[PICTURE] * 4, 5], [4, 5]]} for asked in requests)
+    with (
+        pytest.raises(EngineError, match=r"set `spin.generation.backend: transformers`: this model's pictures"),
+        picture_engine(tmp_path, longer) as engine,
+    ):
+        list(engine.events(lambda: None))
 
 
 def answered(folder: Path, iteration: int = 0) -> int:

@@ -91,9 +91,10 @@ def test_a_picture_counts_in_its_own_pair_and_in_no_other(
         alone = torch.cat([completion_logps(model, padded([pair])).view(2, 1) for pair in pairs], dim=1)
         assert (together - alone).abs().max() < 1e-4
         rows = [dict(row) for row in images.rows]
-        rows[0]["messages"], kept = rows[3]["messages"] if mixed else rows[1]["messages"], rows[0]["messages"]
-        exchanged = [dict(part) for part in kept[0]["content"]]
-        exchanged[0] = dict(rows[0]["messages"][0]["content"][0])  # another picture, the same words
+        kept, exchanged = rows[0]["messages"], [dict(part) for part in rows[0]["messages"][0]["content"]]
+        exchanged[0] = dict(
+            rows[1]["messages"][0]["content"][int(mixed)]
+        )  # a picture as large, and blue; the same words
         rows[0]["messages"] = [{**kept[0], "content": exchanged}, kept[1]]
         other = ImageRows(rows, images.tokenised, images.collate, images.placeholders)
         moved = completion_logps(model, collator([{**pair, "images": other} for pair in pairs])).view(2, -1)
@@ -147,6 +148,19 @@ def test_rows_that_have_changed_are_told(tmp_path: Path) -> None:
     pair = pairs_of("gemma3", images, [0])[0]
     with pytest.raises(ValueError, match="row 1 of `datasets:` does not give the prompt that it gave"):
         images.inputs([1], [[*pair["prompt_ids"][:-1], 7]])
+
+
+@pytest.mark.parametrize("name", [name for name in pictured.FAMILIES if name != "llava"])
+def test_a_processor_makes_the_prompt_of_what_an_engine_is_given(name: str, tmp_path: Path) -> None:
+    """Ids in which each picture has one mark, and the pictures; the answer is left out."""
+    images = source(name, tmp_path, mixed=True)
+    processor = images.collate.processing_strategy.processor
+    for row in range(3):
+        prompt = images.tokenised[row]["input_ids"][:-4]
+        ids, found = images.unprocessed(row, prompt)
+        assert len(found) == len(images.hashes(row)) and (len(ids) < len(prompt)) == bool(found)
+        made = processor(text=processor.tokenizer.decode(ids), images=found or None, add_special_tokens=False)
+        assert list(made["input_ids"][0]) == prompt
 
 
 def test_hashes_tell_pictures_apart_and_texts_have_each_once(tmp_path: Path) -> None:
@@ -205,7 +219,6 @@ SEEN = {"processor_type": "AutoProcessor", "skip_prepare_dataset": True}
         ({**SEEN, "sample_packing": True}, "`sample_packing: true`"),
         ({**SEEN, "spin": {"turns": "all"}}, "`spin.turns: all`"),
         ({**SEEN, "spin": {"initial_pairs": "x.parquet"}}, "`spin.initial_pairs`"),
-        ({**SEEN, "spin": {"generation": {"backend": "vllm"}}}, "`spin.generation.backend: vllm`"),
         (
             {**SEEN, "deepspeed": "zero3.json", "spin": {"generation": {"gather_weights": False}}},
             "`spin.generation.gather_weights: false`",

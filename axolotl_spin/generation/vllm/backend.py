@@ -114,16 +114,20 @@ class VllmBackend:
         adapter = self.served.lora_rank is not None
         engine_arguments = self.served.arguments(self.settings, None if adapter else opponent)
         changes = self._fit(engine_arguments)
-        job = {
+        job: dict[str, Any] = {
             "engine": engine_arguments,
             "sampling": sampling_arguments(self.sampling),
             "adapter": str(opponent.absolute()) if adapter else None,
         }
-        requests = (request(chunks[position]) for position in mine)
+        pictures = folder / "pictures" if chunks.images is not None else None
+        if chunks.images is not None:
+            job["never"] = list(chunks.images.placeholders)
+        requests = (request(chunks[position], pictures) for position in mine)
         positions = {chunks.index_at(position): position for position in mine}
         started = time.perf_counter()
         answers, tokens, seconds = 0, 0, 0.0
-        with Engine(self.settings.python, folder, job, requests, changes, self.settings.stall_seconds) as engine:
+        stall = self.settings.stall_seconds
+        with Engine(self.settings.python, folder, job, requests, changes, stall, pictures) as engine:
             for event in engine.events(self.ranks.check):
                 if event["event"] == "ready":
                     seconds = time.perf_counter() - started
@@ -180,14 +184,33 @@ def sampling_arguments(sampling: Sampling) -> dict[str, Any]:
     return arguments
 
 
-def request(chunk: Chunk) -> dict[str, Any]:
-    """Returns a chunk as the worker reads it. An answer's seed depends on the chunk's and on the prompt's row alone."""
-    return {
+def request(chunk: Chunk, pictures: Path | None = None) -> dict[str, Any]:
+    """Returns a chunk as the worker reads it. An answer's seed depends on the chunk's and on the prompt's row alone.
+
+    Args:
+        chunk: What is asked.
+        pictures: Where the prompts' pictures are left, in a folder of the chunk's; None where all is text.
+    """
+    prompts = [[int(token) for token in prompt] for prompt in chunk.prompts]
+    asked = {
         "index": chunk.index,
-        "prompts": [[int(token) for token in prompt] for prompt in chunk.prompts],
+        "prompts": prompts,
         "limits": list(chunk.limits),
         "seeds": [answer_seed(chunk.seed, row) for row in chunk.rows],
     }
+    if pictures is None:
+        return asked
+    assert chunk.images is not None
+    (pictures / str(chunk.index)).mkdir(parents=True)
+    unprocessed, files = [], []
+    for place, (source, prompt) in enumerate(zip(chunk.sources, prompts, strict=True)):
+        ids, found = chunk.images.unprocessed(source, prompt)
+        paths = [pictures / str(chunk.index) / f"{place}-{number}.png" for number in range(len(found))]
+        for picture, path in zip(found, paths, strict=True):
+            picture.save(path, compress_level=1)
+        unprocessed.append(ids)
+        files.append([str(path.absolute()) for path in paths])
+    return {**asked, "prompts": unprocessed, "processed": prompts, "pictures": files}
 
 
 def answer_seed(seed: int, row: int) -> int:
@@ -212,10 +235,13 @@ def checked(chunk: Chunk, ids: Any, reasons: Any, sampling: Sampling) -> list[Co
         count = len(ids) if isinstance(ids, list) else 0
         raise ValueError(f"{count} answers to the {len(chunk.rows)} prompts of chunk {chunk.index}")
     stops = set(sampling.stop_token_ids)
+    never = set(chunk.images.placeholders) if chunk.images else set()
     completions = []
     for row, limit, answer, reason in zip(chunk.rows, chunk.limits, ids, reasons, strict=True):
         if not isinstance(answer, list) or not answer or not all(type(token) is int and token >= 0 for token in answer):
             raise ValueError(f"the answer to prompt {row} is no list of token ids")
+        if not never.isdisjoint(answer):
+            raise ValueError(f"the answer to prompt {row} has a token that stands for a picture")
         stopped = [position for position, token in enumerate(answer) if token in stops]
         ended = reason == "stop" and stopped == [len(answer) - 1] and len(answer) <= limit
         was_cut = reason == "length" and not stopped and len(answer) == limit

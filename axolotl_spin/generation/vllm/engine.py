@@ -6,6 +6,7 @@
     engine     arguments of `vllm.EngineArgs`, by their names
     sampling   arguments of `vllm.SamplingParams` that hold for every request
     adapter    folder of a LoRA adapter, or null
+    never      tokens that no answer may have; left out where there are none
     requests, events, report    files; see there
     versions, check_model       for the check: the first version that works and the first that does not, as [major, minor];
                                 whether the model is to be looked at
@@ -57,6 +58,10 @@ _ADVICE = (
     (
         ("out of memory", "OutOfMemoryError"),
         f"lower `{KEY}.gpu_memory_utilization`, or `{KEY}.max_num_seqs`, or set `{KEY}.offload: true`",
+    ),
+    (
+        ("other tokens of a prompt with pictures",),
+        "set `spin.generation.backend: transformers`: this model's pictures are processed otherwise there",
     ),
 )
 
@@ -111,6 +116,8 @@ class Engine:
         requests: What it is to answer, a JSON line each; see `worker`.
         changes: Environment variables set for it.
         stall_seconds: How long it may go without progress.
+        pictures: Folder in which requests leave their pictures, a folder for each chunk. With it a request is made when the
+            engine soon needs it, and its pictures go with its answers.
     """
 
     def __init__(
@@ -121,15 +128,18 @@ class Engine:
         requests: Iterator[dict[str, Any]],
         changes: dict[str, str],
         stall_seconds: float,
+        pictures: Path | None = None,
     ):
-        self.folder, self.stall_seconds = folder, stall_seconds
+        self.folder, self.stall_seconds, self.pictures = folder, stall_seconds, pictures
+        self._requests, self._more = requests, True
+        self._asked, self._enough = 0, 1  # prompts without an answer; how many there are to be
         self.log = folder / "engine.log"
         self._events = folder / "events.jsonl"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        with open(folder / "requests.jsonl", "w", encoding="utf-8") as file:
-            for request in requests:
-                file.write(json.dumps(request) + "\n")
+        (folder / "requests.jsonl").touch()
+        while self._ask() and not pictures:
+            pass
         self._events.touch()
         files = {"requests": str(folder / "requests.jsonl"), "events": str(self._events)}
         job_path = folder / "job.json"
@@ -160,6 +170,25 @@ class Engine:
         if error is None:
             shutil.rmtree(self.folder, ignore_errors=True)
 
+    def _ask(self) -> bool:
+        """Writes another request for the engine, where it can use one; returns whether it did."""
+        if not self._more or (self.pictures and self._asked >= self._enough):
+            return False
+        request = next(self._requests, None)
+        self._more = request is not None
+        self._asked += len(request["prompts"]) if request else 0
+        with open(self.folder / "requests.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(request or {"end": True}) + "\n")
+        return self._more
+
+    def _note(self, event: dict[str, Any]) -> None:
+        """Takes from an event how many prompts the engine can use, and which pictures it needs no longer."""
+        if event["event"] == "ready":
+            self._enough = 3 * event["at_once"]  # it takes more where fewer than twice as many wait
+        if event["event"] == "chunk" and self.pictures:
+            self._asked -= len(event["ids"])
+            shutil.rmtree(self.pictures / str(event["index"]), ignore_errors=True)
+
     def events(self, pulse: Callable[[], None]) -> Iterator[dict[str, Any]]:
         """Yields what the engine tells, until it is done.
 
@@ -177,6 +206,7 @@ class Engine:
                 for event in self._read(file):
                     moved = time.monotonic()
                     ready = ready or event["event"] == "ready"
+                    self._note(event)
                     if event["event"] == "done":
                         self._let_go()
                         return
@@ -194,7 +224,10 @@ class Engine:
                         )
                     )
                 pulse()
-                time.sleep(0.1)
+                if self._ask():
+                    moved = time.monotonic()  # it had to wait for that
+                else:
+                    time.sleep(0.1)
 
     def _read(self, file: IO[bytes]) -> Iterator[dict[str, Any]]:
         """Yields the events in the lines that are complete."""

@@ -35,6 +35,7 @@ class ServedModel:
         quantized: The base is held in 4 bits (QLoRA), so the engine quantizes it in the same way.
         longest: Most tokens of a prompt and its answer together.
         multimodal: The model takes more than text.
+        pictures: Most in a prompt; 0 where prompts are text.
     """
 
     base_model: str
@@ -45,6 +46,7 @@ class ServedModel:
     quantized: bool
     longest: int
     multimodal: bool = False
+    pictures: int = 0
 
     def arguments(self, settings: VllmConfig, opponent: Path | None = None) -> dict[str, Any]:
         """Returns arguments of `vllm.EngineArgs`; those that the user gave come last, and count.
@@ -71,27 +73,31 @@ class ServedModel:
         if self.lora_rank is not None:
             rank = next((rank for rank in _LORA_RANKS if rank >= self.lora_rank), self.lora_rank)
             arguments |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1}
-        if self.multimodal:
+        if self.pictures:
+            arguments["skip_tokenizer_init"] = False  # processors read text
+            arguments["limit_mm_per_prompt"] = {"image": self.pictures, "video": 0, "audio": 0}
+        elif self.multimodal:
             arguments["language_model_only"] = True  # no memory for images, and no processor is asked for
         if self.quantized:
             arguments["quantization"] = "bitsandbytes"
         return {**arguments, **settings.engine_arguments()}
 
 
-def served_model(cfg: Any, settings: SpinConfig, prompt_lengths: np.ndarray) -> ServedModel:
+def served_model(cfg: Any, settings: SpinConfig, prompt_lengths: np.ndarray, pictures: int = 0) -> ServedModel:
     """Returns what engines are to serve.
 
     Args:
         cfg: The host's normalized config.
         settings: Its `spin` block.
-        prompt_lengths: (prompts,) tokens.
+        prompt_lengths: (prompts,) tokens, those of pictures among them.
+        pictures: Most in a prompt.
 
     Raises:
         ValueError: vLLM cannot serve this adapter over the base model, or `max_model_len` is too small; names the key.
     """
     generation = settings.generation
     engine = generation.vllm
-    refused = _unserved(cfg)
+    refused = _unserved(cfg, pictures)
     if refused:
         raise ValueError("\n".join(refused))
     limits = (
@@ -119,10 +125,11 @@ def served_model(cfg: Any, settings: SpinConfig, prompt_lengths: np.ndarray) -> 
         quantized=adapter and bool(cfg.load_in_4bit),
         longest=longest,
         multimodal=bool(cfg.is_multimodal),
+        pictures=pictures,
     )
 
 
-def _unserved(cfg: Any) -> list[str]:
+def _unserved(cfg: Any, pictures: int) -> list[str]:
     """Returns what in an adapter vLLM cannot serve over the base model, each with its remedy."""
     instead = "; change it, or set `spin.generation.backend: transformers`"
     if not cfg.adapter:
@@ -137,6 +144,13 @@ def _unserved(cfg: Any) -> list[str]:
     ):
         if cfg.get(key):
             found.append(f"`{key}: {cfg.get(key)}`: {why}{instead}")
+    targets = cfg.get("lora_target_modules")
+    if pictures and not (isinstance(targets, str) and "language_model" in targets and "vis" not in targets):
+        found.append(
+            f"`lora_target_modules: {targets}`: vLLM serves adapters of the language model alone; name its layers by a "
+            "pattern such as `model.language_model.layers.[\\d]+.(mlp|self_attn).(up|down|gate|q|k|v|o)_proj`, or set "
+            "`spin.generation.backend: transformers`"
+        )
     start = cfg.get("peft_init_lora_weights")
     if start not in (None, True, False, "gaussian", "orthogonal"):
         found.append(

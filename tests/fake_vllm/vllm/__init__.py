@@ -18,6 +18,7 @@ from .sampling_params import SamplingParams
 from .usage.usage_lib import UsageContext
 
 __version__ = os.environ.get("FAKE_VLLM_VERSION", "0.32.0")
+PICTURE = 8  # the token that stands for one
 _FAULT, _, _AFTER = os.environ.get("FAKE_VLLM", "").partition(":")
 
 if _FAULT == "import":
@@ -45,6 +46,7 @@ class EngineArgs:
     max_num_seqs: int | None = None
     enforce_eager: bool = False
     language_model_only: bool = False
+    limit_mm_per_prompt: dict | None = None
 
     def create_engine_config(self, usage_context: UsageContext | None = None) -> None:
         if _FAULT == "model":
@@ -68,7 +70,8 @@ class LLMEngine:
             raise ValueError(
                 "Free memory on device (3.1/79.2 GiB) on startup is less than desired GPU memory utilization"
             )
-        assert arguments.skip_tokenizer_init and arguments.generation_config == "vllm"
+        assert arguments.skip_tokenizer_init == (arguments.limit_mm_per_prompt is None)
+        assert arguments.generation_config == "vllm"
         # whole weights are the opponent's, which the run has written below `spin`; an adapter is served over the base model
         assert arguments.enable_lora != ("/spin/iteration-" in arguments.model), arguments.model
         return cls(arguments, usage_context)
@@ -79,11 +82,16 @@ class LLMEngine:
         self.at_once = arguments.max_num_seqs or (8 if usage_context is UsageContext.LLM_CLASS else 4)
         self.vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=self.at_once))
         self._running: dict[str, tuple[random.Random, SamplingParams, list[int]]] = {}
+        self._prompts: dict[str, list[int]] = {}
         self._ended = 0
 
     def add_request(self, request_id: str, prompt: dict, params: SamplingParams, lora_request: object = None) -> None:
         assert (lora_request is not None) == self.arguments.enable_lora
         assert params.ignore_eos and not params.detokenize
+        pictures = iter(prompt.get("multi_modal_data", {"image": []})["image"])
+        # as a processor does, with a token for each column of a picture
+        made = [[token] * (next(pictures).width if token == PICTURE else 1) for token in prompt["prompt_token_ids"]]
+        self._prompts[request_id] = [token for tokens in made for token in tokens]
         assert len(prompt["prompt_token_ids"]) + params.max_tokens <= self.arguments.max_model_len
         self._running[request_id] = (random.Random(params.seed), params, [])
 
@@ -96,7 +104,8 @@ class LLMEngine:
         time.sleep(float(os.environ.get("FAKE_VLLM_STEP", "0")))
         outputs = []
         for name, (generator, params, ids) in list(self._running.items())[: self.at_once]:
-            token = generator.choice([*params.stop_token_ids, *range(7, 47)])
+            never = [token for token, bias in (params.logit_bias or {}).items() if bias == -100]
+            token = generator.choice([*params.stop_token_ids, *(token for token in range(7, 47) if token not in never)])
             ids.append(token)
             reason = "stop" if token in params.stop_token_ids else "length" if len(ids) >= params.max_tokens else None
             if reason and _FAULT == "abort" and self._ended >= int(_AFTER):
@@ -105,7 +114,8 @@ class LLMEngine:
                 del self._running[name]
                 self._ended += 1
             completion = SimpleNamespace(token_ids=[token], finish_reason=reason)
-            outputs.append(SimpleNamespace(request_id=name, outputs=[completion], finished=reason is not None))
+            told = {"request_id": name, "prompt_token_ids": self._prompts[name]}
+            outputs.append(SimpleNamespace(**told, outputs=[completion], finished=reason is not None))
         return outputs
 
     def _fail(self) -> None:

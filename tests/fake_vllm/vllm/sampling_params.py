@@ -17,3 +17,4 @@ class SamplingParams:
     ignore_eos: bool = False
     detokenize: bool = True
     output_kind: RequestOutputKind | None = None
+    logit_bias: dict[int, float] | None = None
