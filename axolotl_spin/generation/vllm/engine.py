@@ -126,7 +126,8 @@ class Engine:
         self.log = folder / "engine.log"
         self._events = folder / "events.jsonl"
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700)  # prompts, answers, and what the engine says
         with open(folder / "requests.jsonl", "w", encoding="utf-8") as file:
             for request in requests:
                 file.write(json.dumps(request) + "\n")
