@@ -46,7 +46,7 @@ def watch(notes: Path) -> None:
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         said: list[str] = []
         if event == "open":
-            path, mode, flags = arguments
+            path, _, flags = arguments
             if isinstance(path, (str, bytes)) and (flags or 0) & _WRITES:
                 said = [os.path.abspath(os.fsdecode(path))]
         elif event in _PATHS:
