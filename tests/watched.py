@@ -1,7 +1,7 @@
 """Notes what a process of the host does that could do harm, by an audit hook: for `test_security.py`.
 
 SPIN_WATCH names the file of the notes, a JSON list a line: an event of Python's, and what it was about. Libraries in C that
-open files by themselves (Arrow, safetensors) are not seen.
+open files by themselves (Arrow, safetensors) are not seen. As a module it is `axolotl spin ...`, watched.
 """
 
 from __future__ import annotations
@@ -62,3 +62,10 @@ def watch(notes: Path) -> None:
             os.write(file, f"{json.dumps([event, *said])}\n".encode())
 
     sys.addaudithook(hook)
+
+
+if __name__ == "__main__":
+    watch(Path(os.environ["SPIN_WATCH"]))
+    from axolotl_spin.cli import spin
+
+    spin()
