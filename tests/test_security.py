@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -20,7 +21,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny
+import torch
 from datasets import config as datasets_config
+from jinja2.exceptions import SecurityError
+from transformers import AutoModelForCausalLM
 from warm import Warm
 
 from axolotl_spin.data.initial_pairs import read_file
@@ -116,7 +120,7 @@ def check(found: list[list[str]], folder: Path) -> None:
     assert any(event == "exec" for event, *_ in found), "nothing was watched"
     assert [note for note in found if note[0] == "pickle.find_class" and not PIPES & set(note)] == []
     assert [note for note in found if note[0] == "exec" and note[1].startswith(str(folder))] == []
-    own = [folder / name for name in ("out", "prepared", "exported")]
+    own = [folder / name for name in ("out", "prepared", "exported", "copy")]
     # of the host and its libraries: caches, and temporary files
     theirs = [Path(tempfile.gettempdir()), Path(datasets_config.HF_DATASETS_CACHE), Path(os.devnull)]
     for path in touched(found):
@@ -209,7 +213,51 @@ def test_a_run_over_hostile_files(tmp_path: Path, victim: Path, warm: Warm) -> N
     assert list(marks.iterdir()) == []
 
 
-def test_what_the_test_above_looks_for_is_seen(tmp_path: Path, victim: Path, warm: Warm) -> None:
+def test_a_checkpoint_whose_optimizer_is_a_pickle_is_refused(tmp_path: Path, warm: Warm) -> None:
+    """Its mark is forged to fit, which who writes a folder can do; the host reads it without unpickling."""
+    settings = host.config(tmp_path / "made", rows=12, output_dir=str(tmp_path / "copy"), spin={"iterations": 1})
+    settings["spin"]["generation"] = {"max_new_tokens": 6}
+    run = host.train(settings, by=warm)
+    [checkpoint] = run.out.glob("checkpoint-*")
+    bomb = pickle.dumps(Bomb(tmp_path / "unpickled"))
+    mark = json.loads((checkpoint / "spin.json").read_text())
+    (checkpoint / "optimizer.pt").write_bytes(bomb)
+    mark["files"] |= {"optimizer.pt": len(bomb)}
+    (checkpoint / "spin.json").write_text(json.dumps(mark))
+    settings["spin"]["iterations"] = 2
+    again = host.train(settings, fails=True, by=warm)
+    assert "going on from" in again.output and "Weights only load failed" in again.output
+    assert not (tmp_path / "unpickled").exists()
+
+
+@pytest.mark.parametrize("torch_zip", [False, True])
+def test_weights_that_are_pickles_are_refused(torch_zip: bool, tmp_path: Path) -> None:
+    tiny.save(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    path = tmp_path / "model" / "pytorch_model.bin"
+    if torch_zip:
+        torch.save(Bomb(tmp_path / "unpickled"), path)
+    else:
+        path.write_bytes(pickle.dumps(Bomb(tmp_path / "unpickled")))
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert not (tmp_path / "unpickled").exists()
+
+
+def test_a_chat_template_that_reaches_for_python_is_refused() -> None:
+    words = tiny.tokenizer()
+    words.chat_template = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
+    with pytest.raises(SecurityError):
+        words.apply_chat_template([{"role": "user", "content": "w1"}], tokenize=False)
+
+
+def test_the_tests_that_the_page_names_are_there() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (host.ROOT / "docs" / "security.md").read_text())
+    assert len(named) > 20
+    assert [(file, name) for file, name in named if f"def {name}(" not in (host.ROOT / file).read_text()] == []
+
+
+def test_what_a_whole_run_is_watched_for_is_seen(tmp_path: Path, victim: Path, warm: Warm) -> None:
     """The hook notes pickles, code and writes; with `trust_remote_code` the model's code does run."""
     marks = tmp_path / "marks"
     marks.mkdir()

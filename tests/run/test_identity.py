@@ -90,6 +90,19 @@ def test_benchmarks_do_not_change_the_result(tmp_path: Path) -> None:
     assert not changes(load(tmp_path, spin={})[0], load(tmp_path, spin=asked)[0])
 
 
+def test_no_key_of_a_tracker_is_noted(tmp_path: Path) -> None:
+    """`plan.json` lies beside what a run uploads and shows."""
+    keys = {"use_swanlab": True, "swanlab_api_key": "kept-to-myself", "swanlab_lark_webhook_url": "kept-to-myself",
+            "swanlab_lark_secret": "kept-to-myself", "comet_api_key": "kept-to-myself"}  # fmt: skip
+    ours = "axolotl_spin.SpinPlugin"
+    plain, tracked = (
+        load(tmp_path)[0],
+        load(tmp_path, plugins=[ours, "axolotl.integrations.swanlab.SwanLabPlugin"], **keys)[0],
+    )
+    assert tracked.identity.values["swanlab_api_key"] == "kept-to-myself"  # the host knows it
+    assert "kept-to-myself" not in json.dumps(tracked.identity.to_json()) and changes(plain, tracked) == []
+
+
 def test_a_key_of_a_coming_host_is_compared() -> None:
     assert reasons("a_key_that_no_host_has_yet") == []
 
