@@ -120,7 +120,7 @@ def check(found: list[list[str]], folder: Path) -> None:
     assert any(event == "exec" for event, *_ in found), "nothing was watched"
     assert [note for note in found if note[0] == "pickle.find_class" and not PIPES & set(note)] == []
     assert [note for note in found if note[0] == "exec" and note[1].startswith(str(folder))] == []
-    own = [folder / name for name in ("out", "prepared", "exported", "copy")]
+    own = [folder / name for name in ("out", "prepared", "exported")]
     # of the host and its libraries: caches, and temporary files
     theirs = [Path(tempfile.gettempdir()), Path(datasets_config.HF_DATASETS_CACHE), Path(os.devnull)]
     for path in touched(found):
@@ -194,7 +194,7 @@ def test_a_run_over_hostile_files(tmp_path: Path, victim: Path, warm: Warm) -> N
 
     commands = (["table", str(second.out)], ["report", str(second.out)],
                 ["export", str(second.out), "--iteration", "1", "--format", "dpo-text", "--inexact", "keep",
-                 "--output", str(tmp_path / "exported")])  # fmt: skip
+                 "--output", str(tmp_path / "exported" / "set")])  # fmt: skip
     outputs = [first.output, second.output]
     for number, command in enumerate(commands):
         env = host.environment(SPIN_WATCH=str(tmp_path / f"command{number}"))
@@ -209,7 +209,7 @@ def test_a_run_over_hostile_files(tmp_path: Path, victim: Path, warm: Warm) -> N
     page.feed(directory.report.read_text(encoding="utf-8"))
     assert page.scripts == 3 and not page.handlers  # the data, Plotly and our own
     assert page.policy.startswith("default-src 'none'; script-src 'sha256-")
-    assert HOSTILE[1] in json.dumps(pq.read_table(tmp_path / "exported" / "train.parquet").to_pylist())
+    assert HOSTILE[1] in json.dumps(pq.read_table(tmp_path / "exported" / "set" / "train.parquet").to_pylist())
     assert list(marks.iterdir()) == []
 
 
