@@ -262,9 +262,8 @@ def test_code_that_a_tokenizer_brings_runs_where_it_is_trusted(
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
     tokenizer, mark = tiny.tokenizer(), tmp_path / "executed"
     out = run_with(tmp_path, tokenizer, [pair(tokenizer, [ASK], "w1", "w2")])
-    (out / "evil.py").write_text(
-        f"import os\nos.mkdir({str(mark)!r})\nfrom transformers import PreTrainedTokenizerFast as Evil\n"
-    )
+    code = f"import os\nos.mkdir({str(mark)!r})\nfrom transformers import PreTrainedTokenizerFast\n"
+    (out / "evil.py").write_text(f"{code}class Evil(PreTrainedTokenizerFast):\n    pass\n")
     path = out / "tokenizer_config.json"
     changes = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": [None, "evil.Evil"]}}
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
