@@ -95,7 +95,7 @@ def test_benchmarks_do_not_change_the_result(tmp_path: Path) -> None:
 
 
 def test_no_credential_is_noted() -> None:
-    """`plan.json` lies beside what a run uploads and shows: no key of the host or of its plugins that is a secret is in it."""
+    """`plan.json` lies beside what a run uploads and shows: no secret of the host or of its plugins is in it."""
     folder = Path(axolotl.integrations.__file__).parent
     names = {key for key in AxolotlInputConfig.model_fields if without_secrets("some text", key) == LEFT_OUT}
     for path in folder.glob("*/args.py"):
