@@ -24,6 +24,7 @@ import tiny
 import torch
 from datasets import config as datasets_config
 from jinja2.exceptions import SecurityError
+from rows import load
 from transformers import AutoModelForCausalLM
 from warm import Warm
 
@@ -249,6 +250,13 @@ def test_a_chat_template_that_reaches_for_python_is_refused() -> None:
     words.chat_template = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
     with pytest.raises(SecurityError):
         words.apply_chat_template([{"role": "user", "content": "w1"}], tokenize=False)
+
+
+@pytest.mark.parametrize("model_id", [None, "me/model"])
+def test_an_upload_of_the_data_is_said(model_id: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The host's upload takes all of `output_dir` but its checkpoints."""
+    load(tmp_path, hub_model_id=model_id)
+    assert ("the host uploads `output_dir` with its `spin` folder" in caplog.text) == bool(model_id)
 
 
 def test_the_tests_that_the_page_names_are_there() -> None:

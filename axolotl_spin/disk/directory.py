@@ -165,6 +165,20 @@ def check_output_dir(output_dir: str) -> None:
         raise OSError(error.errno, message) from error
 
 
+def describe_upload(hub_model_id: str | None) -> str | None:
+    """Returns what is uploaded with a run's model; None where nothing is.
+
+    Args:
+        hub_model_id: The host's key.
+    """
+    if not hub_model_id:
+        return None
+    return (
+        f"`hub_model_id: {hub_model_id}`: the host uploads `output_dir` with its `spin` folder, so all prompts, human "
+        "answers and own answers: see that the repository is private, or upload the model by hand"
+    )
+
+
 def check_base_model(base_model: str) -> None:
     """Checks that a start model which is written as a path is there; the host would take it for a name on the hub.
 
