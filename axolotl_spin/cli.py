@@ -9,6 +9,7 @@ from typing import Any, TextIO
 import click
 
 from axolotl_spin.commands.output import prints_result
+from axolotl_spin.disk.printable import printable
 from axolotl_spin.monitor.ending import end_plainly
 
 _RATE = click.FloatRange(min=0, min_open=True)
@@ -85,6 +86,7 @@ def generate(config: str) -> None:
     "--test-rows", type=click.IntRange(min=0), default=0, help="So many pairs at the end become the split `test`."
 )
 @click.option("--tokenizer", default="", help="Name or path of the run's tokenizer. Default: the one in OUTPUT_DIR.")
+@click.option("--trust-remote-code", is_flag=True, help="Let code run that the tokenizer brings along.")
 @prints_result
 def export(result: TextIO, **options: Any) -> None:
     """Write the pairs of one iteration of the run in OUTPUT_DIR, going on, stopped or finished, as a dataset."""
@@ -92,7 +94,7 @@ def export(result: TextIO, **options: Any) -> None:
 
     asked = Export(**options)
     for line in describe(asked, export_pairs(asked)):
-        click.echo(line, file=result)
+        click.echo(printable(line), file=result)
 
 
 @spin.command()
@@ -128,6 +130,7 @@ def table(output_dir: Path, result: TextIO) -> None:
 @click.option("--model-args", default="", help="With vllm: arguments of lm-eval's vLLM model, as key=value,key=value.")
 @click.option("--apply-chat-template", is_flag=True, help="Put the samples into the chat template.")
 @click.option("--confirm-run-unsafe-code", is_flag=True, help="Allow tasks that run what the model writes as code.")
+@click.option("--trust-remote-code", is_flag=True, help="Let code run that a model or tokenizer brings along.")
 @click.option(
     "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="With hf: requests at once."
 )
@@ -145,7 +148,7 @@ def evaluate(tasks: str, result: TextIO, **options: Any) -> None:
 
     asked = Evaluation(tasks=[task.strip() for task in tasks.split(",") if task.strip()], **options)
     for line in evaluate_models(asked):
-        click.echo(line, file=result)
+        click.echo(printable(line), file=result)
     run = read_run(asked.output_dir)
     metrics = read_metrics(run.directory.metrics(entry.iteration) for entry in run.iterations)
     print_wide(iteration_table(metrics), file=result)

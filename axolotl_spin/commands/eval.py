@@ -28,6 +28,7 @@ class Evaluation:
     model_args: str
     apply_chat_template: bool
     confirm_run_unsafe_code: bool
+    trust_remote_code: bool
     batch_size: int
     device: str | None
 
@@ -58,7 +59,7 @@ def evaluate_models(asked: Evaluation) -> Iterator[str]:
     except (NoRunError, ValueError) as error:
         raise click.ClickException(str(error)) from error
     for saved in saved_models(run):
-        yield _evaluate(saved, run, benchmarks, ask)
+        yield _evaluate(saved, run, benchmarks, ask, trusted=asked.trust_remote_code)
     for entry in run.iterations:
         if not _is_saved(run, entry.iteration):
             why = "is not over" if "spin/training_seconds" not in run.metrics.get(entry.iteration, {}) else (
@@ -68,7 +69,8 @@ def evaluate_models(asked: Evaluation) -> Iterator[str]:
 
 
 def _backend(asked: Evaluation, run: RunData) -> Ask:
-    config = run.about.get("config") or {}
+    # whoever wrote the run's folder wrote its config too: that it trusted the model's code says nothing here
+    config = {**(run.about.get("config") or {}), "trust_remote_code": asked.trust_remote_code}
     if asked.backend == "hf":
         return ask_by_transformers(config, asked.batch_size, asked.device)
     from lm_eval.utils import simple_parse_args_string
@@ -76,7 +78,7 @@ def _backend(asked: Evaluation, run: RunData) -> Ask:
     return ask_by_vllm(config, asked.python, simple_parse_args_string(asked.model_args))
 
 
-def _evaluate(saved: SavedModel, run: RunData, benchmarks: Benchmarks, ask: Ask) -> str:
+def _evaluate(saved: SavedModel, run: RunData, benchmarks: Benchmarks, ask: Ask, *, trusted: bool) -> str:
     """Asks a model, unless what is asked for is on disk; returns what there is to say."""
     like: dict[str, Any] = {"run": saved.mark, "limit": benchmarks.limit, "chat_template": benchmarks.chat_template}
     known = read_evals(saved.evals)
@@ -86,7 +88,12 @@ def _evaluate(saved: SavedModel, run: RunData, benchmarks: Benchmarks, ask: Ask)
     try:
         found = ask(saved, benchmarks)
     except (OSError, ValueError) as error:  # a model that cannot be loaded, an engine that ended
-        raise click.ClickException(f"{saved.name} ({saved.adapter or saved.model}): {error}") from error
+        message = f"{saved.name} ({saved.adapter or saved.model}): {error}"
+        if (run.about.get("config") or {}).get("trust_remote_code") and not trusted:
+            message += (
+                "\nthe run had `trust_remote_code: true`: if you trust that code as well, add --trust-remote-code"
+            )
+        raise click.ClickException(message) from error
     write_evals(saved.evals, collect(found, **like))
     whole = read_evals(saved.evals)
     assert whole is not None

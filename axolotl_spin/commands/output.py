@@ -9,6 +9,10 @@ from contextlib import contextmanager, redirect_stdout
 from functools import wraps
 from typing import Any, TextIO
 
+import click
+
+from axolotl_spin.disk.printable import printable
+
 
 @contextmanager
 def result_stream() -> Iterator[TextIO]:
@@ -43,7 +47,11 @@ def prints_result(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def run(**options: Any) -> None:
-        with result_stream() as result:
-            command(result=result, **options)
+        try:
+            with result_stream() as result:
+                command(result=result, **options)
+        except click.ClickException as error:
+            error.message = printable(error.message)  # it may quote a file
+            raise
 
     return run

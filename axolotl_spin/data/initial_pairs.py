@@ -23,6 +23,7 @@ from axolotl_spin.data.answers import flat, identical
 from axolotl_spin.data.endings import last_ids
 from axolotl_spin.data.pairs import BATCH_ROWS, SCHEMA
 from axolotl_spin.data.staging import STAGED
+from axolotl_spin.disk.printable import printable
 
 PAIRS_FILE = "pairs.parquet"
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -167,7 +168,7 @@ def naming(source: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, pa.ArrowException) as error:
-        raise ValueError(f"`spin.initial_pairs: {source}`: {error}") from error
+        raise ValueError(printable(f"`spin.initial_pairs: {source}`: {error}")) from error
 
 
 def _check_rows(batch: pa.RecordBatch, first: int, vocabulary: int, sequence_len: int) -> None:

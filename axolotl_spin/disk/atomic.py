@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from axolotl_spin.disk.printable import printable
 
 
 @contextmanager
@@ -100,21 +103,32 @@ def remove_folder(path: Path, root: Path) -> None:
     root.mkdir(parents=True, exist_ok=True)
     gone = path_aside(root / path.name)
     os.replace(path, gone)
-    shutil.rmtree(gone, ignore_errors=True)
+    _remove(gone)
+
+
+def _remove(path: Path) -> None:
+    """Removes a file or a folder; of a link the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# what is written aside by this module, and what stands in an iteration's folder only while the iteration lasts
+_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}|\.pairs\.arrow|\.{1,2}opponent|\.model|\.engine-\d+")
 
 
 def remove_leftovers(root: Path) -> None:
-    """Removes what a killed run left half written: the dotted names that this module writes aside.
+    """Removes what a killed run left half written; other dotted names, and what lies behind a link, are none of ours.
 
     Args:
         root: The `spin` folder of a run that no process is writing to.
     """
     for pattern in (".*", "start/.*", "iteration-*/.*", "iteration-*/chunks/.*"):
         for path in root.glob(pattern):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+            inside = [root, *(root / part for part in path.relative_to(root).parents)]
+            if _LEFTOVER.fullmatch(path.name) and not any(folder.is_symlink() for folder in inside):
+                _remove(path)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -130,7 +144,14 @@ WEIGHTS = b"axolotl_spin_weights"
 
 
 class DamagedFileError(ValueError):
-    """An artifact is cut, empty, corrupt, or not what its name says."""
+    """An artifact is cut, empty, corrupt, or not what its name says.
+
+    Args:
+        message: What is wrong; it may quote the file.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
 
 
 class StaleFileError(DamagedFileError):
@@ -145,14 +166,14 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON artifact.
 
     Raises:
-        DamagedFileError: The file is not a JSON object; names it.
+        DamagedFileError: The file is not a JSON object, or one too deep or with numbers too long; names it.
         FileNotFoundError: There is no such file.
     """
     try:
         value = json.loads(path.read_bytes().decode("utf-8"))
     except FileNotFoundError:
         raise
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DamagedFileError(f"{path} is damaged ({error})") from error
     if not isinstance(value, dict):
         raise DamagedFileError(f"{path} is damaged (a JSON object was expected)")

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from axolotl_spin.disk.atomic import path_aside
+from axolotl_spin.disk.printable import printable
 
 
 class RunDirectory:
@@ -101,6 +105,45 @@ class RunDirectory:
         return self.iteration(iteration) / "chunks" / f"{chunk:06d}.parquet"
 
 
+class ForeignFolderError(ValueError):
+    """Something in a run's folder is neither a file nor a folder, so that no run made it."""
+
+
+def check_own(directory: RunDirectory) -> None:
+    """Refuses a `spin` folder with links and pipes in it: whoever made them chose what would be read or overwritten.
+
+    A run makes plain files and folders alone. `replaced-N` is passed over: nothing in it is read or written again. The
+    folder that `output_dir` names may itself be reached by links, which are the user's.
+
+    Args:
+        directory: The run's; it need not be there.
+
+    Raises:
+        ForeignFolderError: Names what was found.
+    """
+    found = next(_foreign(directory.root), None)
+    if found is not None:
+        raise ForeignFolderError(
+            f"{printable(found)} is a link or a special file, which no run makes: what is read and written by that name "
+            "would lie outside the run's folder. Put what it stands for in its place, or remove it; to have a run on "
+            "another disk, name a folder there as `output_dir`"
+        )
+
+
+def _foreign(path: Path) -> Iterator[Path]:
+    """Yields what is neither a file nor a folder, at and below a path."""
+    with suppress(
+        FileNotFoundError, PermissionError
+    ):  # a run that goes on removes files; what cannot be read is not read
+        mode = path.lstat().st_mode
+        if stat.S_ISDIR(mode):
+            for name in sorted(os.listdir(path)):
+                if not name.startswith("replaced-"):
+                    yield from _foreign(path / name)
+        elif not stat.S_ISREG(mode):
+            yield path
+
+
 def check_output_dir(output_dir: str) -> None:
     """Checks that a run can write to its folder, before anything else is done.
 
@@ -120,6 +163,20 @@ def check_output_dir(output_dir: str) -> None:
             f"`output_dir: {output_dir}` cannot be written to ({os.strerror(error.errno or 0)}): choose another folder"
         )
         raise OSError(error.errno, message) from error
+
+
+def describe_upload(hub_model_id: str | None) -> str | None:
+    """Returns what is uploaded with a run's model; None where nothing is.
+
+    Args:
+        hub_model_id: The host's key.
+    """
+    if not hub_model_id:
+        return None
+    return (
+        f"`hub_model_id: {hub_model_id}`: the host uploads `output_dir` with its `spin` folder, so all prompts, human "
+        "answers and own answers: see that the repository is private, or upload the model by hand"
+    )
 
 
 def check_base_model(base_model: str) -> None:

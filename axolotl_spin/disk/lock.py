@@ -13,6 +13,7 @@ from axolotl.utils.logging import get_logger
 
 from axolotl_spin.disk.atomic import explained
 from axolotl_spin.disk.directory import RunDirectory
+from axolotl_spin.disk.printable import printable
 
 LOG = get_logger(__name__)
 
@@ -37,12 +38,12 @@ def hold_directory(directory: RunDirectory) -> None:
         return
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
-            holder = os.read(descriptor, 1000).decode(errors="replace").strip()
+            holder = printable(os.read(descriptor, 1000).decode(errors="replace").strip())
             os.close(descriptor)
             raise RuntimeError(
                 f"another run is writing to `output_dir: {directory.root.parent}` ({holder or 'starting just now'}): "

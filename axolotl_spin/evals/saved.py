@@ -144,8 +144,8 @@ def ask_by_vllm(config: dict[str, Any], python: str | None, arguments: dict[str,
     _check(program)
 
     def ask(saved: SavedModel, benchmarks: Benchmarks) -> dict[str, Any]:
-        given: dict[str, Any] = {"pretrained": saved.model, "tokenizer": saved.tokenizer, **arguments}
-        given["trust_remote_code"] = bool(config.get("trust_remote_code"))
+        given: dict[str, Any] = {"pretrained": saved.model, "tokenizer": saved.tokenizer}
+        given |= {"trust_remote_code": bool(config.get("trust_remote_code")), **arguments}
         if saved.adapter is not None:
             rank = read_json(saved.adapter / "adapter_config.json").get("r") or 16
             given |= {"lora_local_path": str(saved.adapter), "max_lora_rank": max(16, int(rank))}

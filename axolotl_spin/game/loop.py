@@ -85,7 +85,7 @@ class Loop:
         LOG.info(f"answers end with {ends or 'nothing'}")
         self.collator = PairCollator(pad)
         scorer = Scorer(self.ranks, self.collator, generation.gather_weights)
-        save, optimizer = partial(save_whole, trainer), lambda: trainer.optimizer
+        save, optimizer = partial(save_whole, trainer, private=True), lambda: trainer.optimizer
         backend = chosen_backend(
             generation, run.served, run.directory, self.ranks, sampling, pad, save=save, optimizer=optimizer
         )

@@ -12,6 +12,7 @@ from axolotl.utils.logging import get_logger
 
 from axolotl_spin.disk.atomic import MARK, WEIGHTS, write_whole
 from axolotl_spin.disk.directory import RunDirectory
+from axolotl_spin.disk.printable import printable
 from axolotl_spin.generation.backend import Completion
 from axolotl_spin.generation.chunks import Chunk, Finished
 
@@ -78,9 +79,14 @@ class ChunkFiles:
         answered = np.zeros(prompts, dtype=bool)
         for path in sorted(self._path(0).parent.glob("*.parquet")):
             table = self._read(path)
-            if table is None or not path.stem.isdigit():
+            if table is None or not path.stem.isdecimal():
                 continue
             rows = table["row"].to_numpy()
+            if not ((rows >= 0) & (rows < prompts)).all():
+                LOG.warning(
+                    f"{path} holds answers to prompts that there are not: what it should hold is answered again"
+                )
+                continue
             if answered[rows].any():
                 LOG.warning(f"{path} holds answers of another file: what it should hold is answered again")
                 continue
@@ -91,7 +97,7 @@ class ChunkFiles:
         try:
             table = pq.ParquetFile(path, page_checksum_verification=True).read()
         except (pa.ArrowException, OSError) as error:
-            LOG.warning(f"{path} is damaged ({error}): its prompts are answered again")
+            LOG.warning(f"{path} is damaged ({printable(error)}): its prompts are answered again")
             return None
         mark, weights = ((table.schema.metadata or {}).get(name, b"").decode() for name in (MARK, WEIGHTS))
         if not table.schema.equals(_SCHEMA) or mark != self.mark:

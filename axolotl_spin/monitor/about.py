@@ -27,7 +27,7 @@ LEFT_OUT = "(left out)"
 # keys of credentials; the tokens of a tokenizer are called `bos_token`, `eos_tokens`, `max_new_tokens`, ...
 _SECRET_KEY = re.compile(
     r"(^|_)(secret|password|passwd|credentials?)($|_)|(^|_)(api|access|account|private|secret)_?key|"
-    r"(^|_)(auth|access|hub|hf|api|session|wandb|sas|bearer)_?token|^token$|^key$|connection_string"
+    r"(^|_)(auth|access|hub|hf|api|session|wandb|sas|bearer)_?token|^token$|^key$|connection_string|webhook"
 )
 _SECRET_VALUE = re.compile(r"\b(hf_|sk-|ghp_|github_pat_|glpat-|xox[abp]-|AKIA)[A-Za-z0-9_-]{12,}")
 _CREDENTIALS_IN_URL = re.compile(r"(?<=://)[^/@\s]+@")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 # `spin/eval/<task>/<metric>`, and with `STDERR` its standard error; the start model's stand in iteration 0's `metrics.json`
 # under names of their own
@@ -36,8 +36,13 @@ class EvalColumn:
 
     def cell(self, figures: Mapping[str, Any]) -> str:
         """Returns the metric's value with its standard error, as text; `-` where there is none."""
-        value = figures.get(self.name)
-        return "-" if value is None else written(value, figures.get(f"{self.name}{STDERR}"))
+        value, error = figures.get(self.name), figures.get(f"{self.name}{STDERR}")
+        return written(value, error if is_number(error) else None) if is_number(value) else "-"
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a figure that was read is one; anything may stand in a file."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def eval_columns(rows: Iterable[Mapping[str, Any]], most: int | None = None) -> list[EvalColumn]:

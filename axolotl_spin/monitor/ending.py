@@ -16,6 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from axolotl_spin.disk.printable import printable
+
 _PACKAGE = str(Path(__file__).parents[1])
 # seconds after which a rank other than 0 speaks: where rank 0 failed of the same, the launcher has ended this one by then
 _RANK_0_FIRST = 5.0
@@ -81,6 +83,7 @@ class _Ending:
         if text is None:
             self._before(kind, error, trace)
             return
+        text = printable(text)
         _to_debug_log("".join(traceback.format_exception(kind, error, trace)))
         if int(os.environ.get("RANK", "0")):
             time.sleep(_RANK_0_FIRST)

@@ -14,7 +14,8 @@ from rich.table import Table
 
 from axolotl_spin.disk.atomic import DamagedFileError, read_json
 from axolotl_spin.disk.directory import RunDirectory
-from axolotl_spin.monitor.benchmarks import terminal_columns
+from axolotl_spin.disk.printable import printable
+from axolotl_spin.monitor.benchmarks import is_number, terminal_columns
 from axolotl_spin.monitor.metrics import HELD_OUT, METRICS, start_figures
 from axolotl_spin.run.plan import Plan
 from axolotl_spin.run.resume import stopped_early
@@ -70,12 +71,12 @@ def iteration_table(metrics: list[dict[str, Any]], best: dict[str, Any] | None =
         table.add_column(metric.heading, justify="right", no_wrap=True)
     benchmarks = terminal_columns(figures for _, figures in rows)
     for benchmark in benchmarks:
-        table.add_column(benchmark.heading, justify="right", no_wrap=True)
+        table.add_column(printable(benchmark.heading), justify="right", no_wrap=True)
     for column in table.columns:
         column.vertical = "bottom"
     for label, figures in rows:
-        cells = [m.form.format(figures[m.name]) if figures.get(m.name) is not None else "-" for m in columns]
-        table.add_row(label, *cells, *(benchmark.cell(figures) for benchmark in benchmarks))
+        cells = [m.form.format(figures[m.name]) if is_number(figures.get(m.name)) else "-" for m in columns]
+        table.add_row(printable(label), *cells, *(benchmark.cell(figures) for benchmark in benchmarks))
     return table
 
 
@@ -107,14 +108,16 @@ def plan_table(plan: Plan) -> Table:
 def print_wide(*parts: Any, file: TextIO | None = None) -> None:
     """Prints without breaking paths and tables that a narrow or absent terminal would break.
 
+    Nothing in a text is taken for markup, nor acted on by the terminal.
+
     Args:
-        parts: Tables and lines.
+        parts: Tables, whose texts are printable, and lines.
         file: Where to. Default: standard output.
     """
-    console = Console(file=file, soft_wrap=True)
+    console = Console(file=file, soft_wrap=True, markup=False, emoji=False)
     console.width = max(console.width, 160)
     for part in parts:
-        console.print(part, highlight=False)
+        console.print(printable(part) if isinstance(part, str) else part, highlight=False)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import datetime
 import gzip
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -95,6 +96,7 @@ def render(runs: Sequence[RunData]) -> bytes:
         loader=jinja2.FileSystemLoader(_HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     environment.filters.update(keys=_with_keys, moment=_moment)
+    script, plotly = _raw("page.js"), get_plotlyjs()
     text = environment.get_template("page.html").render(
         views=views,
         title=f"SPIN: {', '.join(run.name for run in runs)}",
@@ -105,11 +107,26 @@ def render(runs: Sequence[RunData]) -> bytes:
         sample=pairs,
         differences=_differences(runs),
         style=_raw("page.css"),
-        script=_raw("page.js"),
-        plotly=_raw_text(base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9, mtime=0)).decode()),
+        script=script,
+        plotly=_raw_text(base64.b64encode(gzip.compress(plotly.encode(), 9, mtime=0)).decode()),
+        policy=_policy(script, plotly),
         data=_data(drawn, pairs),
     )
     return text.encode("utf-8", "replace")  # names of files may hold what is no text
+
+
+def _policy(*scripts: str) -> str:
+    """Returns a Content-Security-Policy by which these scripts run and no other, and nothing is loaded or sent.
+
+    A browser holds to it even where a text of a run were to end up as HTML. Plotly writes styles of its own.
+
+    Args:
+        scripts: As they stand in the page, or are put there.
+    """
+    digests = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
+    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
+    rest = "style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
+    return f"default-src 'none'; script-src {allowed}; {rest}"
 
 
 def _with_keys(text: str) -> Markup:

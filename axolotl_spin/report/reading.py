@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from axolotl_spin.disk.atomic import DamagedFileError, read_json
-from axolotl_spin.disk.directory import RunDirectory
+from axolotl_spin.disk.directory import ForeignFolderError, RunDirectory, check_own
+from axolotl_spin.disk.printable import printable
 from axolotl_spin.monitor.log import read_log
 from axolotl_spin.run.identity import Identity
-from axolotl_spin.run.plan import IterationPlan
+from axolotl_spin.run.plan import IterationPlan, read_iterations
 
 
 class NoRunError(ValueError):
-    """A folder holds no SPIN run, or its plan cannot be read."""
+    """A folder holds no SPIN run, its plan cannot be read, or something in it was not made by a run."""
 
 
 @dataclass
@@ -133,16 +134,19 @@ def read_run(output_dir: Path, complete: bool | None = None) -> RunData:
         complete: Whether it counts as complete; read from disk where it is None.
 
     Raises:
-        NoRunError: There is no readable plan.
+        NoRunError: There is no readable plan, or the folder has links in it.
     """
     directory, notes = RunDirectory(output_dir), []
     try:
+        check_own(directory)
         plan = read_json(directory.plan)
-        iterations = [IterationPlan(**entry) for entry in plan["iterations"]]
+        iterations = read_iterations(plan)
+    except (ForeignFolderError, DamagedFileError) as error:
+        raise NoRunError(str(error)) from error
     except FileNotFoundError as error:
         raise NoRunError(f"{output_dir} holds no SPIN run: there is no {directory.plan}") from error
-    except (DamagedFileError, KeyError, TypeError) as error:
-        raise NoRunError(f"{directory.plan} is damaged: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise NoRunError(printable(f"{directory.plan} is damaged: {error}")) from error
 
     def optional(path: Path) -> dict[str, Any]:
         try:
@@ -181,7 +185,7 @@ def _rows_of_a_checkpoint(output_dir: Path) -> tuple[list[dict[str, Any]], str]:
     for folder in sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
         try:
             rows = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
         return [row for row in rows if isinstance(row, dict)], folder.name
     return [], ""

@@ -14,6 +14,7 @@ from typing import Any
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from axolotl_spin.disk.atomic import DamagedFileError, read_json
+from axolotl_spin.disk.printable import printable
 from axolotl_spin.run.prepare import SpinRun
 
 _MARK = "spin.json"
@@ -76,7 +77,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     if not found.finished:
         found.fault = "the run was stopped while saving it"
     elif wrong:
-        found.fault = f"{', '.join(sorted(wrong)[:3])} {'is' if len(wrong) == 1 else 'are'} missing or cut"
+        found.fault = f"{printable(', '.join(sorted(wrong)[:3]))} {'is' if len(wrong) == 1 else 'are'} missing or cut"
     elif not found.mark.get("resumable", True):
         found.fault = "it was saved with `save_only_model: true`, without the optimizer's state"
     return found

@@ -27,6 +27,7 @@ NOT_COMPARED: dict[str, tuple[str, ...]] = {
         *("logging_steps", "logging_nan_inf_filter", "include_tkps", "include_tokens_per_second", "profiler_steps*"),
         *("sync_profiler_*", "use_wandb", "wandb_*", "use_mlflow", "mlflow_*", "hf_mlflow_log_artifacts", "use_comet"),
         *("comet_*", "use_trackio", "trackio_*", "use_tensorboard", "use_otel_metrics", "otel_metrics_*"),
+        *("use_swanlab", "swanlab_*"),  # which bring keys that must not lie in `plan.json`
         *("generate_samples", "num_generation_samples", "generation_*"),
     ),
     "evaluation": (

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 
@@ -53,6 +53,35 @@ class IterationPlan:
     def to_json(self) -> dict[str, Any]:
         """Returns the iteration as plain JSON values, without `schedule` where runs made before it was there had none."""
         return {name: value for name, value in asdict(self).items() if name != "schedule" or value is not None}
+
+
+def read_iterations(plan: dict[str, Any]) -> list[IterationPlan]:
+    """Returns the iterations of a `plan.json`.
+
+    Args:
+        plan: Its content.
+
+    Raises:
+        ValueError: They are none, or not numbers in order: files and folders are named by them.
+    """
+    found = []
+    for index, entry in enumerate(plan.get("iterations") or []):
+        try:
+            iteration = IterationPlan(**entry)
+        except TypeError as error:
+            raise ValueError(f"iteration {index}: {error}") from error
+        for field in fields(iteration):
+            value = getattr(iteration, field.name)
+            kinds: tuple[type, ...] = (int, float) if field.type == "float" else (int,)
+            empty = value is None and field.name == "schedule"
+            if not empty and (type(value) not in kinds or not 0 <= value < 2**53):
+                raise ValueError(f"iteration {index}: `{field.name}` is {value!r}")
+        if iteration.iteration != index:
+            raise ValueError(f"iteration {index} is called {iteration.iteration}")
+        found.append(iteration)
+    if not found:
+        raise ValueError("it has no `iterations`")
+    return found
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from axolotl_spin.data.slices import prompt_slice
 from axolotl_spin.data.thoughts import ThinkBlock, think_block
 from axolotl_spin.data.turns import Marks
 from axolotl_spin.disk.atomic import DamagedFileError, read_json, write_json
-from axolotl_spin.disk.directory import RunDirectory
+from axolotl_spin.disk.directory import RunDirectory, describe_upload
 from axolotl_spin.generation.vllm.served import ServedModel, served_model
 from axolotl_spin.run.identity import Identity, identify
 from axolotl_spin.run.merging import describe_merge, describe_shards
@@ -181,7 +181,7 @@ def prepare_run(
             refuse_unfit(found, source, key, sequence_len=int(cfg.sequence_len), sharded=_shares_weights(cfg))
     unread = describe_unread(cfg) if images is None else None
     notes = [unread, describe_endings(endings, cfg, tokenizer), describe_merge(cfg), describe_shards(cfg)]
-    for line in filter(None, notes):
+    for line in filter(None, [*notes, describe_upload(cfg.hub_model_id)]):
         LOG.warning(line)
     given = _given_pairs(cfg, settings, tokenizer)
     ranks = int(cfg.world_size or 1)

@@ -10,7 +10,7 @@ from axolotl.utils.logging import get_logger
 
 from axolotl_spin.data.pairs import check_pairs
 from axolotl_spin.disk.atomic import DamagedFileError, ForeignFileError, read_json, remove_folder, remove_leftovers
-from axolotl_spin.disk.directory import RunDirectory
+from axolotl_spin.disk.directory import RunDirectory, check_own
 from axolotl_spin.disk.lock import hold_directory
 from axolotl_spin.run.checkpoints import Checkpoint, lost_pairs, read_checkpoint, read_checkpoints
 from axolotl_spin.run.keeping import remove_asides
@@ -33,13 +33,14 @@ def settle_start(run: SpinRun, cfg: Any) -> None:
 
     Raises:
         SystemExit: With code 0: the run is complete.
-        ValueError: What is on disk belongs to another run, or does not allow to go on; names the way out.
+        ValueError: What is on disk belongs to another run or to none, or does not allow to go on; names the way out.
         RuntimeError: Another process is writing to the folder.
         OSError: The folder cannot be written to.
     """
     main = int(os.environ.get("RANK", "0")) == 0
     _refuse_overwriting_the_start(run, cfg)
     if main:
+        check_own(run.directory)
         hold_directory(run.directory)
         remove_leftovers(run.directory.root)
         remove_asides(run.directory.root.parent)
@@ -248,7 +249,7 @@ def set_aside(run: SpinRun, step: int) -> list[Path]:
     found = [checkpoint.folder for checkpoint in read_checkpoints(directory.root.parent) if checkpoint.step > step]
     for folder in sorted(directory.root.glob("iteration-*")):
         index = folder.name.removeprefix("iteration-")
-        if index.isdigit() and int(index) > position.iteration:
+        if index.isdecimal() and int(index) > position.iteration:
             found.append(folder)
     at = position.iteration
     results = (directory.model(at), directory.heldout(at), directory.eval_rows(at), directory.evals(at))
@@ -256,7 +257,7 @@ def set_aside(run: SpinRun, step: int) -> list[Path]:
     if not found:
         return []
     number = 1
-    while (replaced := directory.root / f"replaced-{number}").exists():
+    while os.path.lexists(replaced := directory.root / f"replaced-{number}"):
         number += 1
     moved = []
     for path in found:

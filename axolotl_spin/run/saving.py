@@ -14,7 +14,7 @@ from axolotl_spin.disk.atomic import explained, flush, publish_folder, read_json
 from axolotl_spin.run.checkpoints import _MARK, read_checkpoints
 
 
-def save_whole(trainer: Any, folder: Path) -> None:
+def save_whole(trainer: Any, folder: Path, *, private: bool = False) -> None:
     """Saves the model or adapter so that it loads with `from_pretrained`, also where checkpoints are sharded.
 
     The folder appears complete or not at all; one that is there already is this very model and stays.
@@ -22,6 +22,7 @@ def save_whole(trainer: Any, folder: Path) -> None:
     Args:
         trainer: The host's trainer; every rank must call.
         folder: Destination.
+        private: Nobody but the owner can look into the folder.
 
     Raises:
         OSError: The disk is full or the folder cannot be written to; nothing is left where the model was to appear.
@@ -38,6 +39,11 @@ def save_whole(trainer: Any, folder: Path) -> None:
         plugin.set_state_dict_type("FULL_STATE_DICT")
     try:
         with explained(folder):
+            if private:
+                if main:
+                    aside.parent.mkdir(parents=True, exist_ok=True)
+                    aside.mkdir(mode=0o700, exist_ok=True)
+                trainer.accelerator.wait_for_everyone()  # each rank's save would make the folder for everybody
             trainer.save_model(str(aside), _internal_call=True)
     finally:
         if plugin:

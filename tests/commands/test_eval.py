@@ -143,6 +143,34 @@ def test_what_is_refused(run: host.Run, options: list[str], message: str) -> Non
     assert done.exit_code == 1 and message in done.output, done.output
 
 
+@pytest.mark.once
+@pytest.mark.parametrize("trusted", [False, True])
+def test_the_folder_of_a_run_cannot_have_its_own_code_trusted(
+    trusted: bool, folder: Path, run: host.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its config said `trust_remote_code: true`, which whoever sends the folder can write; the user alone decides."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    out, model = tmp_path / "out", tmp_path / "model"
+    shutil.copytree(folder / "model", model)
+    mark = tmp_path / "executed"
+    (model / "evil.py").write_text(f"import os\nos.mkdir({str(mark)!r})\n")
+    shape = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(
+        json.dumps({**shape, "model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}})
+    )
+    shutil.copytree(run.out / "spin", out / "spin")
+    directory = RunDirectory(out)
+    for path, key in ((directory.plan, "fixed"), (directory.about, "config")):
+        value = json.loads(path.read_text())
+        value[key] |= {"base_model": str(model), "trust_remote_code": True}
+        path.write_text(json.dumps(value))
+    options = ["--tasks", str(folder / "tasks" / "tiny_choices.yaml"), *(["--trust-remote-code"] if trusted else [])]
+    done = CliRunner().invoke(spin, ["eval", str(out), *options])
+    assert done.exit_code == 1 and mark.exists() == trusted, done.output
+    assert ("if you trust that code as well, add --trust-remote-code" in done.output) != trusted
+
+
 def test_a_folder_without_a_run(tmp_path: Path) -> None:
     done = CliRunner().invoke(spin, ["eval", str(tmp_path), "--tasks", "gsm8k"])
     assert done.exit_code == 1 and "holds no SPIN run" in done.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -251,6 +252,27 @@ def test_what_cannot_be_written_is_said_at_once(tmp_path: Path) -> None:
     pairs.write_bytes(pairs.read_bytes()[:-9])
     refused(export(out, "parquet", tmp_path / "other", iteration=1))
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_code_that_a_tokenizer_brings_runs_where_it_is_trusted(
+    trusted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    tokenizer, mark = tiny.tokenizer(), tmp_path / "executed"
+    out = run_with(tmp_path, tokenizer, [pair(tokenizer, [ASK], "w1", "w2")])
+    code = f"import os\nos.mkdir({str(mark)!r})\nfrom transformers import PreTrainedTokenizerFast\n"
+    (out / "evil.py").write_text(f"{code}class Evil(PreTrainedTokenizerFast):\n    pass\n")
+    path = out / "tokenizer_config.json"
+    changes = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": [None, "evil.Evil"]}}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    ended = export(out, "dpo-text", tmp_path / "set", *(["--trust-remote-code"] if trusted else []))
+    if trusted:
+        done(ended)
+    else:
+        assert "is code that it brings along: look at it, and if you trust it add --trust-remote-code" in refused(ended)
+    assert mark.exists() == trusted
 
 
 @pytest.mark.parametrize("template", ["chatml", "llama3", "phi_3", "qwen_25", "gemma"])

@@ -170,6 +170,9 @@ def test_a_fault_is_said_and_the_next_start_goes_on(
         assert "  | " in message and "planted: " in message  # the log's last lines
     assert answered(tmp_path) >= kept
     assert engines(tmp_path) == []
+    # prompts, answers and weights on their way are the owner's alone
+    private = [tmp_path / "out/spin/iteration-0" / name for name in (".engine-0", ".opponent")]
+    assert [oct(folder.stat().st_mode)[-3:] for folder in private] == ["700", "700"]
     code, output = run(warm, tmp_path)
     assert code == 0, output[-6000:]
     if kept:

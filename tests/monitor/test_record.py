@@ -44,11 +44,13 @@ def test_secrets_are_left_out_and_nothing_else() -> None:
         "datasets": [{"path": "https://me:pw@host/x", "storage_options": {"key": "a", "secret": "b", "anon": False}}],
         "special_tokens": {"bos_token": "<s>", "eos_token": "</s>"}, "eot_tokens": ["<e>"],
         "tokens": ["<a>"], "hf_use_auth_token": True, "spin": {"generation": {"max_new_tokens": 9}}, "mlflow_password": "x",
+        "swanlab_lark_webhook_url": "https://hook/abc",
         "comment": "use hf_AbCdEfGhIjKlMnOpQr here", "lora_qkv_kernel": False, "token": "abc", "base_model": "a/key-model",
     }  # fmt: skip
     assert without_secrets(config) == {
         **config,
         "hub_token": LEFT_OUT, "wandb_api_key": LEFT_OUT, "mlflow_password": LEFT_OUT, "token": LEFT_OUT,
+        "swanlab_lark_webhook_url": LEFT_OUT,
         "datasets": [{"path": f"https://{LEFT_OUT}@host/x",
                       "storage_options": {"key": LEFT_OUT, "secret": LEFT_OUT, "anon": False}}],
         "comment": f"use {LEFT_OUT} here",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 import shutil
 import time
@@ -12,10 +13,13 @@ from typing import Any
 
 import finished
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
 from axolotl_spin.cli import spin
+from axolotl_spin.disk.directory import RunDirectory
 from axolotl_spin.report.answers import read_answers
 from axolotl_spin.report.reading import read_run
 
@@ -249,3 +253,98 @@ def test_the_best_iteration_and_what_changed(browser: Any, tmp_path: Path) -> No
     assert said[-1] == "human answer less likely by 1.500 nats per token"
     assert ask(browser, "document.querySelector('.change .prompt').textContent") == "<b>held-out 5"
     assert browser.get_log("browser") == []
+
+
+# ends what it stands in, whichever that is, and then runs; each part would say so by a number of its own
+ATTACK = (
+    "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>\"><svg/onload=window.hacked=3> "
+    '\'><a href="javascript:window.hacked = 4">click</a> --></title></style><script>window.hacked = 5</script> {{ 7 * 7 }} '
+    "{% raw %} javascript:window.hacked=6 `<iframe srcdoc='<script>parent.hacked = 7</script>'>` <b>bold</b> \x1b[2J"
+)
+
+
+def attacked(value: Any) -> Any:
+    """Returns JSON with the attack in place of every text, and as a key beside the others."""
+    if isinstance(value, dict):
+        return {**{key: attacked(item) for key, item in value.items()}, ATTACK: ATTACK}
+    if isinstance(value, list):
+        return [attacked(item) for item in value]
+    return ATTACK if isinstance(value, str) else value
+
+
+def attack(out: Path, number: int) -> None:
+    """Makes a run, with the attack wherever one of its files has a text."""
+    finished.make(out, odd=[ATTACK, ATTACK[:200]], base_model=ATTACK, **{"spin.loss": ATTACK, "lora_model_dir": ATTACK})
+    directory = RunDirectory(out)
+    hardware = {
+        "host": "h",
+        "cpu": "c",
+        "cores": 2,
+        "memory_gib": 1.0,
+        "system": "s",
+        "gpus": [{"name": "g", "memory_gib": 1.0}],
+    }
+    start = {"time": "t", "step": number, "config_file": "f", "changed": {"k": [1, 2]}, "ranks": 2, "sharding": "z",
+             "versions": {"torch": "v", "python": "v"}, "hardware": hardware}  # fmt: skip
+    about = {"config": {"base_model": "b", "seed": number, "list": ["a"]}, "starts": [start, start],
+             "ended": {"step": 3, "why": "w"}}  # fmt: skip
+    directory.about.write_text(json.dumps(attacked(about)))
+    directory.best.write_text(json.dumps({**json.loads(directory.best.read_text()), "says": [ATTACK] * 2}))
+    for iteration in range(2):
+        path = directory.metrics(iteration)
+        figures = {**json.loads(path.read_text()), f"spin/eval/{ATTACK}/acc": 0.5, f"spin/eval/task/{ATTACK}": 0.4,
+                   ATTACK: ATTACK, "spin/heldout_distinct_2": ATTACK}  # fmt: skip
+        path.write_text(json.dumps(figures))
+    for play in (directory.heldout(None), directory.heldout(1)):
+        table = pq.read_table(play)
+        rows = [{**row, "prompt": ATTACK, "human": ATTACK, "own": ATTACK} for row in table.to_pylist()]
+        pq.write_table(pa.Table.from_pylist(rows), play)
+
+
+@pytest.mark.parametrize("compared", [False, True])
+def test_no_text_of_a_run_is_a_script(browser: Any, tmp_path: Path, compared: bool) -> None:
+    """Wherever a text stands in a run's files, in the names of its folders, and in charts, where Plotly takes some HTML."""
+    names = ["<img src=x onerror='window.hacked = 8'>", "<a href='javascript:window.hacked = 9'>b"][: 1 + compared]
+    runs = [tmp_path / name for name in names]
+    for number, run in enumerate(runs):
+        attack(run, number)
+    page = tmp_path / "page.html"
+    done = CliRunner().invoke(spin, ["report", *map(str, runs), "--output", str(page)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    show(browser, page)
+    browser.execute_script("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+    browser.find_element("id", "search").send_keys("onerror")
+    assert len(cards(browser)) == 2 and ATTACK in ask(browser, "document.querySelector('#list').textContent")
+    browser.execute_script("document.querySelectorAll('.legend button').forEach((one) => one.click())")
+    assert "window.hacked" in ask(browser, "document.querySelector('#charts').textContent")  # as a text, in a chart
+    assert ask(browser, "window.hacked") is None
+    scripts = "[...document.scripts].map((one) => one.id || one.textContent.length > 1000)"
+    assert sorted(map(str, ask(browser, scripts))) == ["True", "True", "data", "plotly"]
+    assert ask(browser, "document.querySelectorAll('img, iframe, b:not(.version b), a:not(nav a)').length") == 0
+    named = "[...document.querySelectorAll('*')].flatMap((one) => one.getAttributeNames())"
+    assert not [name for name in ask(browser, named) if name.startswith("on")]
+    assert browser.get_log("browser") == []
+
+
+def test_the_page_runs_no_other_script_and_asks_nobody(browser: Any, tmp_path: Path) -> None:
+    """Even a text that did end up as HTML could neither run nor tell anybody: the browser holds the page to its policy."""
+    finished.make(tmp_path)
+    page = tmp_path / "page.html"
+    done = CliRunner().invoke(spin, ["report", str(tmp_path), "--output", str(page)])
+    assert done.exit_code == 0, done.output
+    show(browser, page)
+    tried = browser.execute_async_script(
+        """const done = arguments[0];
+           const inline = document.createElement('script');
+           inline.textContent = 'window.hacked = 1';
+           document.head.append(inline);
+           document.body.insertAdjacentHTML('beforeend', `<img src="data:image/png;base64,AA" onerror="window.hacked = 2">
+             <iframe srcdoc="<script>parent.hacked = 3</script>"></iframe>
+             <a id="bad" href="javascript:window.hacked = 4">x</a>`);
+           document.getElementById('bad').click();
+           fetch('data:text/plain,sent').then(() => 'sent', () => 'refused').then((sent) =>
+             setTimeout(() => done([sent, window.hacked === undefined]), 300));"""
+    )
+    assert tried == ["refused", True]
+    refused = [entry["message"] for entry in browser.get_log("browser")]
+    assert sum("Content Security Policy" in message for message in refused) >= 4, refused

@@ -198,10 +198,10 @@ def test_a_damaged_checkpoint_is_passed_over(file: str, stopped, warm: Warm, who
 def test_half_written_files_are_cleared(stopped, warm: Warm, whole: dict, tmp_path: Path) -> None:
     out = stopped("iteration 1/first epoch", tmp_path)
     for name in (
-        ".plan.json.0a",
+        ".plan.json.0a1b2c3d",
         "iteration-0/.model/x",
-        "iteration-1/chunks/.000001.parquet.1b",
-        ".checkpoint-3.0c/y",
+        "iteration-1/chunks/.000001.parquet.1b2c3d4e",
+        ".checkpoint-3.0c1d2e3f/y",
     ):
         (out / "spin" / name).parent.mkdir(parents=True, exist_ok=True)
         (out / "spin" / name).write_text("half")

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import axolotl.integrations
 import pytest
+from axolotl.utils.schemas.config import AxolotlInputConfig
 from rows import load
 
+from axolotl_spin.monitor.about import LEFT_OUT, without_secrets
 from axolotl_spin.run.compared import NOT_COMPARED, reasons
 from axolotl_spin.run.identity import Identity
 from axolotl_spin.run.prepare import SpinRun
@@ -88,6 +92,20 @@ def test_benchmarks_do_not_change_the_result(tmp_path: Path) -> None:
     path.write_text(json.dumps(task))
     asked = {"eval_tasks": [str(path)], "eval_limit": 3, "eval_chat_template": True, "select": "one/exact_match"}
     assert not changes(load(tmp_path, spin={})[0], load(tmp_path, spin=asked)[0])
+
+
+def test_no_credential_is_noted() -> None:
+    """`plan.json` lies beside what a run uploads and shows: no secret of the host or of its plugins is in it."""
+    folder = Path(axolotl.integrations.__file__).parent
+    names = {key for key in AxolotlInputConfig.model_fields if without_secrets("some text", key) == LEFT_OUT}
+    for path in folder.glob("*/args.py"):
+        # read, since importing some takes what is not installed
+        keys = re.findall(r"^    (\w+): (?:str|Optional\[str\])", path.read_text(), flags=re.MULTILINE)
+        names |= {key for key in keys if without_secrets("some text", key) == LEFT_OUT}
+    # within the block of a plugin that brings its own trainer, so that it is refused; and the name of a variable
+    names -= {"api_key", "api_token_env"}
+    assert {"swanlab_api_key", "swanlab_lark_secret", "swanlab_lark_webhook_url", "comet_api_key"} <= names
+    assert [key for key in sorted(names) if not reasons(key)] == []
 
 
 def test_a_key_of_a_coming_host_is_compared() -> None:

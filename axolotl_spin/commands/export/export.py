@@ -19,7 +19,7 @@ from axolotl_spin.commands.export.formats import SCHEMAS, UNREAD, rows_of
 from axolotl_spin.data.initial_pairs import PAIRS_FILE
 from axolotl_spin.data.pairs import PICTURED, SCHEMA
 from axolotl_spin.disk.atomic import publish_folder
-from axolotl_spin.disk.directory import RunDirectory
+from axolotl_spin.disk.directory import ForeignFolderError, RunDirectory, check_own
 
 Inexact = Literal["refuse", "drop", "keep"]
 
@@ -61,6 +61,7 @@ class Export:
         only_new: Leave out pairs kept from earlier iterations.
         test_rows: So many rows at the end go to `test.parquet`.
         tokenizer: Path or name of one with the run's chat template; empty for that in `output_dir`.
+        trust_remote_code: Whether code that the tokenizer brings may run.
     """
 
     output_dir: Path
@@ -71,6 +72,7 @@ class Export:
     only_new: bool = False
     test_rows: int = 0
     tokenizer: str = ""
+    trust_remote_code: bool = False
 
 
 def export_pairs(asked: Export) -> Tally:
@@ -81,10 +83,15 @@ def export_pairs(asked: Export) -> Tally:
     """
     directory, output = RunDirectory(asked.output_dir), asked.output.absolute()
     path = directory.pairs(asked.iteration)
+    try:
+        check_own(directory)
+    except ForeignFolderError as error:
+        raise click.ClickException(str(error)) from error
     if not path.exists():
-        found = sorted(
-            int(pairs.parent.name.split("-")[1]) for pairs in directory.root.glob("iteration-*/pairs.parquet")
+        names = (
+            pairs.parent.name.removeprefix("iteration-") for pairs in directory.root.glob("iteration-*/pairs.parquet")
         )
+        found = sorted(int(name) for name in names if name.isdecimal())
         there = f": --iteration can be {', '.join(map(str, found))}" if found else " (nor pairs of another iteration)"
         raise click.ClickException(f"there is no {path}{there}")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -195,8 +202,13 @@ def _tokenizer(asked: Export) -> Any:
 
     name = asked.tokenizer or str(asked.output_dir)
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=asked.trust_remote_code)
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"the tokenizer of {name} is code that it brings along: look at it, and if you trust it add "
+                "--trust-remote-code"
+            ) from error
         raise ValueError(f"no tokenizer is in {name} ({error}): name the model's with --tokenizer") from error
 
 

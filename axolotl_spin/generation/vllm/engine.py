@@ -136,7 +136,8 @@ class Engine:
         self.log = folder / "engine.log"
         self._events = folder / "events.jsonl"
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700)  # prompts, answers, and what the engine says
         (folder / "requests.jsonl").touch()
         while self._ask() and not pictures:
             pass
