@@ -85,6 +85,10 @@ def generate(config: str) -> None:
     "--test-rows", type=click.IntRange(min=0), default=0, help="So many pairs at the end become the split `test`."
 )
 @click.option("--tokenizer", default="", help="Name or path of the run's tokenizer. Default: the one in OUTPUT_DIR.")
+@click.option(
+    "--config", type=click.Path(exists=True, dir_okay=False, path_type=str),
+    help="The run's YAML. With pictures, these are read again from its data.",
+)  # fmt: skip
 @prints_result
 def export(result: TextIO, **options: Any) -> None:
     """Write the pairs of one iteration of the run in OUTPUT_DIR, going on, stopped or finished, as a dataset."""
