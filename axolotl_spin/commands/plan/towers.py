@@ -7,7 +7,7 @@ what a frozen tower does not keep is not counted either.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +34,7 @@ class Pictures:
     again: int = 0
 
 
-def count_pictures(model: Any, given: dict[str, torch.Tensor], *, checkpointing: bool) -> Pictures:
+def count_pictures(model: Any, given: Mapping[str, torch.Tensor], *, checkpointing: bool) -> Pictures:
     """Runs a model's tower and what joins it to the language model.
 
     Args:
@@ -49,8 +49,10 @@ def count_pictures(model: Any, given: dict[str, torch.Tensor], *, checkpointing:
     if features is None:
         raise ValueError(f"{type(model).__name__} has no `get_image_features`")
     taken = inspect.signature(features).parameters
-    pixels = {name: _without_storage(value) for name, value in given.items()}
-    counted = _Kept(model, pixels.values())
+    width = next(model.parameters()).dtype
+    pixels = {name: value.to(_META, width) if value.is_floating_point() else value for name, value in given.items()}
+    counted = _Kept(model)
+    counted.add_batch(given, pixels)
     model.train()
     try:
         with counted.watching(checkpointing), _Kernels(), _Shapes():
@@ -61,21 +63,26 @@ def count_pictures(model: Any, given: dict[str, torch.Tensor], *, checkpointing:
 
 
 class _Kept:
-    """Adds up the storages that autograd keeps; those of weights stay out, and those of the pictures are in from the start.
+    """Adds up the storages that autograd keeps; those of weights stay out.
 
     Args:
         model: Whose layers are looked at.
-        pixels: On the meta device.
     """
 
-    def __init__(self, model: Any, pixels: Any):
+    def __init__(self, model: Any):
         self._model = model
-        self._weights = {_storage(weight) for weight in model.parameters()}
-        self._held: list[torch.Tensor] = list(pixels)  # so that no storage comes again as another one
-        self._seen = {_storage(value) for value in self._held}
-        self.bytes = sum(value.untyped_storage().nbytes() for value in self._held)
-        self.again = 0
+        self._held: list[torch.Tensor] = list(model.parameters())  # so that no storage comes again as another one
+        self._seen = {_storage(weight) for weight in self._held}
+        self.bytes = self.again = 0
         self._inside: int | None = None  # bytes of the layer that runs; None outside of one
+
+    def add_batch(self, given: Mapping[str, torch.Tensor], pixels: Mapping[str, torch.Tensor]) -> None:
+        """Counts the batch itself, which is there all the time, and what is given to the model where that is no other."""
+        for name, value in given.items():
+            self.bytes += value.nbytes
+            self._held.append(pixels[name])
+            if pixels[name].dtype == value.dtype:
+                self._seen.add(_storage(pixels[name]))
 
     @contextmanager
     def watching(self, checkpointing: bool) -> Iterator[None]:
@@ -101,7 +108,7 @@ class _Kept:
 
     def _keep(self, value: torch.Tensor) -> torch.Tensor:
         key = _storage(value)
-        if key not in self._weights and key not in self._seen:
+        if key not in self._seen:
             self._seen.add(key)
             self._held.append(value)
             size = value.untyped_storage().nbytes()
@@ -139,10 +146,6 @@ class _Shapes(TorchDispatchMode):
         if any(empty) and not all(empty):
             args, kwargs = tree_map_only(torch.Tensor, lambda value: value.to(_META), (args, kwargs))
         return func(*args, **kwargs)
-
-
-def _without_storage(value: torch.Tensor) -> torch.Tensor:
-    return value.to(_META) if value.is_floating_point() else value
 
 
 def _storage(value: torch.Tensor) -> int:
