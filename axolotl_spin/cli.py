@@ -87,6 +87,10 @@ def generate(config: str) -> None:
 )
 @click.option("--tokenizer", default="", help="Name or path of the run's tokenizer. Default: the one in OUTPUT_DIR.")
 @click.option("--trust-remote-code", is_flag=True, help="Let code run that the tokenizer brings along.")
+@click.option(
+    "--config", type=click.Path(exists=True, dir_okay=False, path_type=str),
+    help="The run's YAML. With pictures, these are read again from its data.",
+)  # fmt: skip
 @prints_result
 def export(result: TextIO, **options: Any) -> None:
     """Write the pairs of one iteration of the run in OUTPUT_DIR, going on, stopped or finished, as a dataset."""

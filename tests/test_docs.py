@@ -461,7 +461,7 @@ def run_files() -> set[str]:
 
     directory = RunDirectory("")
     whole = {directory.plan, directory.log, directory.about, directory.report, directory.lock, directory.best}
-    whole |= {directory.heldout(None), directory.eval_rows(None), directory.start_evals}
+    whole |= {directory.thumbnails, directory.heldout(None), directory.eval_rows(None), directory.start_evals}
     parts = {
         directory.pairs(0),
         directory.evals(0),

@@ -52,6 +52,11 @@ class ImageRows:
         """Returns the hash of each of a row's pictures, in order."""
         return self._hashes[row]["images"]
 
+    def messages(self, row: int) -> list[dict[str, Any]]:
+        """Returns a row's conversation as the processor is given it; `pictures_of` has its pictures."""
+        [example] = self.collate.processing_strategy([self.rows[row]])  # type: ignore[attr-defined]
+        return example["messages"]
+
     def digest(self, prompts: Any) -> str:
         """Returns the SHA-256 of the pictures of prompts (`datasets.Dataset` with `row`)."""
         parts = ["/".join(self.hashes(row)) for row in prompts["row"]]
@@ -145,7 +150,7 @@ def tokenise_row(
     Raises:
         ValueError: The row has sound or a video.
     """
-    hashes = [_hash(part) for example in strategy([row]) for part in _pictures(example["messages"])]
+    hashes = [picture_hash(image) for example in strategy([row]) for image in pictures_of(example["messages"])]
     batch = collate([row])
     ids = batch["input_ids"][0][batch["attention_mask"][0].bool()]
     labels = batch["labels"][0][batch["attention_mask"][0].bool()].tolist()
@@ -181,14 +186,16 @@ def labels_by_headers(
     return labels
 
 
-def _pictures(messages: list[dict[str, Any]]) -> list[Any]:
-    """Returns the pictures of a conversation, as the host's strategy leaves them: loaded, or where they are."""
+def pictures_of(messages: list[dict[str, Any]]) -> list[Any]:
+    """Returns the pictures (`PIL.Image`) of a conversation, which the host's strategy leaves loaded or where they are."""
+    from transformers.image_utils import load_image
+
     found = []
     for message in messages:
         for part in message["content"]:
             kind = part.get("type")
             if kind == "image":
-                found.append(next(part[key] for key in _IMAGE_KEYS if part.get(key) is not None))
+                found.append(load_image(next(part[key] for key in _IMAGE_KEYS if part.get(key) is not None)))
             elif kind != "text":
                 raise ValueError(
                     f"it has a part of the type `{kind}`: pairs may have pictures, but no sound and no video"
@@ -196,9 +203,6 @@ def _pictures(messages: list[dict[str, Any]]) -> list[Any]:
     return found
 
 
-def _hash(picture: Any) -> str:
-    """Returns the SHA-256 of what a picture shows, in 32 digits: its mode, size and pixels."""
-    from transformers.image_utils import load_image
-
-    image = load_image(picture)
-    return hashlib.sha256(f"{image.mode}/{image.size}".encode() + image.tobytes()).hexdigest()[:32]
+def picture_hash(picture: Any) -> str:
+    """Returns the SHA-256 of what a picture (`PIL.Image`) shows, in 32 digits: its mode, size and pixels."""
+    return hashlib.sha256(f"{picture.mode}/{picture.size}".encode() + picture.tobytes()).hexdigest()[:32]

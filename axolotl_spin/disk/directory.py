@@ -41,6 +41,11 @@ class RunDirectory:
         return self.root / "report.html"
 
     @property
+    def thumbnails(self) -> Path:
+        """Small copies of the pictures that the report shows; only of runs on pictures."""
+        return self.root / "thumbnails.parquet"
+
+    @property
     def lock(self) -> Path:
         """Held by the process that writes here."""
         return self.root / "run.lock"

@@ -23,6 +23,7 @@ from axolotl_spin.game.noise import refuse_noise
 from axolotl_spin.game.outcome import Outcome
 from axolotl_spin.game.schedule import restart_optimizer
 from axolotl_spin.game.self_play import SelfPlay
+from axolotl_spin.game.thumbnails import keep_thumbnails
 from axolotl_spin.game.updates import UpdateWatch
 from axolotl_spin.generation.backend import Sampling
 from axolotl_spin.generation.choice import chosen_backend
@@ -119,6 +120,8 @@ class Loop:
         fresh = self.trainer.state.global_step == entry.first_step
         self._settle_layout(model)
         self._pairs, figures = self.self_play.begin(entry, model, fresh)
+        if self.run.images is not None:
+            self.ranks.on_main(lambda: keep_thumbnails(self.run))
         if fresh:
             start: dict[str, float] = {}
             if entry.iteration == 0:  # of the model that the run starts from

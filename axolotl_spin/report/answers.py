@@ -74,12 +74,14 @@ class Sample:
         prompts: Each with `prompt`, `human`, ... and `answers`, one for each column, None where there is none.
         total: Prompts that the first run answers; where iterations answer different ones, of all iterations.
         cut_at: Characters after which a text is cut.
+        pictures: Thumbnails as data URLs, by the hashes under a prompt's `images`; see `pictures.add_pictures`.
     """
 
     columns: list[dict[str, Any]] = field(default_factory=list)
     prompts: list[dict[str, Any]] = field(default_factory=list)
     total: int = 0
     cut_at: int = TEXT_CHARACTERS
+    pictures: dict[str, str] = field(default_factory=dict)
 
 
 def read_answers(run: RunData) -> list[IterationAnswers]:
@@ -162,7 +164,7 @@ def sample(runs: Sequence[list[IterationAnswers]]) -> Sample:
     made, keys = Sample(), {}
     for asked in [first] if same else [[of_iteration] for of_iteration in first]:
         picked = choose(asked, SPREAD if same else SPREAD // len(first))
-        texts = _texts(asked[0], picked, ("prompt", "chosen", "row"))
+        texts = _texts(asked[0], picked, ("prompt", "chosen", "row", "images"))
         for index in picked:
             if index not in texts:
                 continue
@@ -178,6 +180,7 @@ def sample(runs: Sequence[list[IterationAnswers]]) -> Sample:
                     "prompt": known["prompt"],
                     "human": known["chosen"],
                     "tokens": length,
+                    **({"images": known["images"]} if known.get("images") else {}),
                 }
             )
         made.total += max(len(found.rows) for found in asked)
@@ -209,17 +212,17 @@ def _answer(answers: IterationAnswers, index: int, text: str) -> dict[str, Any]:
 
 
 def _texts(answers: IterationAnswers, indices: Sequence[int], columns: Sequence[str]) -> dict[int, dict[str, Any]]:
-    """Returns columns of some answers by index; only the row groups that hold them are read, one at a time."""
+    """Returns those columns of some answers that there are, by index; only the row groups that hold them are read."""
     indices = [index for index in indices if index < len(answers.rows)]
     rows = answers.rows[indices] if indices else np.zeros(0, dtype=np.int64)
     found: dict[int, dict[str, Any]] = {}
     with pq.ParquetFile(answers.path, pre_buffer=False) as file:
-        start = 0
+        columns, start = [name for name in columns if name in file.schema_arrow.names], 0
         for group in range(file.num_row_groups):
             count = file.metadata.row_group(group).num_rows
             inside = np.flatnonzero((rows >= start) & (rows < start + count))
             if len(inside):
-                table = file.read_row_group(group, columns=list(columns)).take(pa.array(rows[inside] - start))
+                table = file.read_row_group(group, columns=columns).take(pa.array(rows[inside] - start))
                 found.update(zip((indices[i] for i in inside), table.to_pylist(), strict=True))
             start += count
     return found

@@ -169,12 +169,30 @@
 
   const signed = (number) => (number === null ? "?" : `${number < 0 ? "−" : "+"}${Math.abs(number).toFixed(3)}`);
 
+  // the first of a prompt's pictures, as far as the page has them, and how many are left out
+  function pictureRow(prompt) {
+    const row = make("div", "pictures");
+    const shown = prompt.images.filter((name, place) => {
+      if (!pairs.pictures[name]) return false;
+      const image = make("img", "");
+      Object.assign(image, { loading: "lazy", decoding: "async", src: pairs.pictures[name] });
+      image.alt = `picture ${place + 1} of ${prompt.images.length} of prompt ${prompt.n}`;
+      row.append(image);
+      return true;
+    }).length;
+    const left = prompt.images.length - shown;
+    if (left) row.append(make("span", "muted", `${left} ${shown ? "more " : ""}picture${left > 1 ? "s" : ""}, not in this page`));
+    return row;
+  }
+
   function card(prompt) {
     const element = make("article", "pair card");
     element.dataset.n = prompt.n;
     const head = make("header");
     head.append(make("span", "", `prompt ${prompt.n}`), make("span", "", `source row ${prompt.row}`));
-    element.append(head, marked("prompt", prompt.prompt, prompt.prompt_characters, true));
+    element.append(head);
+    if (prompt.images) element.append(pictureRow(prompt));
+    element.append(marked("prompt", prompt.prompt, prompt.prompt_characters, true));
     const texts = make("div", "texts");
     texts.append(answerBox("human", `human · ${prompt.tokens} tokens`,
       { text: prompt.human, text_characters: prompt.human_characters }));

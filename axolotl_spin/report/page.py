@@ -26,6 +26,7 @@ from axolotl_spin.report.changes import Changes, read_changes
 from axolotl_spin.report.charts import Chart, curves
 from axolotl_spin.report.figures import collect
 from axolotl_spin.report.guide import Advice, judge
+from axolotl_spin.report.pictures import EACH, add_pictures
 from axolotl_spin.report.reading import RunData, number
 from axolotl_spin.report.summaries import iterations
 
@@ -91,6 +92,7 @@ def render(runs: Sequence[RunData]) -> bytes:
     views = [_view(run, found) for run, found in zip(runs, answers, strict=True)]
     drawn = {"over steps": curves(runs), "by iteration": [*iterations(runs, answers), *benchmarks(runs)]}
     pairs = sample(answers)
+    add_pictures(pairs, runs)
     columns, rows = _table(runs)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
@@ -105,6 +107,7 @@ def render(runs: Sequence[RunData]) -> bytes:
         columns=columns,
         rows=rows,
         sample=pairs,
+        pictures_each=EACH,
         differences=_differences(runs),
         style=_raw("page.css"),
         script=script,

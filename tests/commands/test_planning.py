@@ -21,7 +21,8 @@ from warm import Warm
 from axolotl_spin.commands.plan.advice import Facts, advise
 from axolotl_spin.commands.plan.estimate import _pure_half, _tokens
 from axolotl_spin.commands.plan.lengths import describe_lengths, limits, repeated
-from axolotl_spin.commands.plan.memory import Load, ModelSize, estimate_memory, model_size
+from axolotl_spin.commands.plan.memory import Load, estimate_memory
+from axolotl_spin.commands.plan.size import ModelSize, model_size
 from axolotl_spin.commands.plan.timing import Rate, Tokens, estimate_time, measure
 from axolotl_spin.data.prompts import token_counts
 from axolotl_spin.data.slices import prompt_slice

@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from axolotl_spin.commands.plan.memory import Load, estimate_memory, model_size
+from axolotl_spin.commands.plan.memory import Load, estimate_memory
+from axolotl_spin.commands.plan.size import model_size
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from simulation import ANSWER, FIGURES, LORA, PROMPT, SHAPES, TARGETS, Case, Step, seconds, simulate

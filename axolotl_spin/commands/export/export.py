@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from axolotl_spin.commands.export.formats import SCHEMAS, UNREAD, rows_of
+from axolotl_spin.commands.export.formats import SCHEMAS, UNREAD, Row, rows_of
+from axolotl_spin.commands.export.pictures import PicturedRows, pictured_schema
 from axolotl_spin.data.initial_pairs import PAIRS_FILE
 from axolotl_spin.data.pairs import PICTURED, SCHEMA
 from axolotl_spin.disk.atomic import publish_folder
@@ -23,8 +24,12 @@ from axolotl_spin.disk.directory import ForeignFolderError, RunDirectory, check_
 
 Inexact = Literal["refuse", "drop", "keep"]
 
-# rows that are tokenised, and held as Python objects, at once
-_ROWS = 1000
+# rows that are tokenised, and held as Python objects, at once; with their pictures
+_ROWS, _PICTURED_ROWS = 1000, 50
+
+
+# beside the run's `chat_template`
+_VISION = "processor_type: AutoProcessor\nremove_unused_columns: false  # with Axolotl 0.21 or later"
 
 
 @dataclass
@@ -62,6 +67,7 @@ class Export:
         test_rows: So many rows at the end go to `test.parquet`.
         tokenizer: Path or name of one with the run's chat template; empty for that in `output_dir`.
         trust_remote_code: Whether code that the tokenizer brings may run.
+        config: The run's YAML, from whose data pictures are read again; None for a run on text.
     """
 
     output_dir: Path
@@ -73,6 +79,7 @@ class Export:
     test_rows: int = 0
     tokenizer: str = ""
     trust_remote_code: bool = False
+    config: str | None = None
 
 
 def export_pairs(asked: Export) -> Tally:
@@ -119,24 +126,38 @@ def _schema(path: Path, asked: Export) -> pa.Schema:
     """Returns the columns that are written.
 
     Raises:
-        ValueError: The file has other columns than pairs have, or pictures that the format would lose.
+        ValueError: The file has other columns than pairs have, pictures that the format would lose, or options that do not
+            go with them.
     """
     found = pq.read_schema(path)
     if found not in (SCHEMA, PICTURED):
         raise ValueError(f"{path} does not hold the columns of a pairs file")
+    pictured = found == PICTURED
+    if asked.config and not (pictured and asked.kind == "dpo"):
+        raise ValueError("--config is for --format dpo of a run on pictures: leave it out")
     if asked.kind == "parquet":
         return found.remove_metadata()
-    if found == PICTURED:
+    if not pictured:
+        return SCHEMAS[asked.kind]
+    why = f"{path} holds pairs of prompts with pictures, which are not in the file"
+    if asked.kind != "dpo":
         raise ValueError(
-            f"{path} holds pairs of prompts with pictures, which are not in the file: --format parquet keeps tokens and "
-            "the pictures' hashes, other formats would lose them"
+            f"{why}, and --format {asked.kind} is text alone, without a place for them: --format dpo has them beside its "
+            "messages, --format parquet keeps tokens and the pictures' hashes"
         )
-    return SCHEMAS[asked.kind]
+    if not asked.config:
+        raise ValueError(
+            f"{why}: name the run's YAML with --config, and they are read again from its `datasets:`; or --format parquet "
+            "keeps tokens and the pictures' hashes"
+        )
+    if asked.tokenizer:
+        raise ValueError("--tokenizer does not go with pictures, whose processor is that of --config: leave it out")
+    return pictured_schema()
 
 
 def _read(path: Path, asked: Export) -> Iterator[pa.RecordBatch]:
     with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
-        for batch in file.iter_batches(_ROWS):
+        for batch in file.iter_batches(_PICTURED_ROWS if asked.config else _ROWS):
             batch = batch.replace_schema_metadata(None)
             yield batch.filter(pc.equal(batch["generated_in"], asked.iteration)) if asked.only_new else batch
 
@@ -182,10 +203,10 @@ def _counted(pairs: Iterator[pa.RecordBatch], tally: Tally) -> Iterator[pa.Recor
 def _converted(
     pairs: Iterator[pa.RecordBatch], asked: Export, tally: Tally, schema: pa.Schema
 ) -> Iterator[pa.RecordBatch]:
-    tokenizer, index = _tokenizer(asked), 0
+    convert, index = _converter(asked), 0
     for batch in pairs:
         rows = []
-        for row in rows_of(batch, asked.kind, tokenizer):
+        for row in convert(batch):
             if row.fault:
                 tally.faults[row.fault] += 1
                 tally.first = index if tally.first < 0 else tally.first
@@ -195,6 +216,13 @@ def _converted(
             index += 1
         tally.written += len(rows)
         yield pa.RecordBatch.from_pylist(rows, schema=schema)
+
+
+def _converter(asked: Export) -> Callable[[pa.RecordBatch], list[Row]]:
+    if asked.config:
+        return PicturedRows(asked.config).rows_of
+    tokenizer = _tokenizer(asked)
+    return lambda batch: rows_of(batch, asked.kind, tokenizer)
 
 
 def _tokenizer(asked: Export) -> Any:
@@ -225,10 +253,11 @@ def describe(asked: Export, tally: Tally) -> list[str]:
         lines.append(f"{sum(tally.faults.values())} pairs are {done}:\n{tally.describe()}")
     start = f"spin:\n  initial_pairs: {asked.output}"
     entry = f"datasets:\n  - path: {asked.output}\n    split: train"
+    dpo = f"rl: dpo\n{entry}\n    type: chat_template.default\n    field_messages: prompt"
     how = {
         "parquet": start,
         "uclaml": f"{start}\nor, to have the prompts answered anew,\n{entry}\n    type: axolotl_spin.uclaml",
-        "dpo": f"rl: dpo\n{entry}\n    type: chat_template.default\n    field_messages: prompt",
+        "dpo": f"{_VISION}\n{dpo}" if asked.config else dpo,
         "dpo-text": f"rl: dpo\n{entry}",
     }
     return [*lines, "in a config:", how[asked.kind]]

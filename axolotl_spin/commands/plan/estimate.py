@@ -11,11 +11,13 @@ import click
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from axolotl_spin.commands.config import load_config
 from axolotl_spin.commands.plan.advice import Facts, advise
 from axolotl_spin.commands.plan.lengths import describe_lengths, limits, repeated
-from axolotl_spin.commands.plan.memory import Load, ModelSize, estimate_memory, model_size
+from axolotl_spin.commands.plan.memory import Load, estimate_memory
+from axolotl_spin.commands.plan.size import ModelSize, model_size
 from axolotl_spin.commands.plan.timing import Measured, Rate, Tokens, estimate_time, measure
 from axolotl_spin.compat import text_config
 from axolotl_spin.data.endings import describe_endings
@@ -174,14 +176,15 @@ def _tokens(
 def _memory(
     cfg: Any, run: SpinRun, prompts: np.ndarray, answers: np.ndarray, longest: np.ndarray
 ) -> tuple[ModelSize | None, dict[str, Any]]:
-    try:
-        size = model_size(cfg)
-    except ValueError as error:
-        return None, {"missing": str(error)}
     micro, at_once = int(cfg.micro_batch_size), min(run.settings.generation.batch_size, len(prompts))
     # rows of pictures are padded: a prompt stands before each answer
     whole = prompts + answers + longest if run.images is None else 2 * (prompts + np.maximum(answers, longest))
-    heaviest = np.sort(whole)[::-1][:micro]
+    rows = np.argsort(whole, kind="stable")[::-1][:micro]
+    heaviest = whole[rows]
+    try:
+        size = model_size(cfg, _pictures(run, rows))
+    except ValueError as error:
+        return None, {"missing": str(error)}
     load = Load(
         ranks=run.launch.ranks,
         sharding=run.launch.sharding,
@@ -193,6 +196,15 @@ def _memory(
         mask=shared_mask_size(heaviest.tolist(), size.hidden or 1024) if run.images is None else 0,
     )
     return size, estimate_memory(size, cfg, load)
+
+
+def _pictures(run: SpinRun, rows: np.ndarray) -> dict[str, Any] | None:
+    """Returns what the forward takes for the pictures of some prompts, once for each answer; None where there are none."""
+    if run.images is None:
+        return None
+    asked = run.prompts.select(rows)
+    found = run.images.inputs(asked["row"][:], asked["prompt_ids"][:]).of_images
+    return {name: torch.cat([values, values]) for name, values in found.items()} or None
 
 
 def _trained_for(cfg: Any) -> int | None:

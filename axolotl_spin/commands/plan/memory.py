@@ -10,119 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from axolotl.utils.dict import DictDefault
 
 from axolotl_spin.commands.plan.moments import Holding, held
-from axolotl_spin.compat import empty_model, text_config
+from axolotl_spin.commands.plan.size import ModelSize, checkpointed
+from axolotl_spin.commands.plan.towers import Pictures
 from axolotl_spin.training.head import logits_held
 from axolotl_spin.training.layouts import masks_in_parts
-from axolotl_spin.training.towers import freeze_towers
 
 # buffers as large as the trained weights that an optimizer keeps
 _STATE = {"adam": 2, "rmsprop": 1, "lion": 1, "sgd": 0}
-
-
-@dataclass(frozen=True)
-class ModelSize:
-    """A model counted without its weights.
-
-    Attributes:
-        parameters: All of them, an adapter's included.
-        trainable: Those that are trained.
-        quantised: Those that `load_in_4bit` or `load_in_8bit` stores in fewer bits.
-        layers, hidden, vocabulary: Of the decoder.
-        kv_per_token: Numbers that a token leaves in the cache of keys and values.
-        inner: Width of an MLP; of as many experts as a token is given to.
-        outside: Parameters that are in no layer of the decoder: embeddings and head.
-        head: Parameters of the LM head.
-    """
-
-    parameters: int
-    trainable: int
-    quantised: int
-    layers: int
-    hidden: int
-    vocabulary: int
-    kv_per_token: int
-    inner: int = 0
-    outside: int = 0
-    head: int = 0
-
-
-def model_size(cfg: Any) -> ModelSize:
-    """Counts the parameters of the config's model on the meta device, with the adapter that the host would add.
-
-    Args:
-        cfg: The host's normalized config.
-
-    Raises:
-        ValueError: The model's config cannot be read or built.
-    """
-    from axolotl.loaders.utils import load_model_config
-
-    try:
-        config = load_model_config(cfg)
-        with torch.device("meta"):
-            model = empty_model(config, multimodal=bool(cfg.is_multimodal), trusted=bool(cfg.trust_remote_code))
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError) as error:
-        raise ValueError(
-            f"the model of `base_model: {cfg.base_model}` cannot be built from its config: {error}"
-        ) from error
-    text = text_config(config)
-    parameters = sum(weight.numel() for weight in model.parameters())
-    head = model.get_output_embeddings()
-    ends = [part.weight for part in (model.get_input_embeddings(), head) if getattr(part, "weight", None) is not None]
-    outside = sum(weight.numel() for weight in {id(weight): weight for weight in ends}.values())
-    quantised = 0
-    if cfg.load_in_4bit or cfg.load_in_8bit:
-        linear = [part for part in model.modules() if isinstance(part, torch.nn.Linear) and part is not head]
-        quantised = sum(part.weight.numel() for part in linear)
-    if cfg.adapter:
-        trainable = _adapter_parameters(model, cfg)
-        parameters += trainable
-    else:
-        if not cfg.processor_type or cfg.freeze_mm_modules:  # else pictures train them
-            freeze_towers(model)
-        trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    heads = int(getattr(text, "num_attention_heads", 0) or 0)
-    kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
-    hidden = int(getattr(text, "hidden_size", 0) or 0)
-    layers = int(getattr(text, "num_hidden_layers", 0) or 0)
-    head_dim = int(getattr(text, "head_dim", None) or (hidden // heads if heads else 0))
-    return ModelSize(
-        parameters,
-        trainable,
-        quantised,
-        layers,
-        hidden,
-        int(getattr(text, "vocab_size", 0)),
-        2 * layers * kv_heads * head_dim,
-        _inner(text, hidden),
-        outside,
-        head.weight.numel() if getattr(head, "weight", None) is not None else 0,
-    )
-
-
-def _inner(text: Any, hidden: int) -> int:
-    """Returns the width of what a token passes through in an MLP."""
-    experts = getattr(text, "num_experts_per_tok", None)
-    names = ("moe_intermediate_size", "intermediate_size") if experts else ("intermediate_size", "n_inner")
-    width: Any = next((getattr(text, name) for name in names if getattr(text, name, None)), 4 * hidden)
-    return int(experts or 1) * int(max(width) if isinstance(width, (list, tuple)) else width)
-
-
-def _adapter_parameters(model: Any, cfg: Any) -> int:
-    from axolotl.loaders.adapter import load_lora
-    from peft import PeftConfig, get_peft_model
-
-    if cfg.lora_model_dir:
-        settings = PeftConfig.from_pretrained(cfg.lora_model_dir)
-        settings.inference_mode = False
-    else:
-        _, settings = load_lora(model, DictDefault(cfg), config_only=True)
-    with torch.device("meta"):
-        model = get_peft_model(model, settings, autocast_adapter_dtype=False)
-    return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
 
 
 @dataclass(frozen=True)
@@ -195,6 +91,7 @@ def estimate_memory(size: ModelSize, cfg: Any, load: Load) -> dict[str, Any]:
     if "param" in offload:
         notes.append(f"{gib(weights)} of weights are in main memory (offload)")
         weights = 0.0
+    pictures = size.pictures if isinstance(size.pictures, Pictures) else None
     logits = load.answer_tokens * size.vocabulary * (2 if half else 4)
     if not cfg.torch_compile:
         logits = logits_held(load.answer_tokens, size.vocabulary, 2 if half else 4)
@@ -204,21 +101,32 @@ def estimate_memory(size: ModelSize, cfg: Any, load: Load) -> dict[str, Any]:
             layers=size.layers,
             hidden=size.hidden,
             inner=size.inner or 4 * size.hidden,
-            layer=(size.parameters - size.outside) / max(1, size.layers),
-            outside=size.outside,
+            layer=(size.parameters - size.outside - size.towers) / max(1, size.layers),
+            outside=size.outside + size.towers,
+            frozen=size.towers - size.trained_towers,
             head=size.head,
             width=2 if half else 4,
             logits=logits,
             adapter=bool(cfg.adapter),
-            checkpointing=_checkpointing(cfg),
+            checkpointing=checkpointed(cfg),
             gathered=fsdp,
             gradients=gradients,
             accumulated=several,
+            pictures=pictures.kept if pictures else 0,
+            again=pictures.again if pictures else 0,
         )
     ) + _mask(size, cfg, load, 2 if half else 4)
     notes.append(
         "activations are of a usual decoder, with what FSDP2 gathers for a layer; kernels and allocators differ"
     )
+    if isinstance(size.pictures, str):
+        notes.append(
+            f"what a tower computes for pictures is not counted, since that is not known here: {size.pictures}"
+        )
+    if pictures:
+        notes.append(
+            "pictures are counted before each answer, as in padded rows; in shared rows, which a start tries, half as often"
+        )
     if zero == 3:
         notes.append("what DeepSpeed gathers and reduces at once (its buckets) is not counted")
     cache = load.generation_tokens * size.kv_per_token * (2 if half else width)
@@ -237,6 +145,7 @@ def estimate_memory(size: ModelSize, cfg: Any, load: Load) -> dict[str, Any]:
         "gradients": int(gradients),
         "optimizer": None if state is None else int(state),
         "activations": int(activations),
+        **({"towers": size.towers, "pictures": pictures.kept if pictures else None} if size.pictures else {}),
         "training": int(sum(known)) if len(known) == 4 else None,
         "answering": int(answering),
         "notes": notes,
@@ -265,10 +174,6 @@ def _offloaded(cfg: Any) -> set[str]:
     if (cfg.fsdp_config or {}).get("offload_params"):
         found |= {"optimizer", "param"}
     return found
-
-
-def _checkpointing(cfg: Any) -> bool:
-    return bool(cfg.gradient_checkpointing or (cfg.fsdp_config or {}).get("activation_checkpointing"))
 
 
 def _mask(size: ModelSize, cfg: Any, load: Load, width: int) -> int:

@@ -1,8 +1,9 @@
 """What a training step holds beside weights and optimizer state at its highest moment.
 
-Three moments can be the highest: when the head has given its log-probs, in the backward pass of a decoder layer's MLP, and
-under FSDP2 when the gradients of the embeddings are reduced. The figures are of a decoder layer with RMSNorm, attention by
-a kernel and a gated MLP, as transformers has it; `tests/benchmarks/simulation.py` has PyTorch's tracker count the same.
+Four moments can be the highest: when the head has given its log-probs, in the backward pass of a decoder layer's MLP, in
+that of a tower for pictures, and under FSDP2 when the gradients of the embeddings are reduced. The
+figures are of a decoder layer with RMSNorm, attention by a kernel and a gated MLP, as transformers has it;
+`tests/benchmarks/simulation.py` has PyTorch's tracker count the same.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ class Holding:
     Attributes:
         tokens: Of a micro-batch.
         layers, hidden, inner: Of the decoder: its layers, and the width of their input and of their MLP.
-        layer, outside: Parameters of one decoder layer, and of all that is in none.
+        layer, outside: Parameters of one decoder layer, and of all that is in none, towers among it.
         head: Parameters of the LM head.
         width: Bytes of a number in the forward pass.
         logits: Bytes of logits that exist at once.
@@ -26,6 +27,8 @@ class Holding:
         gathered: Whether FSDP2 gathers weights for a layer at a time.
         gradients: Bytes of gradients that are kept between backward pass and optimizer step.
         accumulated: Whether they are there from an earlier micro-batch.
+        frozen: Parameters of towers that are not trained, where the rest is.
+        pictures, again: See `towers.Pictures`.
     """
 
     tokens: int
@@ -42,6 +45,9 @@ class Holding:
     gathered: bool
     gradients: float
     accumulated: bool
+    frozen: float = 0.0
+    pictures: int = 0
+    again: int = 0
 
 
 def held(step: Holding) -> float:
@@ -59,7 +65,7 @@ def held(step: Holding) -> float:
     left = w * row if step.checkpointing else kept  # of each layer, from its forward to its backward pass
     alone = kept + beside if step.checkpointing else beside
     in_layers = step.layers * step.layer
-    of_layers = 0.0 if step.adapter else step.gradients * in_layers / (in_layers + step.outside)
+    of_layers = 0.0 if step.adapter else step.gradients * in_layers / (in_layers + step.outside - step.frozen)
     layer = outside = head = 0.0
     if step.gathered:
         # the next layer's weights are gathered meanwhile; of what is trained, the last one's gradients are reduced, and the
@@ -67,9 +73,10 @@ def held(step: Holding) -> float:
         outside = w * step.outside
         layer = w * step.layer * 2 if step.adapter else w * (3 * step.layer + step.hidden * step.inner)
         head = 0.0 if step.adapter else w * step.head
-    start, end = step.layers * left, left + of_layers
+    start, end = step.layers * left + step.pictures, left + of_layers + step.pictures
     before = step.gradients if step.accumulated else 0.0
     at_head = outside + head + start + step.logits + before
     in_a_layer = outside + head + layer + alone + max(start + before, end)
     at_embeddings = 2 * outside + w * step.layer + of_layers if step.gathered and not step.adapter else 0.0
-    return max(at_head, in_a_layer, at_embeddings, step.gradients) - step.gradients
+    at_pictures = outside + step.pictures + step.again + step.gradients if step.pictures else 0.0
+    return max(at_head, in_a_layer, at_embeddings, at_pictures, step.gradients) - step.gradients

@@ -90,8 +90,17 @@ def _memory(memory: dict[str, Any]) -> list[str]:
     return [
         f"memory on each rank, estimated ({layout}; {memory['parameters']:,} parameters, {memory['trainable']:,} trained):",
         f"  training {gib(memory['training'], 2)}: {parts}",
+        *_pictures(memory),
         f"  answering, beside the weights: {gib(memory['answering'], 2)} at the most",
         *(f"  {note}" for note in memory["notes"]),
+    ]
+
+
+def _pictures(memory: dict[str, Any]) -> list[str]:
+    if "pictures" not in memory:
+        return []
+    return [
+        f"  of these, pictures {gib(memory['pictures'], 2)}; {memory['towers']:,} parameters are beside the language model"
     ]
 
 
