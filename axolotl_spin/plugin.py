@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from axolotl.integrations.base import BasePlugin, PluginManager
 
 from axolotl_spin.args import is_on, spin_config
-from axolotl_spin.refusals import refuse_loaded
+from axolotl_spin.refusals import refuse_gpus_of_one_process, refuse_loaded
 
 if TYPE_CHECKING:
     from axolotl_spin.run.prepare import SpinRun
@@ -68,6 +68,7 @@ class SpinPlugin(BasePlugin):
         refuse_loaded(cfg, self._other_trainers(cfg), needs_whole=whole)
 
         import torch
+        from accelerate.utils import parse_flag_from_env
         from axolotl.common.datasets import TrainDatasetMeta
         from axolotl.loaders import load_processor, load_tokenizer
         from axolotl.utils.data import prepare_datasets
@@ -78,6 +79,8 @@ class SpinPlugin(BasePlugin):
         from axolotl_spin.run.prepare import prepare_run
         from axolotl_spin.run.selected import refuse_selection
 
+        if not preprocess and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+            refuse_gpus_of_one_process(cfg, torch.cuda.device_count())
         refuse_missing_data(settings, cfg)
         refuse_selection(settings, cfg)
         benchmarks = settings.eval_tasks and asked_benchmarks(

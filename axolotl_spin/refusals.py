@@ -269,6 +269,15 @@ def refuse_loaded(cfg: Any, other_trainers: list[str], needs_whole: bool) -> Non
         )
 
 
+def refuse_gpus_of_one_process(cfg: Any, seen: int) -> None:
+    """Refuses one process that sees several GPUs, over which the host would spread the model, and a pair's tensors."""
+    if seen > 1 and (cfg.get("world_size") or 1) == 1 and not cfg.get("deepspeed"):
+        raise ValueError(
+            f"one process sees {seen} GPUs, over which it would spread the model, which `rl: spin` does not work with: "
+            f"give each a process (`accelerate launch --num_processes {seen}`), or show it one (`CUDA_VISIBLE_DEVICES=0`)"
+        )
+
+
 def saves_sharded(deepspeed: Any) -> bool:
     """Whether a DeepSpeed config (a dict) has a full model saved as shards: ZeRO-3 that is not told to gather it."""
     zero = (deepspeed.get("zero_optimization") or {}) if isinstance(deepspeed, dict) else {}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import rows
+import torch
 from axolotl.utils.schemas.config import AxolotlInputConfig
 from pydantic import ValidationError, create_model
 
 from axolotl_spin.args import SpinArgs, spin_config
-from axolotl_spin.refusals import REFUSED, refuse_loaded, saves_sharded
+from axolotl_spin.refusals import REFUSED, refuse_gpus_of_one_process, refuse_loaded, saves_sharded
 from axolotl_spin.run.merging import describe_shards
 from axolotl_spin.set_aside import SET_ASIDE, set_aside
 from axolotl_spin.settings.spin import SpinConfig
@@ -252,6 +255,18 @@ def test_fsdp1_by_default_is_refused_where_the_host_still_has_it() -> None:
 def test_refusals_that_need_the_loaded_config(cfg: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         refuse_loaded(cfg, [], needs_whole=True)
+
+
+def test_one_process_takes_one_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The host would spread the model over all that the process sees; `preprocess` and `plan` compute nothing there."""
+    for cfg, seen in (({"world_size": 1}, 1), ({"world_size": 2}, 2), ({"world_size": 1, "deepspeed": {"x": 1}}, 2)):
+        refuse_gpus_of_one_process(cfg, seen)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"sees 2 GPUs.*CUDA_VISIBLE_DEVICES=0"):
+        rows.load(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert rows.load(tmp_path)[0] is not None
 
 
 @pytest.mark.parametrize(

@@ -111,8 +111,6 @@ class ImageRows:
             Its ids, in which a picture is what the chat template sets for it; and the pictures (`PIL.Image`), as the host's
             strategy leaves them.
         """
-        from transformers.image_utils import load_image
-
         strategy = self.collate.processing_strategy  # type: ignore[attr-defined]
         [example] = strategy([self.rows[int(row)]])
         tokenizer, messages = strategy.processor.tokenizer, example["messages"]
@@ -122,7 +120,7 @@ class ImageRows:
         begun = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)  # as processors ask
         ids = tokenizer(text, add_special_tokens=not begun)["input_ids"]
         behind = len(self.tokenised[int(row)]["input_ids"]) - len(prompt)
-        return ids[: len(ids) - behind], [load_image(picture) for picture in _pictures(messages)]
+        return ids[: len(ids) - behind], pictures_of(messages)
 
     def squeezed(self, ids: Sequence[int]) -> list[int]:
         """Returns ids in which each picture is one token, for people to read."""

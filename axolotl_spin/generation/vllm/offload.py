@@ -77,7 +77,7 @@ def device_storages(roots: Sequence[Any], device: torch.device) -> list[torch.Un
 
     Args:
         roots: Modules, optimizers, or what wraps them.
-        device: Which device.
+        device: Which device; one without a number is the only one of its kind (accelerate's, of a single process).
     """
     storages: dict[int, torch.UntypedStorage] = {}
     seen: dict[int, Any] = {}  # holds on to the objects, whose numbers must stay theirs
@@ -89,7 +89,8 @@ def device_storages(roots: Sequence[Any], device: torch.device) -> list[torch.Un
         seen[id(found)] = found
         if isinstance(found, Tensor):
             waiting.extend(_parts(found))
-            if not is_traceable_wrapper_subclass(found) and found.device == device and found.layout == torch.strided:
+            there = found.device.type == device.type and device.index in (None, found.device.index)
+            if there and not is_traceable_wrapper_subclass(found) and found.layout == torch.strided:
                 storage = found.untyped_storage()
                 if storage.nbytes():
                     storages[storage._cdata] = storage
