@@ -2,6 +2,7 @@
 # make test         the tests, on the default host
 # make test-faults  kills the host's command everywhere and compares what it ends with; prints a table; half an hour
 # make test-vllm    the vLLM backend with the real engine on a CPU, in an environment that it makes; ten minutes
+# make test-ray     two workers of Ray Train that are killed, on a local Ray in an environment that it makes; two minutes
 # make test-configs two iterations of every architecture that transformers knows; writes the table of docs/models.md; 15 minutes
 # make test-hosts   contract and end-to-end tests on every pinned host, one rank and two
 # make bench        compares speed and memory with what one would use otherwise; prints a table; over an hour (BENCH=--quick: minutes)
@@ -19,7 +20,7 @@ export HF_HUB_OFFLINE ?= 1
 export AXOLOTL_DO_NOT_TRACK ?= 1
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test test-faults test-vllm test-configs test-hosts bench study check docs
+.PHONY: quickstart test test-faults test-vllm test-ray test-configs test-hosts bench study check docs
 
 quickstart: .venv/complete
 	.venv/bin/python example_configs/quickstart/prepare.py
@@ -49,6 +50,11 @@ test-vllm:
 	environment=$$(bash .ci/environment $(HOST)) && engine=$$(bash .ci/vllm-environment) && \
 	$$environment/bin/pip install $(TESTED) && \
 	SPIN_VLLM_PYTHON=$$engine OMP_NUM_THREADS=$$(nproc) OMP_WAIT_POLICY=PASSIVE $$environment/bin/python -m pytest -m vllm -rA -p no:warnings
+
+test-ray:
+	environment=$$(bash .ci/environment $(HOST)) && python=$$(bash .ci/ray-environment $(HOST)) && \
+	$$environment/bin/pip install --disable-pip-version-check -q --no-deps -e . && \
+	SPIN_RAY_PYTHON=$$python $$environment/bin/python -m pytest -m ray -rA -p no:warnings
 
 # figures that a run measures stand in a file of their own, from which `make docs` makes the table
 test-configs:

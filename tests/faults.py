@@ -3,8 +3,8 @@
 SPIN_KILL_RANK names the one rank to which that happens; without it every rank is killed with its whole process group.
 SPIN_RAISE is the message of an exception that is raised instead of killing.
 
-A run that is started again by its launcher cannot be given another environment. SPIN_KILLS names a file that holds a kill for
-each start, a line `rank<tab>point`; what was carried out is noted beside it, and a start plants the first that was not.
+A run that is started again by its launcher cannot be given another environment. SPIN_KILLS names a file that holds a kill
+for each start, a line `rank<tab>point`; what was carried out is noted beside it, and a start plants the first that was not.
 """
 
 from __future__ import annotations

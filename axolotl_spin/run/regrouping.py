@@ -1,7 +1,7 @@
 """A ZeRO checkpoint on another number of ranks than saved it, by DeepSpeed's universal checkpoints.
 
-DeepSpeed reads the shards of as many ranks as wrote them. Its own tool writes weights and moments out parameter by parameter,
-and an engine that is told so reads its part of those.
+DeepSpeed reads the shards of as many ranks as wrote them. Its own tool writes weights and moments out parameter by
+parameter, and an engine that is told so reads its part of those.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ def why_not_regrouped(cfg: Any) -> str:
         cfg: The host's; its `deepspeed` is a dict.
     """
     zero = cfg.deepspeed.get("zero_optimization") or {}
+    if not zero.get("stage"):
+        return "only shards of ZeRO-1, ZeRO-2 and ZeRO-3 can be written out"
     if (zero.get("offload_optimizer") or {}).get("device") == "nvme":
         return "the optimizer's state is offloaded to `nvme`"
     section = (cfg.deepspeed.get("optimizer") or {}).get("type")
@@ -57,8 +59,8 @@ def make_universal(folder: Path) -> None:
     made = shards.with_name(f"{shards.name}_universal")
     remove_universal(folder)
     aside = made.with_name(f".{made.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+    with explained(made):
+        aside.mkdir()
     LOG.info(f"writing {shards} out by parameter, for another number of ranks")
     # states of parallelism that a trainer without it does not note
     arguments = ["--input_folder", str(shards), "--output_folder", str(aside), "--inject_missing_state"]
