@@ -54,8 +54,9 @@ torch.distributed.destroy_process_group()  # gloo's threads may abort an interpr
 @pytest.mark.ranks
 @pytest.mark.once
 def test_what_rank_0_does_alone_may_take_longer_than_a_collective(tmp_path: Path) -> None:
-    """A collective of these ranks times out after four seconds; the work takes nine. A failure ends the ranks of its own start,
-    and none that come after them over the same store.
+    """A collective of these ranks times out after four seconds; the work takes nine.
+
+    A failure ends the ranks of its own start, and none that come after them over the same store.
     """
     (tmp_path / "script.py").write_text(SCRIPT)
     arguments, marks = host.launcher("ddp")
