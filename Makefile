@@ -2,6 +2,7 @@
 # make test         the tests, on the default host
 # make test-faults  kills the host's command everywhere and compares what it ends with; prints a table; half an hour
 # make test-vllm    the vLLM backend with the real engine on a CPU, in an environment that it makes; ten minutes
+# make test-ray     two workers of Ray Train that are killed, on a local Ray in an environment that it makes; two minutes
 # make test-configs two iterations of every architecture that transformers knows; writes the table of docs/models.md; 15 minutes
 # make test-gpu     what a CPU cannot show, on this machine's GPUs; writes tests/benchmarks/GPU.md; ten minutes (SPIN_GPU_PYTHON: a Python
 #                   that has the host, instead of an environment that it makes)
@@ -22,7 +23,7 @@ export AXOLOTL_DO_NOT_TRACK ?= 1
 export OMP_NUM_THREADS ?= 1
 export SPIN_GPU_PYTHON ?=
 
-.PHONY: quickstart test test-faults test-vllm test-configs test-gpu test-hosts bench study check docs
+.PHONY: quickstart test test-faults test-vllm test-ray test-configs test-gpu test-hosts bench study check docs
 
 quickstart: .venv/complete
 	.venv/bin/python example_configs/quickstart/prepare.py
@@ -52,6 +53,11 @@ test-vllm:
 	environment=$$(bash .ci/environment $(HOST)) && engine=$$(bash .ci/vllm-environment) && \
 	$$environment/bin/pip install $(TESTED) && \
 	SPIN_VLLM_PYTHON=$$engine OMP_NUM_THREADS=$$(nproc) OMP_WAIT_POLICY=PASSIVE $$environment/bin/python -m pytest -m vllm -rA -p no:warnings
+
+test-ray:
+	environment=$$(bash .ci/environment $(HOST)) && python=$$(bash .ci/ray-environment $(HOST)) && \
+	$$environment/bin/pip install --disable-pip-version-check -q --no-deps -e . && \
+	SPIN_RAY_PYTHON=$$python $$environment/bin/python -m pytest -m ray -rA -p no:warnings
 
 # figures that a run measures stand in a file of their own, from which `make docs` makes the table
 test-configs:

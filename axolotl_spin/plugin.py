@@ -45,9 +45,11 @@ class SpinPlugin(BasePlugin):
             from axolotl_spin.disk.directory import check_base_model, check_output_dir
             from axolotl_spin.monitor.about import plain_config
             from axolotl_spin.ranks.build_lock import watch_builds
+            from axolotl_spin.ranks.restarts import warn_of_shared_store
 
             check_host_version()
             watch_builds()  # DeepSpeed's extensions, from here on
+            warn_of_shared_store()
             self._written = plain_config(cfg)
             if isinstance(cfg.get("output_dir"), str):
                 check_output_dir(cfg["output_dir"])

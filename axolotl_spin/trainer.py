@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from axolotl_spin.compat import PairTrainer
 from axolotl_spin.game.loop import Loop
-from axolotl_spin.game.schedule import IterationSchedule, OptimizerStart, learning_rate_table
+from axolotl_spin.game.schedule import IterationSchedule, OptimizerStart, learning_rate_table, tell_groups_apart
 from axolotl_spin.run.checkpoints import read_checkpoint
 from axolotl_spin.run.plan import IterationPlan
 from axolotl_spin.run.prepare import SpinRun
+from axolotl_spin.run.regrouping import make_universal, read_universal, remove_universal
 from axolotl_spin.run.restoring import restore
 from axolotl_spin.run.resume import set_aside
 from axolotl_spin.run.saving import saving
@@ -48,6 +50,10 @@ class SpinTrainer(TokenLoss, AxolotlTrainer, PairTrainer):
         self.loop = Loop(run, self)
         self._pairs_in_step: Tensor | None = None
         self._resumed: dict[str, Any] | None = None
+        if run.regrouped is not None:
+            with self.loop.ranks as ranks:
+                ranks.on_main(partial(make_universal, run.regrouped))
+            read_universal(self.accelerator.state.deepspeed_plugin)
 
     # -- epochs and data ----------------------------------------------------------------------------------------------
 
@@ -188,6 +194,12 @@ class SpinTrainer(TokenLoss, AxolotlTrainer, PairTrainer):
         state, loop = self._resumed, self.loop
         if loop is None or state is None:
             return
+        if loop.run.regrouped is not None:
+            loop.ranks.wait()  # all have read it
+            if loop.ranks.main:
+                remove_universal(loop.run.regrouped)
+            assert self.optimizer_start is not None
+            tell_groups_apart(self.optimizer, self.optimizer_start)
         entry = loop.run.plan.iterations[state["iteration"]]
         loop.progress.restore(state, entry)
         logged = state["logged_loss"]

@@ -62,6 +62,14 @@ if "DS_ACCELERATOR" in os.environ:
     # gloo's serves as well
     deepspeed.comm.torch.build_shm_op = lambda: None
 
+    _init_distributed = deepspeed.comm.init_distributed
+
+    def _over_gloo(*args, **kwargs):
+        # of a single rank the host asks for NCCL, whatever the device
+        return _init_distributed(*args, **{**kwargs, "dist_backend": "gloo"})
+
+    deepspeed.comm.init_distributed = _over_gloo
+
 torch.cuda.can_device_access_peer = lambda *devices: True  # hosts 0.20 and 0.21 ask, also without an accelerator
 
 

@@ -2,6 +2,9 @@
 
 SPIN_KILL_RANK names the one rank to which that happens; without it every rank is killed with its whole process group.
 SPIN_RAISE is the message of an exception that is raised instead of killing.
+
+A run that is started again by its launcher cannot be given another environment. SPIN_KILLS names a file that holds a kill
+for each start, a line `rank<tab>point`; what was carried out is noted beside it, and a start plants the first that was not.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import importlib
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,10 +119,30 @@ class FaultPlugin(BasePlugin):
     """Plants the kill as late as our own modules are imported anyway."""
 
     def get_input_args(self):
+        if "SPIN_KILLS" in os.environ:
+            _take_next(Path(os.environ["SPIN_KILLS"]))
         name = os.environ.get("SPIN_KILL")
         if name and os.environ.get("SPIN_KILL_RANK", os.environ.get("RANK", "0")) == os.environ.get("RANK", "0"):
             _plant(name, {**POINTS, **CHOOSING}[name])
         return None
+
+
+def _take_next(kills: Path) -> None:
+    """Sets this start's kill, if there is one left."""
+    left = kills.read_text().splitlines()[len(carried_out(kills)) :]
+    if left:
+        os.environ["SPIN_KILL_RANK"], os.environ["SPIN_KILL"] = left[0].split("\t")
+
+
+def write_kills(path: Path, kills: Sequence[tuple[str, int]]) -> None:
+    """Writes what SPIN_KILLS names: a point and a rank for each start, in their order."""
+    path.write_text("".join(f"{rank}\t{point}\n" for point, rank in kills))
+
+
+def carried_out(kills: Path) -> list[str]:
+    """Returns the points of a file of kills at which a rank was killed."""
+    done = kills.with_suffix(".done")
+    return done.read_text().splitlines() if done.exists() else []
 
 
 def _plant(name: str, point: Point) -> None:
@@ -153,6 +176,9 @@ def kill(name: str, arguments: tuple) -> None:
     if name == "final/model half written":
         Path(arguments[1]).write_bytes(b"half a model")
     os.write(2, f"killed at: {name}\n".encode())
+    if "SPIN_KILLS" in os.environ:
+        with Path(os.environ["SPIN_KILLS"]).with_suffix(".done").open("a") as done:
+            done.write(f"{name}\n")
     if "SPIN_KILL_RANK" in os.environ:
         os.kill(os.getpid(), signal.SIGKILL)
     os.killpg(os.getpgrp(), signal.SIGKILL)

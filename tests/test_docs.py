@@ -212,9 +212,9 @@ def check_command(line: str, whole: bool = True) -> str:
     Returns:
         The program's name.
     """
-    if inner := re.fullmatch(r"\w+=\$\((.+)\)", line):
-        return check_command(inner[1])
-    words = [word for word in shlex.split(line) if word != "..."]
+    if inner := re.fullmatch(r"\w+=\$\((.+)\)|for \w+ in [\w ]+; do (.+)", line):
+        return check_command(inner[1] or inner[2])
+    words = [word for word in shlex.split(re.sub(r"^([A-Z_]+=\w+ )+", "", line)) if word != "..."]
     program, arguments = Path(words[0]).name, words[1:]
     if program == "axolotl":
         from axolotl.cli.main import cli
@@ -231,6 +231,12 @@ def check_command(line: str, whole: bool = True) -> str:
             parsed = launch_command_parser().parse_args(arguments[1:])
             assert parsed.module
             check_module(parsed.training_script, parsed.training_script_args, whole)
+    elif program == "torchrun":
+        from torch.distributed.run import parse_args
+
+        parsed = parse_args(arguments)
+        assert parsed.module
+        check_module(parsed.training_script, parsed.training_script_args, whole)
     elif program in ("python", "python3"):
         if arguments[:1] == ["-m"]:
             check_module(arguments[1], arguments[2:], whole)
@@ -249,8 +255,8 @@ def check_command(line: str, whole: bool = True) -> str:
 def test_commands_parse(folder: Path) -> None:
     """Every line of every bash block."""
     lines = [line for page in PAGES for block in blocks(page, "bash") for line in commands(block)]
-    programs = {check_command(line) for line in lines}
-    assert programs == {"axolotl", "accelerate", "python", "python3", "bash", "pip", "make"}
+    programs = {check_command(line) for line in lines if line != "break; done"}
+    assert programs == {"axolotl", "accelerate", "torchrun", "python", "python3", "bash", "pip", "make"}
     for part in (
         "--num_machines",
         "axolotl train spin.yml",
@@ -284,6 +290,8 @@ def test_commands_in_sentences_parse(folder: Path) -> None:
         "axolotl merge-lora spin.yml --no-such-key=1",
         "accelerate launch --num_machine_s 2 -m axolotl.cli.train spin.yml",
         "accelerate launch -m axolotl.cli.trains spin.yml",
+        "torchrun --max-restart-s 3 -m axolotl.cli.train spin.yml",
+        "for try in 1 2; do axolotl trains spin.yml",
         "make tests",
         "make bench BENCHES=--quick",
         "pip install 'vllm>=0.28'",
@@ -396,6 +404,7 @@ OTHER_NAMES = {
     "max_num_seqs",  # of vLLM's engine
     # of a model's config, of libraries' optimizers
     *("generation_config", "output_router_logits", "optimi_adamw", "flash_adamw", "adamw_torch_8bit"),
+    *("adamw_torch_fused", "adamw_apex_fused"),
     "bf16_stochastic_round",
     *("total_num_steps", "device_map", "convert_data", "run_spin", "dataset_mixer", "uclaml"),
 }

@@ -184,7 +184,7 @@ class Ranks:
     """Runs on several ranks of this machine, each forked from a warm process of its own."""
 
     def __init__(self, warm: Sequence[Warm]):
-        self._warm = warm
+        self.warm = warm
 
     def start(self, *module: str, env: dict[str, str], cwd: Path, logs: Sequence[Path]) -> list[Fork]:
         """Starts a module on every rank; nothing watches over them.
@@ -195,14 +195,14 @@ class Ranks:
             cwd: The working folder.
             logs: What each rank's output is appended to.
         """
-        count = str(len(self._warm))
+        count = str(len(self.warm))
         with socket.socket() as listening:
             listening.bind(("localhost", 0))
             port = listening.getsockname()[1]
         shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
         return [
             warm.start(*module, env={**env, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd=cwd, log=log)
-            for rank, (warm, log) in enumerate(zip(self._warm, logs, strict=True))
+            for rank, (warm, log) in enumerate(zip(self.warm, logs, strict=True))
         ]
 
     def run(self, *module: str, env: dict[str, str], cwd: Path, timeout: float = 300) -> tuple[int, str]:
@@ -216,7 +216,7 @@ class Ranks:
             The exit code of the rank that failed first, else 0, and what all printed.
         """
         log = cwd / f"warm-{time.monotonic_ns()}.log"
-        forks = self.start(*module, env=env, cwd=cwd, logs=[log] * len(self._warm))
+        forks = self.start(*module, env=env, cwd=cwd, logs=[log] * len(self.warm))
         limit = time.monotonic() + timeout
         codes: dict[int, int] = {}
         while len(codes) < len(forks) and not any(codes.values()):

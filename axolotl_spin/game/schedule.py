@@ -98,6 +98,10 @@ class OptimizerStart:
         for weight, state in self._states:
             if weight in weights:
                 optimizer.state[weight] = {name: _again(value) for name, value in state.items()}
+        self.restore_groups(optimizer)
+
+    def restore_groups(self, optimizer: torch.optim.Optimizer) -> None:
+        """Gives an optimizer's groups what they held at this start, rates aside; see `restore`."""
         for group, first in zip(optimizer.param_groups, self._groups, strict=True):
             for name in [name for name in group if name not in first and name not in _NOT_STATE]:
                 del group[name]
@@ -125,6 +129,24 @@ def _again(value: Any) -> Any:
     if isinstance(value, _Filled):
         return torch.empty_like(value.like, device=value.value.device).copy_(value.value)
     return copy.deepcopy(value)
+
+
+def tell_groups_apart(optimizer: Any, start: OptimizerStart) -> None:
+    """Gives each group of an optimizer what is its own, after DeepSpeed has read it for another number of ranks.
+
+    At stage 3 (DeepSpeed 0.18 and 0.19) all groups then have the first one's settings (`weight_decay`, say), and share one
+    counter, which each of them would advance in a step.
+
+    Args:
+        optimizer: As the trainer holds it; see `restart_optimizer`.
+        start: What its groups held when it was made.
+    """
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    start.restore_groups(optimizer)
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()
 
 
 def restart_optimizer(optimizer: Any, start: OptimizerStart | None = None) -> None:

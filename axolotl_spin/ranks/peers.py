@@ -7,6 +7,7 @@ the main thread raises it at its next `check`; where that thread is stuck in a c
 from __future__ import annotations
 
 import os
+import secrets
 import sys
 import threading
 import time
@@ -15,13 +16,14 @@ from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
+from accelerate.utils import broadcast_object_list
 from axolotl.utils.logging import get_logger
 from torch.distributed import distributed_c10d
 
 LOG = get_logger(__name__)
 
-_KEY = "axolotl_spin/failure"
-_SEEN = "axolotl_spin/failure_seen"
+_KEY = "failure"
+_SEEN = "failure_seen"
 
 
 class PeerFailedError(RuntimeError):
@@ -47,8 +49,9 @@ class Peers:
     def __enter__(self) -> Peers:
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             # a connection of its own: the process group's may be held by a blocking wait of the main thread
-            store: Any = distributed_c10d._get_default_store()
-            self._store = store.clone()
+            if self._store is None:
+                store: Any = distributed_c10d._get_default_store()
+                self._store = dist.PrefixStore(f"axolotl_spin/{_name_of_this_launch()}", store.clone())
             self._stop.clear()
             self._thread = threading.Thread(target=self._watch, name="axolotl-spin-peers", daemon=True)
             self._thread.start()
@@ -88,7 +91,7 @@ class Peers:
         if self._store is None:
             self._alone[name] = self._alone.get(name, 0) + amount
             return self._alone[name]
-        return self._store.add(f"axolotl_spin/{name}", amount)
+        return self._store.add(name, amount)
 
     def meet(self, name: str) -> None:
         """Waits until every rank has come here, however long that takes: in a collective it would run into a time-out.
@@ -137,3 +140,14 @@ class Peers:
         # through the file descriptor: the main thread may hold the stream's lock
         os.write(sys.stderr.fileno(), f"axolotl-spin: {self.failure}; this rank stops too\n".encode())
         os._exit(1)
+
+
+def _name_of_this_launch() -> str:
+    """Returns a name that all ranks of a start have in common, and no other start has.
+
+    A launcher that restarts ranks may hand them the store of those that failed (torchrun does, unless
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE is 1): their failure and their counts stand in it.
+    """
+    box = [secrets.token_hex(8)]
+    broadcast_object_list(box)
+    return box[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,7 @@ class SpinRun:
         benchmarks: The `spin.eval_tasks`, loaded; None where there are none.
         images: The source rows of `prompts`, where they have pictures; None where all is text.
         heldout_images: Those of `heldout`, likewise.
+        regrouped: The ZeRO checkpoint to start from, where another number of ranks saved it.
     """
 
     settings: SpinConfig
@@ -94,6 +96,7 @@ class SpinRun:
     benchmarks: Any = None
     images: ImageRows | None = None
     heldout_images: ImageRows | None = None
+    regrouped: Path | None = None
 
     @property
     def sampling_seed(self) -> int:

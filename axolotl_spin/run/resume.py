@@ -16,6 +16,7 @@ from axolotl_spin.run.checkpoints import Checkpoint, lost_pairs, read_checkpoint
 from axolotl_spin.run.keeping import remove_asides
 from axolotl_spin.run.plan import IterationPlan, Plan
 from axolotl_spin.run.prepare import SpinRun
+from axolotl_spin.run.regrouping import why_not_regrouped
 from axolotl_spin.run.selected import ended_at
 
 LOG = get_logger(__name__)
@@ -70,7 +71,8 @@ def settle_start(run: SpinRun, cfg: Any) -> None:
     else:
         chosen = _latest([checkpoint for checkpoint in found if checkpoint.finished], run)
     if chosen is not None:
-        _check_launch(chosen, run)
+        if _check_launch(chosen, run, cfg):
+            run.regrouped = chosen.folder
         _check_pairs_for(chosen, run)
         if main:
             LOG.info(f"going on from {chosen.folder} (step {chosen.step} of {run.plan.total_steps})")
@@ -192,8 +194,12 @@ def _another_runs(checkpoint: Checkpoint, run: SpinRun) -> str:
     return ""
 
 
-def _check_launch(checkpoint: Checkpoint, run: SpinRun) -> None:
-    """Refuses a launch that the host could not load a checkpoint into; see `Launch`."""
+def _check_launch(checkpoint: Checkpoint, run: SpinRun, cfg: Any) -> bool:
+    """Refuses a launch that the host could not load a checkpoint into; see `Launch`.
+
+    Returns:
+        Whether the checkpoint has to be written out for this number of ranks; see `make_universal`.
+    """
     launch = run.launch
     ranks, sharding = checkpoint.mark.get("ranks"), checkpoint.mark.get("sharding")
     if sharding != launch.sharding:
@@ -201,11 +207,14 @@ def _check_launch(checkpoint: Checkpoint, run: SpinRun) -> None:
             f"{checkpoint.folder} was saved with {sharding or 'no sharding'}, and its optimizer's state cannot be read "
             f"with {launch.sharding or 'no sharding'}: use the `deepspeed` and `fsdp_config` of the first start"
         )
-    if ranks != launch.ranks and (launch.sharding or "").startswith("ZeRO"):
+    regrouped = ranks != launch.ranks and (launch.sharding or "").startswith("ZeRO")
+    why = why_not_regrouped(cfg) if regrouped else ""
+    if why:
         raise ValueError(
             f"{checkpoint.folder} was saved on {ranks} ranks, and DeepSpeed cannot read its optimizer's state on "
-            f"{launch.ranks}: start as many ranks as before (plain data parallelism and FSDP2 can change their number)"
+            f"{launch.ranks}, since {why}: start as many ranks as before"
         )
+    return regrouped
 
 
 def _check_pairs_for(checkpoint: Checkpoint, run: SpinRun) -> None:

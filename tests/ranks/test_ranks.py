@@ -13,6 +13,7 @@ SCRIPT = """
 import datetime, time, torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from axolotl_spin.ranks.main import Ranks
+from axolotl_spin.ranks.peers import PeerFailedError
 
 timeout = InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=4), backend="gloo")
 ranks = Ranks(Accelerator(cpu=True, kwargs_handlers=[timeout]))
@@ -33,6 +34,19 @@ with ranks:
         ranks.on_main(lambda: 1 / 0)
     except ZeroDivisionError:
         open(f"raised-{ranks.rank}", "w").close()
+
+try:
+    with ranks:
+        if ranks.rank == 1:
+            raise ValueError("planted")
+        ranks.meet("a place that rank 1 never comes to")
+except (ValueError, PeerFailedError) as error:
+    assert "planted" in str(error)
+with Ranks(Accelerator()) as again:  # of a later start, which has the store of the earlier one
+    assert again.on_main(lambda: "again") == "again"
+    time.sleep(3)
+    again.check()
+    open(f"again-{again.rank}", "w").close()
 torch.distributed.destroy_process_group()  # gloo's threads may abort an interpreter that ends with them
 """
 
@@ -40,10 +54,14 @@ torch.distributed.destroy_process_group()  # gloo's threads may abort an interpr
 @pytest.mark.ranks
 @pytest.mark.once
 def test_what_rank_0_does_alone_may_take_longer_than_a_collective(tmp_path: Path) -> None:
-    """A collective of these ranks times out after four seconds; the work takes nine."""
+    """A collective of these ranks times out after four seconds; the work takes nine.
+
+    A failure ends the ranks of its own start, and none that come after them over the same store.
+    """
     (tmp_path / "script.py").write_text(SCRIPT)
     arguments, marks = host.launcher("ddp")
     launch, env = [sys.executable, *arguments, "script.py"], host.environment(**marks)
     done = subprocess.run(launch, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-4000:]
     assert sorted(path.name for path in tmp_path.glob("raised-*")) == ["raised-0", "raised-1"]
+    assert sorted(path.name for path in tmp_path.glob("again-*")) == ["again-0", "again-1"]
