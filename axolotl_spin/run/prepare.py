@@ -23,6 +23,7 @@ from axolotl_spin.data.turns import Marks
 from axolotl_spin.disk.atomic import DamagedFileError, read_json, write_json
 from axolotl_spin.disk.directory import RunDirectory
 from axolotl_spin.generation.vllm.served import ServedModel, served_model
+from axolotl_spin.ranks.nodes import Nodes
 from axolotl_spin.run.identity import Identity, identify
 from axolotl_spin.run.merging import describe_merge, describe_shards
 from axolotl_spin.run.pictures import image_rows, refuse_unfit
@@ -71,6 +72,7 @@ class SpinRun:
         benchmarks: The `spin.eval_tasks`, loaded; None where there are none.
         images: The source rows of `prompts`, where they have pictures; None where all is text.
         heldout_images: Those of `heldout`, likewise.
+        nodes: Which ranks see one `output_dir`.
     """
 
     settings: SpinConfig
@@ -94,6 +96,7 @@ class SpinRun:
     benchmarks: Any = None
     images: ImageRows | None = None
     heldout_images: ImageRows | None = None
+    nodes: Nodes = Nodes()  # noqa: RUF009 (it is frozen)
 
     @property
     def sampling_seed(self) -> int:
