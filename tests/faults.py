@@ -113,7 +113,7 @@ CHOOSING: dict[str, Point] = {
 # of the second of two ranks, which answers two of an iteration's four chunks
 SECOND_RANK: dict[str, Point] = {
     "iteration 1/one chunk whole": Point(CHUNK, call=4),
-    "iteration 1/resumed, second epoch": Point(STEP, call=24),
+    "iteration 1/resumed, after a checkpoint": Point(STEP, call=14),
 }
 
 

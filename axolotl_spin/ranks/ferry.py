@@ -9,10 +9,10 @@ Where all ranks see one folder both do nothing.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -115,23 +115,24 @@ def _files(path: Path) -> list[tuple[str, int]]:
 
 def _read(path: Path, size: int, give: Callable[[Tensor], Any]) -> None:
     with path.open("rb") as file:
-        _in_pieces(size, lambda piece: (_fill(file, piece, path), give(piece)))
+        for piece in _pieces(size):
+            if file.readinto(piece.numpy().data) != len(piece):  # type: ignore[attr-defined]
+                raise OSError(f"{path} has become shorter while it was sent to another node")
+            give(piece)
 
 
 def _write(path: Path, size: int, take: Callable[[Tensor], Any]) -> None:
     def write(aside: Path) -> None:
         with aside.open("wb") as file:
-            _in_pieces(size, lambda piece: (take(piece), file.write(piece.numpy().data)))
+            for piece in _pieces(size):
+                take(piece)
+                file.write(piece.numpy().data)
 
     write_whole(path, write)
 
 
-def _in_pieces(size: int, use: Callable[[Tensor], Any]) -> None:
+def _pieces(size: int) -> Iterator[Tensor]:
+    """Yields room for each piece of a file, the same again and again."""
     buffer = torch.empty(min(size, PIECE), dtype=torch.uint8)
     for start in range(0, size, PIECE):
-        use(buffer[: min(PIECE, size - start)])
-
-
-def _fill(file: BinaryIO, piece: Tensor, path: Path) -> None:
-    if file.readinto(piece.numpy().data) != len(piece):  # type: ignore[attr-defined]
-        raise OSError(f"{path} has become shorter while it was sent to another node")
+        yield buffer[: min(PIECE, size - start)]

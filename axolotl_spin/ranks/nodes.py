@@ -50,6 +50,10 @@ class Meeting:
     """The ranks of a launch, before there is a process group: they meet at the launcher's key-value store.
 
     Every rank makes the same calls.
+
+    Attributes:
+        rank, count: As in the process group that is to come.
+        launch: A word that no other start has.
     """
 
     def __init__(self) -> None:
@@ -57,7 +61,9 @@ class Meeting:
 
         # rank 0 may hold the store; the process group's is then another client of the same
         found, self.rank, self.count = next(iter(rendezvous("env://", timeout=_PATIENCE)))
-        self._store = PrefixStore("axolotl_spin/start", found)
+        # torchrun keeps its store when it restarts the ranks, with all that those before have left there
+        self.launch = _greet(PrefixStore("axolotl_spin/greetings", found), self.rank, self.count)
+        self._store = PrefixStore(f"axolotl_spin/start-{self.launch}", found)
 
     def from_main(self, name: str, value: Callable[[], Any]) -> Any:
         """Returns on every rank what rank 0 has to say, as plain JSON."""
@@ -85,6 +91,27 @@ class Meeting:
             raise ValueError(first)
 
 
+def _greet(store: Any, rank: int, count: int) -> str:
+    """Returns a word that rank 0 has drawn at this start, told to each rank in reply to a word of its own."""
+    mine = secrets.token_hex(8)
+    if rank:
+        store.set(f"hello/{rank}", mine)
+        launch = store.get(f"welcome/{rank}/{mine}").decode()
+        store.set(f"thanks/{launch}/{rank}", "")
+        return launch
+    greeted: dict[int, bytes] = {}
+    waiting = set(range(1, count))
+    while waiting:
+        for other in sorted(waiting):
+            if store.check([f"thanks/{mine}/{other}"]):
+                waiting.remove(other)
+            elif store.check([f"hello/{other}"]) and greeted.get(other) != (word := store.get(f"hello/{other}")):
+                greeted[other] = word  # that of a rank which is no more is followed by another
+                store.set(f"welcome/{other}/{word.decode()}", mine)
+        time.sleep(0.02)
+    return mine
+
+
 # a store goes with its object, and rank 0 may hold the one that the others are about to use
 _meetings: list[Meeting] = []
 
@@ -107,10 +134,9 @@ def find_nodes(meeting: Meeting, output_dir: Path, patience: float = 3.0) -> Nod
         patience: Seconds until a file that is not seen counts as absent: a network's filesystem may be late.
     """
     leads = os.environ.get("LOCAL_RANK", "0") == "0"
-    launch = meeting.from_main("launch", lambda: secrets.token_hex(8))
 
     def token(rank: int) -> Path:
-        return output_dir / f".spin-{launch}-{rank}"
+        return output_dir / f".spin-{meeting.launch}-{rank}"
 
     if leads:
         token(meeting.rank).touch()
