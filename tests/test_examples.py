@@ -66,6 +66,7 @@ def test_paper_config_is_the_papers_recipe(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("kind", ["fsdp2", "zero3"])
 def test_70b_on_64_gpus(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The host takes the config for 64 ranks, its step is the paper's batch, and the page says what `plan` counts."""
+    from axolotl.utils.config import normalize_config
     from transformers import LlamaConfig
 
     monkeypatch.syspath_prepend(str(host.TESTS / "benchmarks"))
@@ -75,13 +76,13 @@ def test_70b_on_64_gpus(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     from axolotl_spin.commands.plan.memory import Load, estimate_memory, model_size
     from axolotl_spin.run.prepare import _sharding
 
-    cfg = host.validate((host.ROOT / "example_configs" / f"llama-70b-{kind}.yml").read_text(), monkeypatch, ranks=64)
-    assert cfg.world_size == 64 and cfg.batch_size == 64
-    engines = spin_config(cfg).generation.vllm
-    assert engines.tensor_parallel_size == 8
     shape = LlamaConfig(**SHAPES["Llama 3.1 70B"], architectures=["LlamaForCausalLM"], tie_word_embeddings=False)
     shape.save_pretrained(tmp_path)
-    cfg.base_model = cfg.base_model_config = str(tmp_path)
+    text = (host.ROOT / "example_configs" / f"llama-70b-{kind}.yml").read_text()
+    cfg = host.validate(text.replace("meta-llama/Llama-3.1-70B-Instruct", str(tmp_path)), monkeypatch, ranks=64)
+    normalize_config(cfg)
+    assert cfg.world_size == 64 and cfg.batch_size == 64
+    assert spin_config(cfg).generation.vllm.tensor_parallel_size == 8
     cfg.torch_dtype = torch.bfloat16 if cfg.bf16 else torch.float32
     size, page = model_size(cfg), (host.ROOT / "docs" / "clusters.md").read_text()
     for gpus in (16, 64):
