@@ -152,9 +152,7 @@ def _of_images(data: dict[str, Any]) -> list[str]:
             "model that takes more keeps its processor without it)"
         )
     if data.get("sample_packing"):
-        found.append(
-            f"`sample_packing: true` {with_them}: prompts with pictures stand in padded rows; set it to `false`"
-        )
+        found.append(f"`sample_packing: true` {with_them}: prompts with pictures are not packed; set it to `false`")
     spin = _block(data, "spin")
     generation = _block(spin, "generation")
     if generation.get("backend") == "vllm":

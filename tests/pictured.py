@@ -225,8 +225,13 @@ def save(name: str, folder: Path) -> None:
     family.processor(tokenizer).save_pretrained(folder)
 
 
-def picture(colour: str, seed: int, size: tuple[int, int] = (20, 20)) -> Image.Image:
-    """Draws a square of a colour, a little different for each seed."""
+# wide, square and high ones: of one token, of two and of four where a processor keeps their shape
+_SIZES = ((32, 32), (20, 20), (32, 20), (16, 32))
+
+
+def picture(colour: str, seed: int, size: tuple[int, int] | None = None) -> Image.Image:
+    """Draws a rectangle of a colour, a little different for each seed."""
+    size = size or _SIZES[seed // 2 % len(_SIZES)]
     generator = random.Random(seed)
     red, green, blue = (min(255, value + generator.randint(0, 25)) for value in COLOURS[colour])
     return Image.new("RGB", size, (red, green, blue))

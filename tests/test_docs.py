@@ -36,10 +36,8 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from test_house import ORDER, PACKAGE
 
-TOPICS = (
-    "configuration tuning objectives evaluation results monitoring resume vllm data models from-uclaml how-it-works faq"
-)
-TOPICS += " known-limitations"
+TOPICS = "configuration tuning clusters security objectives evaluation results monitoring resume vllm data models"
+TOPICS += " from-uclaml how-it-works faq known-limitations"
 BY_NAME = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 

@@ -95,10 +95,9 @@ def layout_off(model: Any, pairs: Sequence[Pair], collator: PairCollator, device
         found, together = logps(rows, collator), logps(rows, padded)
         with rounded_otherwise(model):
             alone = torch.cat([logps([row], padded) for row in rows], dim=1)
-        others = [
-            _other_tokens(row, ("prompt_ids", "chosen_ids", "rejected_ids") if place % 2 else ("chosen_ids",))
-            for place, row in enumerate(rows)
-        ]
+        # a prompt with pictures stays as they have it
+        whole = ("chosen_ids", "rejected_ids") if "images" in rows[0] else ("prompt_ids", "chosen_ids", "rejected_ids")
+        others = [_other_tokens(row, whole if place % 2 else ("chosen_ids",)) for place, row in enumerate(rows)]
         apart.append(((found - together) / root).flatten())
         noise.append(((alone - together) / root).flatten())
         moved.append(((found - logps(others, collator)) / root)[1, ::2])
@@ -216,8 +215,10 @@ def settle_layout(
         A line for the log: the layout and why it was chosen.
     """
     policy = bare(model, accelerator)
-    layout, why = preferred_layout(policy.config, sample_packing=sample_packing, longest=longest)
-    if images is not None:
+    # with pictures the host wants no packing
+    asked_for = sample_packing if images is None else None
+    layout, why = preferred_layout(policy.config, sample_packing=asked_for, longest=longest)
+    if images is not None and layout == "packed":
         layout, why = "padded", "a prompt's pictures stand before each of its answers"
     collator.hidden_size = int(getattr(text_config(policy.config), "hidden_size", None) or collator.hidden_size)
     # a compiled forward may pass by hooks that its head got later, for some shapes and not for others
@@ -273,4 +274,10 @@ def settle_layout(
 
 
 def _other_tokens(row: Pair, parts: Sequence[str]) -> Pair:
-    return {name: np.asarray(ids)[::-1] // 2 if name in parts else ids for name, ids in row.items()}
+    """Returns a pair with other tokens in some of its parts, none of which stands for a picture."""
+    pictures = row["images"].placeholders if "images" in row else ()
+    made = dict(row)
+    for name in parts:
+        ids = np.asarray(row[name])[::-1]
+        made[name] = np.where(np.isin(ids // 2, pictures), ids, ids // 2)
+    return made

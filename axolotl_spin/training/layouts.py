@@ -85,8 +85,7 @@ class PairCollator:
             batch["opponent_logps"] = torch.tensor(logps, dtype=torch.float64)
             batch["weight"] = torch.tensor([float(row.get("weight", 1.0)) for row in rows])
         if rows[0].get("images") is not None:
-            assert self.layout == "padded", "a prompt's pictures stand before each of its answers"
-            batch.update(_of_pictures(rows, batch["input_ids"].shape[1]))
+            batch.update(_of_pictures(rows, _prompts_in(batch, len(rows)), batch["input_ids"].shape))
         return batch
 
     def _padded(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
@@ -161,14 +160,34 @@ class PairCollator:
         return {**made, **_needed([predicts[key] for key in sorted(predicts)])}
 
 
-def _of_pictures(rows: Sequence[dict[str, Any]], width: int) -> dict[str, Tensor]:
-    """Returns what the forward takes for the pictures of padded rows: those of all prompts twice, once for each answer."""
-    found = rows[0]["images"].inputs([row["row"] for row in rows], [row["prompt_ids"] for row in rows])
-    given = {name: torch.cat([values, values]) for name, values in found.of_images.items()}
+def _prompts_in(batch: dict[str, Tensor], pairs: int) -> list[tuple[int, int, int]]:
+    """Returns the prompts of a batch in the order of its tokens: the pair, the row and the first column of each."""
+    if "segments" not in batch:
+        return [(row % pairs, row, 0) for row in range(2 * pairs)]
+    starts = [(batch["segments"] == 3 * index).nonzero()[0].tolist() for index in range(pairs)]
+    return sorted(((index, row, column) for index, (row, column) in enumerate(starts)), key=lambda prompt: prompt[1:])
+
+
+def _of_pictures(
+    rows: Sequence[dict[str, Any]], prompts: Sequence[tuple[int, int, int]], shape: Sequence[int]
+) -> dict[str, Tensor]:
+    """Returns what the forward takes for the pictures of a batch.
+
+    Args:
+        rows: Of `PairDataset`.
+        prompts: As they stand in the batch; see `_prompts_in`.
+        shape: Of the batch: (rows, length).
+    """
+    once = [
+        rows[pair] for pair, _, _ in prompts[: len(rows)]
+    ]  # each prompt stands there once, or each once more behind
+    found = rows[0]["images"].inputs([row["row"] for row in once], [row["prompt_ids"] for row in once])
+    copies = len(prompts) // len(rows)
+    given = {name: torch.cat([values] * copies) for name, values in found.of_images.items()}
     for name, parts in found.of_tokens.items():
-        whole = parts[0].new_zeros(2 * len(rows), width)
-        for place, part in enumerate([*parts, *parts]):
-            whole[place, : len(part)] = part
+        whole = parts[0].new_zeros(*shape)
+        for part, (_, row, column) in zip(parts * copies, prompts, strict=True):
+            whole[row, column : column + len(part)] = part
         given[name] = whole
     return {f"{GIVEN}{name}": values for name, values in given.items()}
 

@@ -14,6 +14,7 @@ from axolotl_spin.compat import text_config
 from axolotl_spin.training.head import TiledHead, logit_change, selected_logps, tiled_logps
 from axolotl_spin.training.layouts import GIVEN
 from axolotl_spin.training.masks import SharedMask, shared_block_mask, shared_mask
+from axolotl_spin.training.positions import positions_of_pictures
 
 
 def completion_logps(model: Any, batch: Mapping[str, Tensor], in_head: bool = False) -> Tensor:
@@ -34,9 +35,11 @@ def completion_logps(model: Any, batch: Mapping[str, Tensor], in_head: bool = Fa
         (sequences,) sums in nats, fp32: all human answers, then all of the opponent's.
     """
     inputs = {"input_ids": batch["input_ids"]}
-    inputs |= _given(model, batch)
+    given = _given(model, batch)
+    inputs |= given
     if "position_ids" in batch:
-        inputs["position_ids"] = batch["position_ids"]
+        placed = positions_of_pictures(_causal_model(model), batch, given) if given else None
+        inputs["position_ids"] = batch["position_ids"] if placed is None else placed
     if "attention_mask" in batch:
         inputs["attention_mask"] = batch["attention_mask"]
     elif "segments" in batch:

@@ -30,8 +30,10 @@ from axolotl_spin.generation.chunks import Chunk
 from axolotl_spin.generation.decoding import Draw
 from axolotl_spin.refusals import refuse_unsupported
 from axolotl_spin.run.pictures import refuse_unfit
-from axolotl_spin.training.layouts import GIVEN, PairCollator
+from axolotl_spin.training.layout_check import layout_off
+from axolotl_spin.training.layouts import GIVEN, Layout, PairCollator
 from axolotl_spin.training.logprobs import completion_logps
+from axolotl_spin.training.tried_pairs import tried_pairs
 
 LN2 = math.log(2)
 
@@ -69,17 +71,24 @@ def pairs_of(name: str, images: ImageRows, rows: list[int]) -> list[dict[str, An
     return found
 
 
-@pytest.mark.parametrize("name", [name for name in pictured.FAMILIES if name != "llava"])
+# whose attention sees all that a pair has, and a picture as it sees text
+SHARED = ("qwen2_5_vl", "llava", "pixtral")
+LAYOUTS = [("padded", name) for name in pictured.FAMILIES if name != "llava"] + [("shared", name) for name in SHARED]
+
+
+@pytest.mark.parametrize(("layout", "name"), LAYOUTS)
 @pytest.mark.parametrize("mixed", [False, True])
-def test_a_picture_counts_in_its_own_pair_and_in_no_other(name: str, mixed: bool, tmp_path: Path) -> None:
+def test_a_picture_counts_in_its_own_pair_and_in_no_other(
+    layout: Layout, name: str, mixed: bool, tmp_path: Path
+) -> None:
     """Batches of unequal numbers of pictures too; exchanged pictures move a pair's log-probs, a neighbour's do not."""
     needs(name)
     images, model = source(name, tmp_path, mixed=mixed), pictured.build(name).eval()
     pairs = pairs_of(name, images, [0, 1, 2] if mixed else [0, 1])
-    collator = PairCollator(0)
+    padded, collator = PairCollator(0), PairCollator(0, layout)
     with torch.no_grad():
         together = completion_logps(model, collator(pairs)).view(2, -1)
-        alone = torch.cat([completion_logps(model, collator([pair])).view(2, 1) for pair in pairs], dim=1)
+        alone = torch.cat([completion_logps(model, padded([pair])).view(2, 1) for pair in pairs], dim=1)
         assert (together - alone).abs().max() < 1e-4
         rows = [dict(row) for row in images.rows]
         rows[0]["messages"], kept = rows[3]["messages"] if mixed else rows[1]["messages"], rows[0]["messages"]
@@ -98,6 +107,39 @@ def test_what_the_forward_takes_stands_once_for_each_answer(tmp_path: Path) -> N
     assert len(pixels) == 4 and torch.equal(pixels[:2], pixels[2:]) and not torch.equal(pixels[0], pixels[1])
     assert kinds.shape == batch["input_ids"].shape
     assert torch.equal(kinds.bool(), batch["input_ids"] == images.placeholders[0])
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_answers_share_their_prompts_pictures(name: str, tmp_path: Path) -> None:
+    """In one row and in several, with a mask and without; a row's pictures come in the order of its tokens."""
+    images, model = source(name, tmp_path, mixed=True), pictured.build(name).eval()
+    pairs = pairs_of(name, images, [3, 0, 1, 2])
+    collators = [PairCollator(0), *(PairCollator(0, "shared", hidden_size=size) for size in (1, 10**6))]
+    collators[1].in_parts, collators[2].in_parts = "always", False
+    batches = [collator(pairs) for collator in collators]
+    pixels = [len(batch[f"{GIVEN}pixel_values"]) for batch in batches]
+    assert pixels[1] == pixels[2] == pixels[0] / 2
+    assert len(batches[1]["input_ids"]) > 1 and len(batches[2]["input_ids"]) == 1
+    found = [completion_logps(model, batch) for batch in batches]
+    assert max((found[0] - other).abs().max().item() for other in found[1:]) < 2e-5
+    gradients = [torch.autograd.grad(logps.sum(), [*model.parameters()], allow_unused=True) for logps in found]
+    for mine, theirs in zip(gradients[0], gradients[2], strict=True):
+        assert (mine is None) == (theirs is None)
+        assert mine is None or torch.allclose(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "sound"), [*((name, True) for name in SHARED), ("gemma3", False)])
+def test_numbers_tell_whether_a_model_takes_pictures_in_shared_rows(name: str, sound: bool, tmp_path: Path) -> None:
+    """Gemma 3 sees a picture's tokens in both directions, which a mask of pairs does not say."""
+    images, model = source(name, tmp_path), pictured.build(name).eval()
+    prompts = Dataset.from_list(
+        [
+            {"prompt_ids": ids[:-4], "chosen_ids": ids[-4:], "row": row}
+            for row, ids in enumerate(images.tokenised["input_ids"])
+        ]
+    )
+    off, noise = layout_off(model, tried_pairs(prompts, images), PairCollator(0, "shared", hidden_size=10**6), "cpu")
+    assert (off <= max(3 * noise, 1e-3)) == sound
 
 
 def test_rows_that_have_changed_are_told(tmp_path: Path) -> None:
@@ -199,7 +241,8 @@ def test_two_iterations(name: str, tmp_path: Path, warm: Warm) -> None:
     needs(name)
     run = host.train(pictured.settings(name, tmp_path), by=warm)
     check(run, name, tmp_path)
-    assert "pairs are laid out padded: a prompt's pictures stand" in run.output and "padding moves" not in run.output
+    assert f"pairs are laid out {'shared' if name in SHARED else 'padded'}: " in run.output
+    assert "padding moves" not in run.output
     hashes = [pair["images"] for pair in run.pairs(0).to_pylist()]
     assert all(len(found) == 1 for found in hashes) and hashes == [pair["images"] for pair in run.pairs(1).to_pylist()]
     # steps reach the tower as they reach the language model
@@ -276,14 +319,18 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(tmp_path: Path, warm: 
     assert {"eval_loss", "spin/heldout_auc"} <= {name for row in expected["logs"] for name in row}
 
 
+HALF = {"bf16": None, "bfloat16": True, "plugins": ["half.HalfPlugin", *host.OURS]}
+FOUR_BITS = {"adapter": "qlora", "load_in_4bit": True}
+
+
 @pytest.mark.host
-def test_an_adapter_of_the_language_model_in_bf16(tmp_path: Path, warm: Warm) -> None:
+@pytest.mark.parametrize(("kind", "off"), [(HALF, 1e-3), (FOUR_BITS, 1e-5)], ids=["bf16", "4 bits"])
+def test_an_adapter_of_the_language_model(kind: dict[str, Any], off: float, tmp_path: Path, warm: Warm) -> None:
     """What most of the host's examples are; the tower and what joins it stay as they are."""
     modules = r"model.language_model.layers.[\d]+.(mlp|self_attn).(up|down|gate|q|k|v|o)_proj"
     lora = {**host.LORA, "lora_target_linear": None, "lora_target_modules": modules, "lora_dropout": 0.0}
-    half = {"bf16": None, "bfloat16": True, "plugins": ["half.HalfPlugin", *host.OURS]}
-    run = host.train(pictured.settings("gemma3", tmp_path, **lora, **half), by=warm)
-    assert [run.metrics(i)["loss_first"] for i in range(2)] == pytest.approx([LN2] * 2, abs=1e-3)
+    run = host.train(pictured.settings("gemma3", tmp_path, **{**lora, **kind}), by=warm)
+    assert [run.metrics(i)["loss_first"] for i in range(2)] == pytest.approx([LN2] * 2, abs=off)
     adapter = load_file(run.out / "spin" / "iteration-1" / "model" / "adapter_model.safetensors")
     assert len(adapter) == 2 * 2 * 7 and all("language_model.layers" in name for name in adapter)
     assert all(weight.any() for weight in adapter.values())
