@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import host
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from recovery import CHANGES, differences, outcome
@@ -60,10 +61,12 @@ def test_two_nodes_with_folders_of_their_own_play_as_one(kind: str, warm_ranks: 
 
     both = [first, second]
     assert start(warm_ranks, both, kind, kill="iteration 1/one chunk whole")[0] != 0
-    assert (second / "out/spin/iteration-1/chunks/000001.parquet").exists()
+    chunks = [sorted((folder / "out/spin/iteration-1/chunks").glob("0*.parquet")) for folder in both]
+    assert [path.name for path in chunks[1]] == ["000001.parquet"]
+    answered = sum(pq.read_metadata(path).num_rows for path in chunks[0] + chunks[1])
     code, output = start(warm_ranks, both, kind, kill="iteration 1/resumed, after a checkpoint")
     assert code != 0 and "going on from out/checkpoint-4 " in output, output[-6000:]
-    assert " of 16 prompts are already answered" in output
+    assert f"{answered} of 16 prompts are already answered" in output
     code, output = start(warm_ranks, both, kind)
     assert code == 0 and "going on from out/checkpoint-10 " in output, output[-6000:]
     assert "is not one folder for all nodes, but 2" in output
