@@ -69,7 +69,12 @@ class Meeting:
         """Returns on every rank what rank 0 has to say, as plain JSON."""
         if self.rank == 0:
             self._store.set(name, json.dumps(value()))
-        return json.loads(self._store.get(name))
+        said = json.loads(self._store.get(name))
+        heard = self._store.add(f"{name}/heard", 1)
+        while self.rank == 0 and heard < self.count:  # it may hold the store, and end by what it has said
+            time.sleep(0.01)
+            heard = self._store.add(f"{name}/heard", 0)
+        return said
 
     def together(self, name: str, value: Any, make: Callable[[list[Any]], Any]) -> Any:
         """Has every rank say something, and returns on every rank what rank 0 makes of it, all as plain JSON."""
