@@ -5,6 +5,7 @@ Two ranks are two nodes here: each has a working folder of its own, in which all
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,7 @@ def _refusals(ranks: Ranks, first: Path, second: Path) -> None:
     code, output = start(ranks, [second, first])
     assert code != 0 and "where rank 1 is there is a run too (out/spin/plan.json)" in output, output[-3000:]
     assert not (second / "out/spin/plan.json").exists()
+    shutil.rmtree(second / "prepared")  # which the host knows by the config alone
     rows = (second / "data.jsonl").read_text().splitlines()
     (second / "data.jsonl").write_text("\n".join(rows[:-1]) + "\n")
     code, output = start(ranks, [first, second])
