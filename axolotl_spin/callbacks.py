@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
+from transformers.trainer_utils import SaveStrategy
 
 from axolotl_spin.disk.directory import RunDirectory
 from axolotl_spin.monitor.about import note_start
@@ -25,11 +24,15 @@ class SaveAtIterationEnd(TrainerCallback):
 
     def __init__(self, plan: Plan):
         self._ends = {entry.first_step + entry.steps for entry in plan.iterations}
+        self._saved = -1
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        self._saved = state.global_step
+        return control
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        saved = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}").exists()
         due = state.global_step in self._ends or control.should_training_stop
-        if args.save_strategy != SaveStrategy.NO and due and not saved:
+        if args.save_strategy != SaveStrategy.NO and due and self._saved != state.global_step:
             control.should_save = True
         return control
 

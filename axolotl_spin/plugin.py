@@ -101,8 +101,9 @@ class SpinPlugin(BasePlugin):
         if not preprocess:
             from axolotl_spin.report import warn_without_report
             from axolotl_spin.run.resume import settle_start
+            from axolotl_spin.run.together import settle_together
 
-            (self.settle or settle_start)(self.run, cfg)
+            settle_together(self.run, cfg, self.settle or settle_start)
             if self.run.served:
                 from axolotl_spin.generation.vllm.served import check_serving
 
@@ -173,9 +174,12 @@ class SpinPlugin(BasePlugin):
         if self.run is not None:
             self._trainer = trainer
             trainer.attach(self.run)
+            if cfg.resume_from_checkpoint:
+                trainer.bring(cfg.resume_from_checkpoint)
 
     def post_train(self, cfg: Any, model: Any) -> None:
         if self._trainer is not None:  # the host calls a second time, once the model is saved
+            self._trainer.loop.ranks.ferry.clear()
             self._reached, self._trainer = self._trainer.state.global_step, None
 
     def post_train_unload(self, cfg: Any) -> None:

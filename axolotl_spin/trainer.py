@@ -55,6 +55,16 @@ class SpinTrainer(TokenLoss, AxolotlTrainer, PairTrainer):
                 ranks.on_main(partial(make_universal, run.regrouped))
             read_universal(self.accelerator.state.deepspeed_plugin)
 
+    def bring(self, checkpoint: str) -> None:
+        """Brings the checkpoint that a start goes on from to nodes that do not see rank 0's folder.
+
+        Args:
+            checkpoint: Where it is to be found on this rank.
+        """
+        assert self.loop is not None
+        with self.loop.ranks:
+            self.loop.ranks.ferry.send(Path(checkpoint), keep=False)
+
     # -- epochs and data ----------------------------------------------------------------------------------------------
 
     def _run_epoch(self, model: Any, epoch: int, train_dataloader: Any, **kwargs: Any) -> None:  # type: ignore[override]
@@ -175,7 +185,7 @@ class SpinTrainer(TokenLoss, AxolotlTrainer, PairTrainer):
             "resumable": not self.args.save_only_model,
             "state": {**progress.state(), "logged_loss": logged},
         }
-        with saving(self, folder, root=run.directory.root, mark=mark):
+        with saving(self, folder, root=run.directory.root, mark=mark, ferry=self.loop.ranks.ferry):
             super()._save_checkpoint(model, trial, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

@@ -113,6 +113,11 @@ CHOOSING: dict[str, Point] = {
     "best/copied aside": Point(REPLACE, where=_to("model.safetensors", "out")),
     "best/in place": Point("axolotl_spin.run.keeping:write_best"),
 }
+# of the second of two ranks, which answers two of an iteration's four chunks
+SECOND_RANK: dict[str, Point] = {
+    "iteration 1/one chunk whole": Point(CHUNK, call=4),
+    "iteration 1/resumed, after a checkpoint": Point(STEP, call=14),
+}
 
 
 class FaultPlugin(BasePlugin):
@@ -123,7 +128,7 @@ class FaultPlugin(BasePlugin):
             _take_next(Path(os.environ["SPIN_KILLS"]))
         name = os.environ.get("SPIN_KILL")
         if name and os.environ.get("SPIN_KILL_RANK", os.environ.get("RANK", "0")) == os.environ.get("RANK", "0"):
-            _plant(name, {**POINTS, **CHOOSING}[name])
+            _plant(name, {**POINTS, **CHOOSING, **SECOND_RANK}[name])
         return None
 
 

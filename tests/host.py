@@ -154,14 +154,14 @@ class Run:
         return [row["loss"] for row in self.logs() if "loss" in row]
 
 
-def validate(text: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Runs the host's own registration of plugins and validation, as on a machine with eight GPUs."""
+def validate(text: str, monkeypatch: pytest.MonkeyPatch, ranks: int = 8) -> Any:
+    """Runs the host's own registration of plugins and validation, as on machines with eight GPUs."""
     import torch
     from axolotl.utils.config import prepare_plugins, validate_config
     from axolotl.utils.dict import DictDefault
 
     monkeypatch.chdir(ROOT)  # paths in the examples are relative to the repository
-    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
     cfg = DictDefault(yaml.safe_load(text))
     prepare_plugins(cfg)
     version = str(torch.__version__).split("+")[0]

@@ -244,6 +244,8 @@ def check_command(line: str, whole: bool = True) -> str:
             assert Path(arguments[0]).is_file() or arguments[0] == "zero_to_fp32.py", line
     elif program == "bash":
         assert Path(arguments[0]).is_file(), line
+    elif program == "sbatch":
+        assert all(Path(argument).is_file() for argument in arguments), line
     elif program == "pip":
         check_pip(arguments)
     else:
@@ -256,7 +258,7 @@ def test_commands_parse(folder: Path) -> None:
     """Every line of every bash block."""
     lines = [line for page in PAGES for block in blocks(page, "bash") for line in commands(block)]
     programs = {check_command(line) for line in lines if line != "break; done"}
-    assert programs == {"axolotl", "accelerate", "torchrun", "python", "python3", "bash", "pip", "make"}
+    assert programs == {"axolotl", "accelerate", "torchrun", "python", "python3", "bash", "sbatch", "pip", "make"}
     for part in (
         "--num_machines",
         "axolotl train spin.yml",
@@ -297,6 +299,7 @@ def test_commands_in_sentences_parse(folder: Path) -> None:
         "pip install 'vllm>=0.28'",
         "python example_configs/quickstart/prepares.py",
         "python -m pytest -m rank",
+        "sbatch example_configs/slurm/spin.sbatch example_configs/llama-7b-zero3.yml",
         "cat spin.yml",
     ],
 )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import host
 import pytest
+import torch
 import yaml
 
 CONFIGS = sorted((host.ROOT / "example_configs").rglob("*.yml"))
@@ -20,6 +24,8 @@ def test_the_examples_are_there() -> None:
         "qlora.yml",
         "zero3.yml",
         "fsdp2.yml",
+        "llama-70b-fsdp2.yml",
+        "llama-70b-zero3.yml",
         "vision-lora.yml",
     } <= names
 
@@ -55,3 +61,40 @@ def test_paper_config_is_the_papers_recipe(monkeypatch: pytest.MonkeyPatch) -> N
     assert [entry.learning_rate for entry in plan.iterations] == [5e-7, 5e-7, 1e-7, 1e-7]
     assert plan.iterations[0].warmup_steps == 156  # 10% of 1564
     assert cfg.optimizer == "rmsprop" and cfg.lr_scheduler == "linear" and cfg.sequence_len == 2048
+
+
+@pytest.mark.parametrize("kind", ["fsdp2", "zero3"])
+def test_70b_on_64_gpus(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The host takes the config for 64 ranks, its step is the paper's batch, and the page says what `plan` counts."""
+    from axolotl.utils.config import normalize_config
+    from transformers import LlamaConfig
+
+    monkeypatch.syspath_prepend(str(host.TESTS / "benchmarks"))
+    from simulation import SHAPES
+
+    from axolotl_spin.args import spin_config
+    from axolotl_spin.commands.plan.memory import Load, estimate_memory, model_size
+    from axolotl_spin.run.prepare import _sharding
+
+    shape = LlamaConfig(**SHAPES["Llama 3.1 70B"], architectures=["LlamaForCausalLM"], tie_word_embeddings=False)
+    shape.save_pretrained(tmp_path)
+    text = (host.ROOT / "example_configs" / f"llama-70b-{kind}.yml").read_text()
+    cfg = host.validate(text.replace("meta-llama/Llama-3.1-70B-Instruct", str(tmp_path)), monkeypatch, ranks=64)
+    normalize_config(cfg)
+    assert cfg.world_size == 64 and cfg.batch_size == 64
+    assert spin_config(cfg).generation.vllm.tensor_parallel_size == 8
+    cfg.torch_dtype = torch.bfloat16 if cfg.bf16 else torch.float32
+    size, page = model_size(cfg), (host.ROOT / "docs" / "clusters.md").read_text()
+    for gpus in (16, 64):
+        load = Load(gpus, _sharding(cfg), cfg.sequence_len, 1536, 0)
+        needed = estimate_memory(size, cfg, load)["training"]
+        assert re.search(rf"\| `llama-70b-{kind}.yml` \| {gpus} \| {needed / 2**30:.0f} GiB \|", page), (gpus, needed)
+
+
+def test_the_slurm_script_is_sound_shell() -> None:
+    scripts = sorted((host.ROOT / "example_configs" / "slurm").iterdir())
+    assert [script.name for script in scripts] == ["spin.sbatch"]
+    checks = [["bash", "-n"], *([["shellcheck"]] if shutil.which("shellcheck") else [])]
+    for check in checks:
+        done = subprocess.run([*check, *map(str, scripts)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr

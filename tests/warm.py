@@ -186,26 +186,31 @@ class Ranks:
     def __init__(self, warm: Sequence[Warm]):
         self.warm = warm
 
-    def start(self, *module: str, env: dict[str, str], cwd: Path, logs: Sequence[Path]) -> list[Fork]:
+    def start(self, *module: str, env: dict[str, str], cwd: Path | Sequence[Path], logs: Sequence[Path]) -> list[Fork]:
         """Starts a module on every rank; nothing watches over them.
 
         Args:
             module: The module's name and its arguments.
             env: The environment of each, to which the launcher's variables are added.
-            cwd: The working folder.
+            cwd: The working folder; or one for each rank, which is then a node of its own.
             logs: What each rank's output is appended to.
         """
         count = str(len(self.warm))
+        folders = [cwd] * len(self.warm) if isinstance(cwd, Path) else cwd
+        here = count if isinstance(cwd, Path) else "1"
         with socket.socket() as listening:
             listening.bind(("localhost", 0))
             port = listening.getsockname()[1]
-        shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": here, "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        own = [{"RANK": str(rank), "LOCAL_RANK": str(rank % int(here))} for rank in range(len(self._warm))]
         return [
-            warm.start(*module, env={**env, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd=cwd, log=log)
+            warm.start(*module, env={**env, **shared, **own[rank]}, cwd=folders[rank], log=log)
             for rank, (warm, log) in enumerate(zip(self.warm, logs, strict=True))
         ]
 
-    def run(self, *module: str, env: dict[str, str], cwd: Path, timeout: float = 300) -> tuple[int, str]:
+    def run(
+        self, *module: str, env: dict[str, str], cwd: Path | Sequence[Path], timeout: float = 300
+    ) -> tuple[int, str]:
         """Runs a module on every rank, to the end of all; where one fails the others are ended, as torchrun does it.
 
         Args:
@@ -215,7 +220,7 @@ class Ranks:
         Returns:
             The exit code of the rank that failed first, else 0, and what all printed.
         """
-        log = cwd / f"warm-{time.monotonic_ns()}.log"
+        log = (cwd if isinstance(cwd, Path) else cwd[0]) / f"warm-{time.monotonic_ns()}.log"
         forks = self.start(*module, env=env, cwd=cwd, logs=[log] * len(self.warm))
         limit = time.monotonic() + timeout
         codes: dict[int, int] = {}

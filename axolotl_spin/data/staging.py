@@ -129,6 +129,7 @@ def read_staged(path: Path) -> pa.Table:
         mapped = pa.memory_map(str(path))
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{path} was written by rank 0 but is not seen here: `output_dir` must be on a filesystem that all nodes share"
+            f"{path} was written by rank 0 but is not seen here, though `output_dir` was one folder at the start: is its "
+            "filesystem still mounted on this node?"
         ) from error
     return pa.ipc.open_file(mapped).read_all()

@@ -105,9 +105,16 @@ class RunDirectory:
         """What an engine is asked and tells, and its log; gone once it has answered, and at the next start."""
         return self.iteration(iteration) / f".engine-{engine}"
 
+    def chunks(self, iteration: int) -> Path:
+        """What is finished of an iteration's generation; gone once `pairs.parquet` holds it."""
+        return self.iteration(iteration) / "chunks"
+
     def chunk(self, iteration: int, chunk: int) -> Path:
-        """A finished piece of an iteration's generation; gone once `pairs.parquet` holds it."""
-        return self.iteration(iteration) / "chunks" / f"{chunk:06d}.parquet"
+        return self.chunks(iteration) / f"{chunk:06d}.parquet"
+
+    def brought(self, checkpoint: Path) -> Path:
+        """Where a node that does not see rank 0's folder has its checkpoint while a start reads it."""
+        return self.root / f".{checkpoint.name}"
 
 
 class ForeignFolderError(ValueError):

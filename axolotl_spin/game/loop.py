@@ -62,7 +62,7 @@ class Loop:
 
     def __init__(self, run: SpinRun, trainer: Any):
         self.run, self.trainer = run, trainer
-        self.ranks = Ranks(trainer.accelerator)
+        self.ranks = Ranks(trainer.accelerator, run.nodes)
         self.progress = Progress(run.directory, self.ranks)
         self.outcome = Outcome(run, trainer, self.ranks, self.progress)
         self.updates = UpdateWatch(trainer, self.ranks, self.progress)
@@ -112,6 +112,7 @@ class Loop:
             if self._pairs is None or epoch == self.run.plan.first_epoch(entry):
                 self.begin(entry, model)
             train(self.loader(self._pairs, entry, epoch), entry)
+            self.ranks.ferry.clear()  # the checkpoint that the host has gone on from
             if self.ended(entry):
                 self.end(entry)
 

@@ -121,7 +121,7 @@ class SelfPlay:
 
     def end(self, entry: IterationPlan) -> None:
         """Removes what only the iteration's training needed, after its last step."""
-        if self.ranks.main:
+        if self.ranks.ferry.keeps:
             self.run.directory.staged(entry.iteration).unlink(missing_ok=True)
 
     def _make(self, entry: IterationPlan, model: Any) -> tuple[PairDataset, Figures]:
@@ -147,6 +147,7 @@ class SelfPlay:
         iteration, settings = entry.iteration, self.run.settings.generation
         files = ChunkFiles(self.run.directory, iteration, self.run.identity.before(iteration), self._weights)
         seed = iteration_seed(self.run.sampling_seed, iteration)
+        self.ranks.ferry.fetch(files.folder)  # of a start that was stopped
         finished = self.ranks.on_main(lambda: files.finished(entry.new_rows))
         chunks = Chunks.of(self.run.prompts_of(entry), settings, self.run.sequence_len, seed, self.run.images)
         todo = chunks.left(finished)
@@ -162,9 +163,10 @@ class SelfPlay:
         with self.ranks.answering(f"generating/{iteration}", f"iteration {iteration}: generating", waiting):
             apart = self.backend.answer(model, todo, keep, iteration)
             self.ranks.meet(f"generated/{iteration}")
+        self.ranks.ferry.fetch(files.folder)
         staged = self.run.directory.staged(iteration)
         self.ranks.on_main(lambda: write_staged(staged, self._assemble(entry, files)))
-        pairs = PairDataset(read_staged(staged), images=self.run.images)
+        pairs = PairDataset(self._map(entry), images=self.run.images)
         counts = self._count(pairs, entry)
         seconds, apart = time.perf_counter() - started, self.ranks.on_main(lambda: apart)
         made = ~finished.answered  # an earlier start's answers took none of this one's seconds
@@ -190,7 +192,7 @@ class SelfPlay:
         if len(missing := answers.missing()):
             raise FileNotFoundError(
                 f"{len(missing)} answers of iteration {entry.iteration} are missing after generation, the first to prompts "
-                f"{missing[:5].tolist()}: `output_dir` must be on a filesystem that all nodes share"
+                f"{missing[:5].tolist()}: were files in {files.folder} removed meanwhile?"
             )
         rows = 0
         for batch in answers.paired(self.run.prompts_of(entry), entry.iteration):
@@ -206,7 +208,7 @@ class SelfPlay:
         """Takes the iteration's pairs from `spin.initial_pairs`, still without the opponent's log-probs."""
         staged = self.run.directory.staged(entry.iteration)
         self.ranks.on_main(lambda: write_staged(staged, map(self._ended_alike, given.staged())))
-        pairs = PairDataset(read_staged(staged), images=self.run.images)
+        pairs = PairDataset(self._map(entry), images=self.run.images)
         counts = self._count(pairs, entry)
         self.ranks.say(f"iteration {entry.iteration}: took {entry.new_rows} pairs from {given.source}")
         return pairs, counts
@@ -261,15 +263,19 @@ class SelfPlay:
 
     def _take_file(self, entry: IterationPlan) -> tuple[PairDataset, Figures]:
         """Returns the iteration's pairs as an earlier start wrote them."""
-        directory = self.run.directory
-        path, mark = directory.pairs(entry.iteration), self.run.identity.before(entry.iteration)
+        path, mark = self.run.directory.pairs(entry.iteration), self.run.identity.before(entry.iteration)
         self.ranks.say(f"iteration {entry.iteration}: using the pairs in {path}")
-        if self.ranks.main:  # a run stopped between writing them and this
-            ChunkFiles(directory, entry.iteration, "").remove()
-        logps = read_pairs(path, mark, entry.rows, LOGPS)
-        staged = read_staged(directory.staged(entry.iteration))
-        pairs = PairDataset(staged, np.stack([logps[name].to_numpy() for name in LOGPS], axis=1), self.run.images)
+        if self.ranks.ferry.keeps:  # a run stopped between writing them and this
+            ChunkFiles(self.run.directory, entry.iteration, "").remove()
+        logps = self.ranks.on_main(lambda: read_pairs(path, mark, entry.rows, LOGPS))
+        columns = np.stack([logps[name] for name in LOGPS], axis=1)
+        pairs = PairDataset(self._map(entry), columns, self.run.images)
         return pairs, self._count(pairs, entry)
+
+    def _map(self, entry: IterationPlan) -> pa.Table:
+        """Maps the iteration's staged pairs, which rank 0 has written."""
+        self.ranks.ferry.send(staged := self.run.directory.staged(entry.iteration))
+        return read_staged(staged)
 
     def _write(self, entry: IterationPlan, pairs: PairDataset) -> None:
         """Writes the iteration's pairs with their log-probs and texts. Call it on one rank."""

@@ -36,6 +36,11 @@ class ChunkFiles:
         self.iteration = iteration
         self.mark, self.weights = mark, weights
 
+    @property
+    def folder(self) -> Path:
+        """Where they are."""
+        return self.directory.chunks(self.iteration)
+
     def _path(self, index: int) -> Path:
         return self.directory.chunk(self.iteration, index)
 
@@ -77,7 +82,7 @@ class ChunkFiles:
             prompts: The iteration's.
         """
         answered = np.zeros(prompts, dtype=bool)
-        for path in sorted(self._path(0).parent.glob("*.parquet")):
+        for path in sorted(self.folder.glob("*.parquet")):
             table = self._read(path)
             if table is None or not path.stem.isdecimal():
                 continue
@@ -111,9 +116,8 @@ class ChunkFiles:
         return table
 
     def remove(self) -> None:
-        """Removes all chunk files, once the pairs hold their answers. Call it on one rank."""
-        folder = self.directory.iteration(self.iteration) / "chunks"
-        if folder.exists():
-            for path in sorted(folder.iterdir()):
+        """Removes all chunk files, once the pairs hold their answers. Call it on one rank of a folder."""
+        if self.folder.exists():
+            for path in sorted(self.folder.iterdir()):
                 path.unlink()
-            folder.rmdir()
+            self.folder.rmdir()

@@ -13,6 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from axolotl_spin.ranks.bar import Bar
+from axolotl_spin.ranks.ferry import Ferry
+from axolotl_spin.ranks.nodes import Nodes
 from axolotl_spin.ranks.peers import Peers
 
 LOG = get_logger(__name__)
@@ -26,6 +28,7 @@ class Ranks:
 
     Args:
         accelerator: The trainer's.
+        nodes: Which ranks see one `output_dir`.
 
     Attributes:
         accelerator: The trainer's, for what concerns wrapped models.
@@ -33,9 +36,10 @@ class Ranks:
         count: How many there are.
         main: Whether this is rank 0.
         device: Where this rank's model is.
+        ferry: Carries files between folders that are not one.
     """
 
-    def __init__(self, accelerator: Any):
+    def __init__(self, accelerator: Any, nodes: Nodes = Nodes()):  # noqa: B008 (it is frozen)
         self.accelerator = accelerator
         self.rank: int = accelerator.process_index
         self.count: int = accelerator.num_processes
@@ -44,6 +48,7 @@ class Ranks:
         self._peers = Peers()
         self._bar = Bar(self._peers.add, shown=self.main)
         self._turns = 0
+        self.ferry = Ferry(nodes, self.rank, self._meet_again)
 
     def __enter__(self) -> Ranks:
         self._peers.__enter__()
@@ -60,8 +65,7 @@ class Ranks:
                 box[0] = work()
             except Exception as error:
                 box[1] = error
-        self._turns += 1
-        self.meet(f"turn/{self._turns}")  # the broadcast is a collective, whose time-out may be shorter than the work
+        self._meet_again()  # the broadcast is a collective, whose time-out may be shorter than the work
         broadcast_object_list(box)
         if box[1] is not None:
             raise box[1]
@@ -83,6 +87,10 @@ class Ranks:
     def meet(self, name: str) -> None:
         """Waits for every rank, however long that takes; see `Peers.meet`."""
         self._peers.meet(name)
+
+    def _meet_again(self) -> None:
+        self._turns += 1
+        self.meet(f"turn/{self._turns}")
 
     def check(self) -> None:
         """Raises what another rank failed with, and keeps the bar moving by what the others make. Call it often.

@@ -24,6 +24,7 @@ from axolotl_spin.data.turns import Marks
 from axolotl_spin.disk.atomic import DamagedFileError, read_json, write_json
 from axolotl_spin.disk.directory import RunDirectory, describe_upload
 from axolotl_spin.generation.vllm.served import ServedModel, served_model
+from axolotl_spin.ranks.nodes import Nodes
 from axolotl_spin.run.identity import Identity, identify
 from axolotl_spin.run.merging import describe_merge, describe_shards
 from axolotl_spin.run.pictures import image_rows, refuse_unfit
@@ -73,6 +74,7 @@ class SpinRun:
         images: The source rows of `prompts`, where they have pictures; None where all is text.
         heldout_images: Those of `heldout`, likewise.
         regrouped: The ZeRO checkpoint to start from, where another number of ranks saved it.
+        nodes: Which ranks see one `output_dir`.
     """
 
     settings: SpinConfig
@@ -97,6 +99,7 @@ class SpinRun:
     images: ImageRows | None = None
     heldout_images: ImageRows | None = None
     regrouped: Path | None = None
+    nodes: Nodes = Nodes()  # noqa: RUF009 (it is frozen)
 
     @property
     def sampling_seed(self) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 
 from axolotl_spin.disk.atomic import explained, flush, publish_folder, read_json, remove_folder, write_json
+from axolotl_spin.ranks.ferry import Ferry
 from axolotl_spin.run.checkpoints import _MARK, read_checkpoints
 
 
@@ -64,7 +65,7 @@ def save_whole(trainer: Any, folder: Path, *, private: bool = False) -> None:
 
 
 @contextmanager
-def saving(trainer: Any, folder: Path, *, root: Path, mark: dict[str, Any]) -> Iterator[None]:
+def saving(trainer: Any, folder: Path, *, root: Path, mark: dict[str, Any], ferry: Ferry) -> Iterator[None]:
     """Surrounds the host's saving of a checkpoint: marks it first as unfinished, and as complete when it is on disk.
 
     The host's rotation runs inside its save, so that a kill could leave nothing to resume from. It is put off until the new
@@ -75,16 +76,21 @@ def saving(trainer: Any, folder: Path, *, root: Path, mark: dict[str, Any]) -> I
         folder: The checkpoint's.
         root: The run's `spin` folder.
         mark: What `spin.json` is to hold; `files` and `complete` are added.
+        ferry: Brings what ranks of other nodes save to rank 0's folder.
     """
     accelerator, arguments = trainer.accelerator, trainer.args
     limit, arguments.save_total_limit = arguments.save_total_limit, None
     try:
-        if accelerator.is_main_process:
+        if ferry.keeps:
             write_json(folder / _MARK, {**mark, "complete": False, "files": {}})
+            # DeepSpeed makes its folder on rank 0 alone
+            if trainer.is_deepspeed_enabled and not accelerator.is_main_process:
+                (folder / f"global_step{mark['step']}").mkdir(exist_ok=True)
         accelerator.wait_for_everyone()
         with explained(folder):
             yield
         accelerator.wait_for_everyone()
+        ferry.fetch(folder)
         if accelerator.is_main_process:
             _complete(folder, mark)
             _rotate(folder.parent, root, limit, trainer.state.best_model_checkpoint)

@@ -91,22 +91,29 @@ class VllmBackend:
                 seconds = self._follow(chunks, mine, iteration, opponent, keep)
                 figures = {**figures, "spin/engine_start_seconds": seconds}
             self.ranks.meet(f"engines/{iteration}")  # and is again, before any rank brings training back
-        if self.ranks.main and opponent.name.startswith("."):
+        if self.ranks.ferry.keeps and opponent.name.startswith("."):
             shutil.rmtree(opponent, ignore_errors=True)
         return figures
 
     def _write_opponent(self, iteration: int) -> tuple[Path, dict[str, float]]:
         """Returns the folder of the opponent (what the last iteration ended with, where that is on disk), and figures."""
         kept = self.directory.model(iteration - 1) if iteration else None
-        if kept is not None and self.ranks.on_main(kept.exists):
-            return kept, {}
-        started = time.perf_counter()
         folder = self.directory.opponent(iteration)
+        if kept is not None and self.ranks.on_main(kept.exists):
+            return self._brought(kept, folder), {}
+        started = time.perf_counter()
         self.ranks.on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
         self.save(folder)
         seconds = time.perf_counter() - started
         LOG.info(f"iteration {iteration}: the opponent was written for vLLM in {seconds:.1f} s")
-        return folder, {"spin/opponent_write_seconds": seconds}
+        return self._brought(folder, folder), {"spin/opponent_write_seconds": seconds}
+
+    def _brought(self, opponent: Path, folder: Path) -> Path:
+        """Returns where this rank finds what rank 0 has of the opponent: on a node that does not see it, in `folder`."""
+        ferry = self.ranks.ferry
+        mine = folder if ferry.far else opponent
+        ferry.send(mine)
+        return mine
 
     def _follow(self, chunks: Chunks, mine: Sequence[int], iteration: int, opponent: Path, keep: Keep) -> float:
         """Has an engine answer some of the chunks; returns the seconds until it was ready."""
