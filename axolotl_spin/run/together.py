@@ -97,6 +97,12 @@ def _start_as_rank_0(meeting: Meeting, run: SpinRun, cfg: Any, settle: Settle) -
     def work() -> dict[str, Any]:
         try:
             settle(run, cfg)
+            if run.regrouped is not None:
+                raise ValueError(
+                    f"{run.regrouped} was saved by another number of ranks, whose shards all nodes would have to read: "
+                    f"`output_dir: {run.directory.root.parent}` is not one folder for all of them; start as many ranks as "
+                    "before, or on nodes that share it"
+                )
         except SystemExit as ended:
             raised.append(ended)
             return {"ended": ended.code}
