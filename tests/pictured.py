@@ -226,6 +226,7 @@ def save(name: str, folder: Path) -> None:
 
 
 # wide, square and high ones: of one token, of two and of four where a processor keeps their shape
+SQUARE = (20, 20)
 _SIZES = ((32, 32), (20, 20), (32, 20), (16, 32))
 
 
@@ -238,7 +239,13 @@ def picture(colour: str, seed: int, size: tuple[int, int] | None = None) -> Imag
 
 
 def conversations(
-    path: Path, rows: int, seed: int = 0, shuffled: bool = False, mixed: bool = False, behind: bool = False
+    path: Path,
+    rows: int,
+    seed: int = 0,
+    shuffled: bool = False,
+    mixed: bool = False,
+    behind: bool = False,
+    size: tuple[int, int] | None = None,
 ) -> Path:
     """Writes conversations with their pictures; what the human answers, only the picture tells.
 
@@ -249,6 +256,7 @@ def conversations(
         shuffled: Pictures are handed out anew, so that they tell nothing.
         mixed: Every third row has two pictures, the last of which counts, and every third none.
         behind: A question with its picture follows the answer, and is not answered.
+        size: Of all pictures, in pixels; else some are wide, and some high.
     """
     generator = random.Random(seed)
     colours = [("red", "blue")[place % 2] for place in range(rows)]
@@ -258,7 +266,7 @@ def conversations(
         question = " ".join(generator.choices(WORDS[10:], k=generator.randint(2, 5)))
         count = (1, 2, 0)[place % 3] if mixed else 1
         shades = [*[("blue", "red")[place % 2]] * (count - 1), *[shown[place]] * min(1, count)]
-        drawn = [picture(shade, 1000 * seed + 2 * place + number) for number, shade in enumerate(shades)]
+        drawn = [picture(shade, 1000 * seed + 2 * place + number, size) for number, shade in enumerate(shades)]
         content = [{"type": "image", "image": image, "text": None} for image in drawn]
         content.append({"type": "text", "image": None, "text": question})
         said = [{"type": "text", "image": None, "text": ANSWERS[colours[place]]}]
@@ -386,7 +394,7 @@ def known_colours(name: str, model: Any, processor: Any, folder: Path, rows: int
         The share of questions of which it finds the right answer likelier than the other colour's, and the right
         answers' negative log-likelihood per token, in nats.
     """
-    conversations(folder / "data.parquet", rows, seed=5)
+    conversations(folder / "data.parquet", rows, seed=5, size=SQUARE)
     right, nll, count = 0, 0.0, 0
     for place, messages in enumerate(messages_of(folder)):
         prompt = processed(name, processor, messages, asked=True)

@@ -73,7 +73,8 @@ def test_70b_on_64_gpus(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     from simulation import SHAPES
 
     from axolotl_spin.args import spin_config
-    from axolotl_spin.commands.plan.memory import Load, estimate_memory, model_size
+    from axolotl_spin.commands.plan.memory import Load, estimate_memory
+    from axolotl_spin.commands.plan.size import model_size
     from axolotl_spin.run.prepare import _sharding
 
     shape = LlamaConfig(**SHAPES["Llama 3.1 70B"], architectures=["LlamaForCausalLM"], tie_word_embeddings=False)

@@ -202,7 +202,7 @@ class Ranks:
             listening.bind(("localhost", 0))
             port = listening.getsockname()[1]
         shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": here, "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-        own = [{"RANK": str(rank), "LOCAL_RANK": str(rank % int(here))} for rank in range(len(self._warm))]
+        own = [{"RANK": str(rank), "LOCAL_RANK": str(rank % int(here))} for rank in range(len(self.warm))]
         return [
             warm.start(*module, env={**env, **shared, **own[rank]}, cwd=folders[rank], log=log)
             for rank, (warm, log) in enumerate(zip(self.warm, logs, strict=True))

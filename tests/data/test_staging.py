@@ -71,7 +71,7 @@ def test_staged_pairs_take_no_memory_of_their_own(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_does_not_see_the_file_says_why(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="a filesystem that all nodes share"):
+    with pytest.raises(FileNotFoundError, match="is its filesystem still mounted on this node"):
         read_staged(tmp_path / ".pairs.arrow")
 
 

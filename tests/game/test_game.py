@@ -76,6 +76,7 @@ def as_near(left: list[float], other: list[float]) -> bool:
     return all(share <= 1.15 * than for share, than in zip(left, other, strict=False))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("seed", SEEDS)
 def test_space_is_as_near_as_the_logistic_loss(
     warm: Warm, tmp_path: Path, sigmoid: Callable[[int], list[float]], seed: int

@@ -97,7 +97,15 @@ def sum_of_logps(model: Any, prompts: list[list[int]], answers: list[list[int]])
 # -- two iterations through the host ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["single", "single-lora", "ddp", "ddp-lora"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("single", marks=pytest.mark.long),
+        "single-lora",
+        "ddp",
+        pytest.param("ddp-lora", marks=pytest.mark.long),
+    ],
+)
 def test_the_opponent_answers(kind: str, smollm: Path, tmp_path: Path, warm: Warm, warm_ranks: Ranks) -> None:
     """Iteration 1's answers are likelier under iteration 0's result than under the start model, and the log-probs that the
     run scored are those of an independent computation under that very model."""
@@ -342,6 +350,7 @@ def both(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Both:
     return Both(smollm, tmp_path_factory.mktemp("both"))
 
 
+@pytest.mark.long
 def test_both_sample_the_same_distribution(both: Both) -> None:
     """Eight prompts, 64 answers each: frequencies of the first token, and the mean log-prob of whole answers under the
     model, within what chance allows."""

@@ -302,7 +302,7 @@ def test_rows_with_none_one_and_two_pictures(name: str, tmp_path: Path, warm: Wa
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_the_game_is_decided_by_the_picture(shuffled: bool, tmp_path: Path, warm: Warm) -> None:
     """On pictures that it has not seen; with pictures that are handed out anew there is nothing to learn from them."""
-    pictured.conversations(tmp_path / "data.parquet", 32, shuffled=shuffled)
+    pictured.conversations(tmp_path / "data.parquet", 32, shuffled=shuffled, size=pictured.SQUARE)
     made = pictured.settings("pixtral", tmp_path, num_epochs=3, learning_rate=2e-3)
     made["spin"] |= {"iterations": 3, "generation": {"max_new_tokens": 4, "batch_size": 16}}
     run = host.train(made, by=warm)

@@ -88,10 +88,12 @@ class LLMEngine:
     def add_request(self, request_id: str, prompt: dict, params: SamplingParams, lora_request: object = None) -> None:
         assert (lora_request is not None) == self.arguments.enable_lora
         assert params.ignore_eos and not params.detokenize
-        pictures = iter(prompt.get("multi_modal_data", {"image": []})["image"])
-        # as a processor does, with a token for each column of a picture
-        made = [[token] * (next(pictures).width if token == PICTURE else 1) for token in prompt["prompt_token_ids"]]
-        self._prompts[request_id] = [token for tokens in made for token in tokens]
+        ids = prompt["prompt_token_ids"]
+        if pictures := prompt.get("multi_modal_data", {}).get("image"):
+            # as a processor does, with a token for each column of a picture
+            widths = iter([picture.width for picture in pictures])
+            ids = [token for one in ids for token in [one] * (next(widths) if one == PICTURE else 1)]
+        self._prompts[request_id] = ids
         assert len(prompt["prompt_token_ids"]) + params.max_tokens <= self.arguments.max_model_len
         self._running[request_id] = (random.Random(params.seed), params, [])
 
