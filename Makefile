@@ -6,6 +6,7 @@
 # make test-configs two iterations of every architecture that transformers knows; writes the table of docs/models.md; 15 minutes
 # make test-gpu     what a CPU cannot show, on this machine's GPUs; writes tests/benchmarks/GPU.md; ten minutes (SPIN_GPU_PYTHON: a Python
 #                   that has the host, instead of an environment that it makes)
+# make soak         200 iterations of a tiny model that is killed at random: does anything grow? prints a table; an hour at most
 # make test-hosts   contract and end-to-end tests on every pinned host, one rank and two
 # make bench        compares speed and memory with what one would use otherwise; prints a table; over an hour (BENCH=--quick: minutes)
 # make study        compares the objectives with each other and with continued SFT on a real model; about two hours
@@ -23,7 +24,7 @@ export AXOLOTL_DO_NOT_TRACK ?= 1
 export OMP_NUM_THREADS ?= 1
 export SPIN_GPU_PYTHON ?=
 
-.PHONY: quickstart test test-faults test-vllm test-ray test-configs test-gpu test-hosts bench study check docs
+.PHONY: quickstart test test-faults test-vllm test-ray test-configs test-gpu test-hosts soak bench study check docs
 
 quickstart: .venv/complete
 	.venv/bin/python example_configs/quickstart/prepare.py
@@ -87,6 +88,12 @@ test-hosts:
 	    $$environment/bin/python -m pytest -m "ranks and not faults and not once and not vllm"; \
 	  fi; \
 	done
+
+# SOAK holds options of tests/soak.py, such as `--iterations 50`
+soak:
+	environment=$$(bash .ci/environment $(HOST)) && \
+	$$environment/bin/pip install --disable-pip-version-check -q --no-deps -e . && \
+	PYTHONPATH=$(CURDIR) $$environment/bin/python tests/soak.py $(SOAK)
 
 # BENCH holds options of tests/benchmarks/run.py, such as `--quick` or `--figures training`; RESULTS.md is written without any
 bench:
