@@ -115,7 +115,7 @@ def _remove(path: Path) -> None:
 
 
 # what is written aside by this module, and what stands in an iteration's folder only while the iteration lasts
-_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}|\.pairs\.arrow|\.{1,2}opponent|\.model|\.engine-\d+")
+_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}|\.pairs\.arrow|\.{1,2}opponent|\.model|\.engine-\d+|\.checkpoint-\d+")
 
 
 def remove_leftovers(root: Path) -> None:

@@ -86,6 +86,7 @@ def test_leftovers_are_those_that_this_package_makes(tmp_path: Path, victim: Pat
     root = tmp_path / "spin"
     ours = [
         path_aside(root / "plan.json"), path_aside(root / "start" / "evals.json"), path_aside(root / "checkpoint-3"),
+        root / ".checkpoint-4" / "config.json",
         *(root / "iteration-0" / name for name in (".pairs.arrow", ".opponent", "..opponent", ".model", ".engine-11")),
         path_aside(root / "iteration-0" / "chunks" / "000001.parquet"),
     ]  # fmt: skip
