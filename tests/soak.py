@@ -1,7 +1,7 @@
 """Many iterations of a tiny model with kills at random: does anything grow? `make soak`.
 
 A run is started, killed with SIGKILL after a random time, and started again until it is complete. Its memory, open files,
-threads, temporary files and disk are looked at twice a second. Exits with 1 where one of them has grown, or the last
+threads, temporary files and disk are looked at again and again. Exits with 1 where one of them has grown, or the last
 iterations take longer than the first.
 """
 
@@ -39,6 +39,7 @@ class Sample:
         memory: Bytes of the process that are resident.
         files: Its open files.
         threads: Its threads.
+        seconds: Of the CPU, that it has used: what else the machine does takes none of them.
     """
 
     start: int
@@ -46,6 +47,7 @@ class Sample:
     memory: int
     files: int
     threads: int
+    seconds: float
 
 
 def sample(process: int, start: int, iteration: int) -> Sample:
@@ -54,7 +56,9 @@ def sample(process: int, start: int, iteration: int) -> Sample:
     status = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines() if ":" in line)
     memory = int(status["VmRSS"].split()[0]) * 1024 if "VmRSS" in status else 0
     files = len(os.listdir(folder / "fd"))
-    return Sample(start, iteration, memory, files, int(status["Threads"]))
+    used = (folder / "stat").read_text().rpartition(")")[2].split()[11:13]
+    seconds = sum(map(int, used)) / os.sysconf("SC_CLK_TCK")
+    return Sample(start, iteration, memory, files, int(status["Threads"]), seconds)
 
 
 def size_of(folder: Path) -> int:
@@ -78,7 +82,7 @@ def soak(folder: Path, iterations: int, every: float, seed: int) -> dict:
         seed: Of their times.
 
     Returns:
-        The samples, the seconds of each iteration that no kill has touched, what lies on disk, and what was left behind.
+        The samples, the CPU seconds of each iteration that no kill has touched, what lies on disk, and what is left behind.
     """
     draw, settings = random.Random(seed), settings_in(folder, iterations)
     path, spin = host.write(settings), Path(settings["output_dir"]) / "spin"
@@ -86,7 +90,7 @@ def soak(folder: Path, iterations: int, every: float, seed: int) -> dict:
     temporary.mkdir()
     env = host.environment(ACCELERATE_USE_CPU="true", TMPDIR=str(temporary))
     samples: list[Sample] = []
-    ended: dict[int, tuple[int, float]] = {}  # of each iteration the start in which it ended, and when
+    ended: dict[int, tuple[int, float]] = {}  # of each iteration the start in which it ended, and its seconds by then
     left, starts, done, began = [], 0, 0, time.monotonic()
     with open(folder / "log.txt", "ab") as log:
         while True:
@@ -96,14 +100,16 @@ def soak(folder: Path, iterations: int, every: float, seed: int) -> dict:
             )
             until = time.monotonic() + max(45.0, draw.expovariate(1 / every))
             while run.poll() is None and time.monotonic() < until:
-                while (spin / f"iteration-{done}" / "metrics.json").exists():
-                    ended[done] = (starts, time.monotonic())
-                    done += 1
                 try:
-                    samples.append(sample(run.pid, starts, done))
+                    seen = sample(run.pid, starts, done)
                 except OSError:
                     break
-                time.sleep(0.5)
+                while (spin / f"iteration-{done}" / "metrics.json").exists():
+                    ended[done] = (starts, seen.seconds)
+                    done += 1
+                seen.iteration = done
+                samples.append(seen)
+                time.sleep(0.1)
             killed = run.poll() is None
             if killed:
                 os.killpg(run.pid, signal.SIGKILL)
@@ -144,7 +150,7 @@ def judged(found: dict) -> tuple[list[str], list[str]]:
 
     seconds = [found["iteration_seconds"][index] for index in sorted(found["iteration_seconds"])]
     compare(
-        "seconds of an iteration, median",
+        "CPU seconds of an iteration, median",
         *(statistics.median(part) for part in (seconds[:COMPARED], seconds[-COMPARED:])),
     )
     starts: dict[int, list[dict]] = {}
@@ -153,14 +159,15 @@ def judged(found: dict) -> tuple[list[str], list[str]]:
     longest = max(starts.values(), key=lambda part: part[-1]["iteration"] - part[0]["iteration"])
     warm = [one for one in longest if one["iteration"] >= longest[0]["iteration"] + WARM]
     span = f"{warm[-1]['iteration'] - warm[0]['iteration']} iterations of one start" if warm else ""
-    if len(warm) < 2 * COMPARED:
+    tenth = len(warm) // 10
+    if warm and warm[-1]["iteration"] - warm[0]["iteration"] < COMPARED:
         raise SystemExit("no start lasted long enough to tell: kill less often")
     for name, what, unit, most in (
         ("memory", "resident memory, MiB", 2.0**20, None),
         ("files", "open files", 1, FEW),
         ("threads", "threads", 1, FEW),
     ):
-        first, last = (statistics.median(one[name] for one in part) for part in (warm[:COMPARED], warm[-COMPARED:]))
+        first, last = (statistics.median(one[name] for one in part) for part in (warm[:tenth], warm[-tenth:]))
         compare(f"{what}, over {span}", first, last, unit, most)
     sizes = [found["iteration_bytes"][index] for index in sorted(found["iteration_bytes"])]
     compare(

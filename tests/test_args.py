@@ -11,6 +11,7 @@ import torch
 from axolotl.utils.schemas.config import AxolotlInputConfig
 from pydantic import ValidationError, create_model
 
+from axolotl_spin import SpinPlugin
 from axolotl_spin.args import SpinArgs, spin_config
 from axolotl_spin.refusals import REFUSED, refuse_gpus_of_one_process, refuse_loaded, saves_sharded
 from axolotl_spin.run.merging import describe_shards
@@ -262,7 +263,14 @@ def test_one_process_takes_one_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     for cfg, seen in (({"world_size": 1}, 1), ({"world_size": 2}, 2), ({"world_size": 1, "deepspeed": {"x": 1}}, 2)):
         refuse_gpus_of_one_process(cfg, seen)
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    load_datasets = SpinPlugin.load_datasets
+
+    def seeing_two(*asked: Any, **how: Any) -> Any:  # before that the host asks more of the GPUs that it sees
+        with pytest.MonkeyPatch.context() as there:
+            there.setattr(torch.cuda, "device_count", lambda: 2)
+            return load_datasets(*asked, **how)
+
+    monkeypatch.setattr(SpinPlugin, "load_datasets", seeing_two)
     with pytest.raises(ValueError, match=r"sees 2 GPUs.*CUDA_VISIBLE_DEVICES=0"):
         rows.load(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")

@@ -15,6 +15,7 @@ from axolotl_spin.run.saving import save_whole
 from axolotl_spin.run.selected import (
     START_LOSS,
     START_LOSS_STDERR,
+    Known,
     has_eval_rows,
     mark_of,
     stand,
@@ -42,6 +43,7 @@ class Outcome:
         self.run, self.trainer, self.ranks, self.progress = run, trainer, ranks, progress
         self.ended = False
         self._start: dict[str, float] = {}
+        self._known: Known = {}
 
     def before(self) -> dict[str, float]:
         """Evaluates the model that the run starts from, unless the host has (`eval_on_start`).
@@ -83,7 +85,7 @@ class Outcome:
         The same figures give the same standing, so an iteration's end may be run again.
         """
         settings, directory = self.run.settings, self.run.directory
-        standing: Standing | None = self.ranks.on_main(lambda: stand(self.run, entry.iteration))
+        standing: Standing | None = self.ranks.on_main(lambda: stand(self.run, entry.iteration, self._known))
         if standing is None:
             return
         one = settings.keep == "best" and not settings.save_iterations

@@ -14,6 +14,9 @@ from axolotl_spin.monitor.metrics import METRICS
 from axolotl_spin.monitor.tables import iteration_table, print_wide, read_best, read_metrics
 from axolotl_spin.run.plan import IterationPlan, Plan
 
+# of a table between iterations; the run's last has all of them
+_ROWS = 10
+
 Shown = tuple[tuple[str, str, str], ...]
 
 # metric, its name on the line, its format; in this order
@@ -121,7 +124,9 @@ def show_lines(trainer: Any) -> None:
 
 
 def show_table(directory: RunDirectory, plan: Plan, entry: IterationPlan) -> None:
-    """Prints the table of iterations so far, with the running progress bars out of the way. Call it on one rank.
+    """Prints the table of iterations so far, of many the first and the last; progress bars are out of the way meanwhile.
+
+    Call it on one rank.
 
     After the last iteration nothing is printed: the whole table comes at the run's end, behind all that the host says.
 
@@ -132,6 +137,7 @@ def show_table(directory: RunDirectory, plan: Plan, entry: IterationPlan) -> Non
     """
     if entry.iteration + 1 == len(plan.iterations):
         return
-    metrics = read_metrics(directory.metrics(iteration) for iteration in range(entry.iteration + 1))
+    first = max(1, entry.iteration + 2 - _ROWS)  # beside iteration 0, which knows the start model
+    metrics = read_metrics(directory.metrics(iteration) for iteration in (0, *range(first, entry.iteration + 1)))
     with tqdm.external_write_mode():
         print_wide(iteration_table(metrics, read_best(directory)))

@@ -91,19 +91,28 @@ def _refuse_keeping(cfg: Any) -> None:
         )
 
 
-def stand(run: SpinRun, through: int) -> Standing | None:
+Known = dict[int | None, tuple[Figure, bool | None]]
+
+
+def stand(run: SpinRun, through: int, known: Known | None = None) -> Standing | None:
     """Judges a run's iterations by what is on disk.
 
     Args:
         run: The run.
         through: The last iteration that counts.
+        known: Figures of iterations that an earlier call has read, so that a long run reads none again; more are added.
 
     Returns:
         None where nothing selects.
     """
     if run.select is None:
         return None
-    reached = [_figure(run, iteration) for iteration in (None, *range(through + 1))]
+    known = {} if known is None else known
+    known.pop(through, None)  # which may have been judged before its end
+    for iteration in (None, *range(through + 1)):
+        if iteration not in known:
+            known[iteration] = _figure(run, iteration)
+    reached = [known[iteration] for iteration in (None, *range(through + 1))]
     lower = run.select in (EVAL_LOSS, AUC) or not any(higher for _, higher in reached)
     start, *figures = [figure for figure, _ in reached]
     return judge(run.select, figures, start, lower=lower, patience=run.settings.patience)

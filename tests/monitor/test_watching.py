@@ -27,9 +27,12 @@ import pyarrow as pa
 import pytest
 import trackio
 
+from axolotl_spin.disk.atomic import write_json
+from axolotl_spin.disk.directory import RunDirectory
 from axolotl_spin.monitor.tables import iteration_table, print_wide
-from axolotl_spin.monitor.terminal import log_line
+from axolotl_spin.monitor.terminal import log_line, show_table
 from axolotl_spin.monitor.trackers import NAME, markdown, sample_rows, send_samples
+from axolotl_spin.run.plan import make_plan
 
 HELD_OUT = 10
 STEPS = 21  # 27 pairs are left: 7 steps, and 14 with those of the iteration before
@@ -355,6 +358,17 @@ def test_the_table_stays_within_120_columns(capsys: pytest.CaptureFixture[str]) 
         "*", "11", "0.6931", "0.2000", "1.00", "-11.123", "1211.6", "1211.6", "100%", "3.2432", "-1.232", "0.232", "62%",
         "5221.4", "1221.4", "31221.4",
     ]  # fmt: skip
+
+
+def test_a_table_between_iterations_has_the_first_and_the_last(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    directory = RunDirectory(tmp_path)
+    plan = make_plan(4, global_batch=2, num_epochs=1, history=0, betas=[0.1] * 40, learning_rates=[1e-6] * 40)
+    for iteration in range(30):
+        write_json(directory.metrics(iteration), {"spin/iteration": iteration, "spin/loss_first": 0.5})
+    for last, expected in ((3, [0, 1, 2, 3]), (29, [0, *range(21, 30)])):
+        show_table(directory, plan, plan.iterations[last])
+        rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+        assert [int(row[0]) for row in rows if row and row[0].isdigit()] == expected
 
 
 def test_the_table_of_a_run_without_held_out_play(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from axolotl_spin.disk.directory import RunDirectory
 from axolotl_spin.run.keeping import remove_asides, replace_weights
 from axolotl_spin.run.plan import make_plan
 from axolotl_spin.run.selected import (
+    Known,
     ended_at,
     eval_spread,
     has_eval_rows,
@@ -101,7 +102,11 @@ def test_a_tasks_metric_from_evals(tmp_path: Path) -> None:
         found = {metric: {"value": value, "stderr": 0.02, "higher_is_better": True}}
         tasks = {"other": {"metrics": {}}} if value is None else {task: {"version": 3, "samples": 9, "metrics": found}}
         write_json(run.directory.root / name / "evals.json", {"run": marks[name], "limit": 9, "tasks": tasks})
-    standing = stand(run, 2)
+    known: Known = {}
+    for through in range(2):  # as iterations end
+        stand(run, through, known)
+    standing = stand(run, 2, known)
+    assert standing == stand(run, 2) and known.keys() == {None, 0, 1, 2}
     assert standing is not None and (standing.best, standing.lower) == (0, False)
     assert [one.verdict for one in standing.judged] == ["better", "noise", "missing"]
     assert standing.judged[1].difference is not None and not standing.judged[1].difference.paired
