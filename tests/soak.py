@@ -65,26 +65,27 @@ def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def settings_in(folder: Path, iterations: int) -> dict:
-    """Returns a config of two steps an iteration, with held-out play and the previous iteration's pairs."""
+def settings_in(folder: Path, iterations: int, rows: int) -> dict:
+    """Returns a config of few steps an iteration, with held-out play and the previous iteration's pairs."""
     spin = {"iterations": iterations, "save_iterations": False, "generation": {"max_new_tokens": 8, "batch_size": 8}}
     changes = {"val_set_size": 3, "save_total_limit": 2, "learning_rate": 1e-6, "warmup_steps": 0, "spin": spin}
-    return host.config(folder, rows=11, **changes)
+    return host.config(folder, rows=rows, **changes)
 
 
-def soak(folder: Path, iterations: int, every: float, seed: int) -> dict:
+def soak(folder: Path, iterations: int, rows: int, every: float, seed: int) -> dict:
     """Has a run be killed until it is complete.
 
     Args:
         folder: For the run and its temporary files.
         iterations: Of the run.
+        rows: Of its data, three of which are held out.
         every: Seconds between kills on average.
         seed: Of their times.
 
     Returns:
         The samples, the CPU seconds of each iteration that no kill has touched, what lies on disk, and what is left behind.
     """
-    draw, settings = random.Random(seed), settings_in(folder, iterations)
+    draw, settings = random.Random(seed), settings_in(folder, iterations, rows)
     path, spin = host.write(settings), Path(settings["output_dir"]) / "spin"
     temporary = folder / "t"
     temporary.mkdir()
@@ -184,12 +185,13 @@ def judged(found: dict) -> tuple[list[str], list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--iterations", type=int, default=200)
+    parser.add_argument("--rows", type=int, default=11, help="of the data: an iteration takes the longer, the more")
     parser.add_argument("--kill-every", type=float, default=240.0, help="seconds, on average")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="where the figures go")
     asked = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="spin-soak-"))
-    found = soak(folder, asked.iterations, asked.kill_every, asked.seed)
+    found = soak(folder, asked.iterations, asked.rows, asked.kill_every, asked.seed)
     if asked.json:
         asked.json.write_text(json.dumps(found))
     rows, grown = judged(found)
