@@ -1,8 +1,9 @@
 """A whole iteration by the host, against the sum of its parts measured alone, on the same prompts and answers.
 
-The whole: from the first answer to the end of the last step, with files, checks and logs. The parts, with nothing around
-them: the backend answers the prompts, the scorer scores the pairs, and training steps (forward, backward, clipping,
-optimizer) run on batches that are ready. Each contestant is a process of its own, in turn.
+The whole: from the first answer to the end of the last step, with files, checks and logs; the seconds that it notes of its
+phases stand beside it, and the rest, which belongs to none. The parts, with nothing around them: the backend answers the
+prompts, the scorer scores the pairs, and training steps (forward, backward, clipping, optimizer) run on batches that are
+ready. Each contestant is a process of its own, in turn.
 
 Called by `run.py`; with `--parts` it measures the parts.
 """
@@ -23,6 +24,7 @@ from typing import Any
 import workload
 
 BATCH = 8
+PHASES = ("generation", "scoring", "training")
 
 
 def measure(folder: Path, model: str, *, pairs: int, most: int, repeats: int) -> list[dict[str, Any]]:
@@ -41,26 +43,38 @@ def measure(folder: Path, model: str, *, pairs: int, most: int, repeats: int) ->
     spin = {"iterations": 1, "save_iterations": False, "max_prompts": pairs, "generation": generation}
     config = workload.settings(folder, model, spin=spin, output_dir=str(work / "out"))
     file = work / "out" / "spin" / "iteration-0" / "pairs.parquet"
-    wholes, parts = [], []
+    wholes, phases, parts = [], [], []
     for _ in range(repeats):
         shutil.rmtree(work / "out", ignore_errors=True)
         wholes.append(workload.run(work, config)["iteration_seconds"])
+        phases.append(phases_of(file.with_name("metrics.json"), wholes[-1]))
         command = [__file__, "--parts", str(file), "--model", str(folder / model), "--most", str(most)]
         parts.append(workload.measured(command, work / "parts.json"))
-    alone = {name: median(found[name] for found in parts) for name in ("generation", "scoring", "training")}
+    alone = {name: median(found[name] for found in parts) for name in PHASES}
     whole, total = median(wholes), median(sum(found[name] for name in alone) for found in parts)
-    shares = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in alone.items())
+    taken = {name: median(found[name] for found in phases) for name in phases[0]}
     return [
         {
-            "figure": "whole iteration, s",
+            "figure": f"whole iteration, s ({shares(taken)})",
             "workload": f"{model}, {pairs} prompts, answers of {parts[0]['answer']:.0f} tokens on average, batch {BATCH}",
             "value": whole,
-            "against": f"its parts alone ({shares})",
+            "against": f"its parts alone ({shares(alone)})",
             "other": total,
             "ratio": whole / total,
             "target": "<= 1.03",
         }
     ]
+
+
+def phases_of(file: Path, whole: float) -> dict[str, float]:
+    """Returns the seconds of each phase as a run noted them, and the rest of the whole iteration."""
+    noted = json.loads(file.read_text())
+    found = {name: noted[f"spin/{name}_seconds"] for name in PHASES}
+    return {**found, "rest": whole - sum(found.values())}
+
+
+def shares(seconds: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
 
 
 def measure_parts(file: Path, folder: Path, most: int) -> dict[str, float]:
