@@ -76,7 +76,7 @@ def test_what_leaves_nothing_to_generate_is_refused(warm: Warm, whole: dict, sha
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("name", ["ddp", "zero3-lora", "fsdp2"])
+@pytest.mark.parametrize("name", [pytest.param("ddp", marks=pytest.mark.once), "zero3-lora", "fsdp2"])
 def test_two_ranks(name: str, warm: Warm, warm_ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> None:
     """As `accelerate launch -m axolotl_spin generate` starts them; the answers are one rank's."""
     folder = tmp_path_factory.getbasetemp() / "generate"

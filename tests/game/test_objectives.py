@@ -124,7 +124,11 @@ def test_a_stopped_run_ends_as_one_that_was_not(folder: Path, warm: Warm, single
     assert differences(outcome(resumed.out), outcome(single.out)) == []
 
 
-LAYOUTS = ["single-lora", "ddp", "ddp-lora", "zero3", "fsdp2"]
+LAYOUTS = [
+    *(pytest.param(name, marks=pytest.mark.once) for name in ("single-lora", "ddp", "ddp-lora")),
+    "zero3",
+    "fsdp2",
+]
 
 
 @pytest.mark.ranks

@@ -115,7 +115,7 @@ def test_an_adapter_of_which_only_the_best_is_kept(warm: Warm, tmp_path: Path) -
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("layout", [pytest.param("ddp", marks=pytest.mark.once), "fsdp2"])
 def test_on_two_ranks(warm_ranks: Ranks, tmp_path: Path, layout: str) -> None:
     run = host.train({**settings(tmp_path), **host.layout(layout, tmp_path)}, layout, by=warm_ranks)
     check(run)

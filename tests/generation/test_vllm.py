@@ -102,7 +102,7 @@ def sum_of_logps(model: Any, prompts: list[list[int]], answers: list[list[int]])
     [
         pytest.param("single", marks=pytest.mark.long),
         "single-lora",
-        "ddp",
+        pytest.param("ddp", marks=pytest.mark.long),
         pytest.param("ddp-lora", marks=pytest.mark.long),
     ],
 )

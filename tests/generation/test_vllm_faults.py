@@ -272,7 +272,7 @@ def on_two_ranks(
 
 @pytest.mark.ranks
 @pytest.mark.parametrize(
-    "kind", [*(pytest.param(kind, marks=pytest.mark.once) for kind in ("ddp", "zero2")), "zero3", "fsdp2"]
+    "kind", [*(pytest.param(kind, marks=pytest.mark.once) for kind in ("ddp", "zero2", "zero3")), "fsdp2"]
 )
 def test_two_engines_and_offloading_on_two_ranks(
     kind: str, shared: Path, tmp_path: Path, warm_ranks: Ranks, undisturbed: dict[str, Any]

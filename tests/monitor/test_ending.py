@@ -61,6 +61,7 @@ def test_a_refusal_is_the_last_that_one_rank_prints(tmp_path: Path) -> None:
 
 @pytest.mark.host
 @pytest.mark.ranks
+@pytest.mark.once
 def test_torchrun_shows_a_refusal_last_and_once(tmp_path: Path) -> None:
     run = host.train(host.config(tmp_path, spin={"iteration": 2}), "ddp", fails=True)
     assert run.output.count("axolotl-spin: ") == 1
