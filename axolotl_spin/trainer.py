@@ -135,6 +135,12 @@ class SpinTrainer(TokenLoss, AxolotlTrainer, PairTrainer):
             self._created_lr_scheduler = True
         return schedule
 
+    @property
+    def schedule(self) -> IterationSchedule:
+        """The run's, without a wrapper around it."""
+        schedule: Any = self.lr_scheduler
+        return getattr(schedule, "scheduler", schedule)
+
     def _host_scheduler(self, entry: IterationPlan, optimizer: torch.optim.Optimizer) -> LRScheduler:
         """Makes the host's scheduler for one iteration, on a copy: nothing of this trainer changes."""
         trainer = copy.copy(self)
@@ -216,8 +222,7 @@ class SpinTrainer(TokenLoss, AxolotlTrainer, PairTrainer):
         self._tr_loss = torch.tensor(logged["sum"], device=self.args.device)
         self._globalstep_last_logged = logged["at"]
         self.args.eval_on_start = False  # the whole run's start is behind
-        schedule: Any = self.lr_scheduler
-        getattr(schedule, "scheduler", schedule).reapply()
+        self.schedule.at(self.state.global_step)
         if not self.averages_over_this_start:
             self._total_loss_scalar = logged["total"]
         if loop.ended(entry):
