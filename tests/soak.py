@@ -23,7 +23,7 @@ from pathlib import Path
 
 import host
 
-# steps in a row of the log: the host keeps every row in memory and in each checkpoint, so that one a step would be what grows
+# steps in a row of the log: the host keeps every row, in memory and in each checkpoint: one a step would be what grows
 LOGGED = 25
 # growth beyond which a figure counts as such, as a share; and files or threads that may come and go
 SHARE, FEW = 0.10, 3
