@@ -191,7 +191,8 @@ class SpinTrainer(TokenLoss, AxolotlTrainer, PairTrainer):
             "resumable": not self.args.save_only_model,
             "state": {**progress.state(), "logged_loss": logged},
         }
-        with saving(self, folder, root=run.directory.root, mark=mark, ferry=self.loop.ranks.ferry):
+        restarts = run.settings.restart_optimizer and self.loop.ended(progress.record.plan)
+        with saving(self, folder, root=run.directory.root, mark=mark, restarts=restarts, ferry=self.loop.ranks.ferry):
             super()._save_checkpoint(model, trial, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
