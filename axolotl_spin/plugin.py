@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from axolotl.integrations.base import BasePlugin, PluginManager
 
 from axolotl_spin.args import is_on, spin_config
-from axolotl_spin.refusals import refuse_gpus_of_one_process, refuse_loaded
+from axolotl_spin.launched import refuse_devices, refuse_loaded
 
 if TYPE_CHECKING:
     from axolotl_spin.run.prepare import SpinRun
@@ -67,7 +67,7 @@ class SpinPlugin(BasePlugin):
         if settings is None:
             return None
         whole = settings.generation.backend == "vllm" and not cfg.adapter
-        refuse_loaded(cfg, self._other_trainers(cfg), needs_whole=whole)
+        refuse_loaded(cfg, settings, self._other_trainers(cfg), needs_whole=whole)
 
         import torch
         from accelerate.utils import parse_flag_from_env
@@ -82,7 +82,8 @@ class SpinPlugin(BasePlugin):
         from axolotl_spin.run.selected import refuse_selection
 
         if not preprocess and not parse_flag_from_env("ACCELERATE_USE_CPU"):
-            refuse_gpus_of_one_process(cfg, torch.cuda.device_count())
+            accelerator = torch.accelerator.current_accelerator()
+            refuse_devices(cfg, torch.cuda.device_count(), accelerator.type if accelerator else None)
         refuse_missing_data(settings, cfg)
         refuse_selection(settings, cfg)
         benchmarks = settings.eval_tasks and asked_benchmarks(

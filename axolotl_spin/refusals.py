@@ -78,6 +78,7 @@ REFUSED: tuple[tuple[str, Test, str], ...] = (
     ),
     ("auto_find_batch_size", _truthy, "the plan fixes batches and steps before training; set `micro_batch_size`"),
     ("trainer_cls", _truthy, "the plugin brings its own trainer; remove it"),
+    ("use_pose", _truthy, "training would skip positions, which an answer being written cannot; remove it"),
     ("rl_beta", _truthy, "SPIN's beta is `spin.beta`; move the value there"),
     ("dpo_beta", _truthy, "SPIN's beta is `spin.beta`; move the value there"),
     ("dpo_loss_type", _truthy, "SPIN's loss is `spin.loss`; remove it"),
@@ -219,70 +220,3 @@ def _preferences(entry: dict[str, Any]) -> str | None:
     if isinstance(kind, str) and kind.startswith(_PREFERENCES):
         return f"`type: {kind}`"
     return None
-
-
-def refuse_loaded(cfg: Any, other_trainers: list[str], needs_whole: bool) -> None:
-    """Refuses what is only known once the host has read the model's and DeepSpeed's configs.
-
-    Args:
-        cfg: The host's normalized config.
-        other_trainers: Names of other plugins that bring a trainer for this config.
-        needs_whole: Whether the opponent has to be on disk as a whole model, for vLLM.
-
-    Raises:
-        ValueError: Names the key, the reason and the remedy.
-    """
-    from axolotl.utils.schemas.enums import CustomSupportedOptimizers
-    from transformers import SchedulerType
-    from transformers.training_args import OptimizerNames
-
-    schedule = cfg.get("lr_scheduler")
-    known = {*(kind.value for kind in SchedulerType), "one_cycle", "rex"}
-    if schedule and schedule not in known:
-        raise ValueError(f"`lr_scheduler: {schedule}` is none of the host's: {', '.join(sorted(known))}")
-    optimizer = getattr(cfg.get("optimizer"), "value", cfg.get("optimizer"))
-    known = {kind.value for names in (OptimizerNames, CustomSupportedOptimizers) for kind in names}
-    if optimizer and optimizer not in known:
-        raise ValueError(f"`optimizer: {optimizer}` is none of the host's: {', '.join(sorted(known))}")
-    if (cfg.get("fsdp") or cfg.get("fsdp_config")) and str(cfg.get("fsdp_version")) != "2":
-        raise ValueError(
-            f"`fsdp_version: {cfg.get('fsdp_version')}`, which this host takes where none is given, does not work with "
-            "`rl: spin`: generation runs under FSDP2; set `fsdp_version: 2`"
-        )
-    if other_trainers:
-        raise ValueError(
-            f"`plugins:` also lists {', '.join(other_trainers)}, which brings a trainer of its own; "
-            "remove it from a config with `rl: spin`"
-        )
-    deepspeed = cfg.get("deepspeed")
-    if not isinstance(deepspeed, dict):
-        return
-    if deepspeed.get("scheduler"):
-        raise ValueError(
-            "the `deepspeed` config has a `scheduler` section, which cannot restart at each iteration; remove the "
-            "section (the host's `lr_scheduler`, `warmup_steps` and `learning_rate` keys apply)"
-        )
-    if needs_whole and saves_sharded(deepspeed):
-        raise ValueError(
-            "the `deepspeed` config has `stage: 3` without `gather_16bit_weights_on_model_save: true`, so that no opponent "
-            "could be saved for vLLM; add it to `zero_optimization`, or set `spin.generation.backend: transformers`"
-        )
-
-
-def refuse_gpus_of_one_process(cfg: Any, seen: int) -> None:
-    """Refuses one process that sees several GPUs, over which the host would spread the model, and a pair's tensors."""
-    if seen > 1 and (cfg.get("world_size") or 1) == 1 and not cfg.get("deepspeed"):
-        raise ValueError(
-            f"one process sees {seen} GPUs, over which it would spread the model, which `rl: spin` does not work with: "
-            f"give each a process (`accelerate launch --num_processes {seen}`), or show it one (`CUDA_VISIBLE_DEVICES=0`)"
-        )
-
-
-def saves_sharded(deepspeed: Any) -> bool:
-    """Whether a DeepSpeed config (a dict) has a full model saved as shards: ZeRO-3 that is not told to gather it."""
-    zero = (deepspeed.get("zero_optimization") or {}) if isinstance(deepspeed, dict) else {}
-    names = (
-        "gather_16bit_weights_on_model_save",
-        "stage3_gather_16bit_weights_on_model_save",
-    )  # DeepSpeed takes either
-    return zero.get("stage") == 3 and not any(zero.get(name) is True for name in names)

@@ -60,10 +60,23 @@ def set_aside(data: dict[str, Any]) -> list[str]:
             what = "has no effect" if not instead else f"is taken as `{instead}`"
             lines.append(f"`{key}: {data[key]}` {what} with `rl: spin`: {why}")
             data[key] = instead
+    lines += _quantise_at_once(data)
     lines += _lift_fsdp(data)
     for line in lines:
         get_logger(__name__).warning(line)
     return lines
+
+
+def _quantise_at_once(data: dict[str, Any]) -> list[str]:
+    """Has quantisation-aware training begin with the first answer: the opponent must be rounded as the policy is."""
+    name, block = "fake_quant_after_n_steps", data.get("qat")
+    if not isinstance(block, dict) or not block.get(name):
+        return []
+    data["qat"] = {**block, name: None}
+    return [
+        f"`qat.{name}: {block[name]}` has no effect with `rl: spin`: weights are quantised from the start, since in an "
+        "iteration in which that began the opponent would be another model than the one that the policy was"
+    ]
 
 
 def _lift_fsdp(data: dict[str, Any]) -> list[str]:

@@ -135,6 +135,12 @@ class SpinTrainer(TokenLoss, AxolotlTrainer, PairTrainer):
             self._created_lr_scheduler = True
         return schedule
 
+    @property
+    def schedule(self) -> IterationSchedule:
+        """The run's, without a wrapper around it."""
+        schedule: Any = self.lr_scheduler
+        return getattr(schedule, "scheduler", schedule)
+
     def _host_scheduler(self, entry: IterationPlan, optimizer: torch.optim.Optimizer) -> LRScheduler:
         """Makes the host's scheduler for one iteration, on a copy: nothing of this trainer changes."""
         trainer = copy.copy(self)
@@ -185,7 +191,8 @@ class SpinTrainer(TokenLoss, AxolotlTrainer, PairTrainer):
             "resumable": not self.args.save_only_model,
             "state": {**progress.state(), "logged_loss": logged},
         }
-        with saving(self, folder, root=run.directory.root, mark=mark, ferry=self.loop.ranks.ferry):
+        restarts = run.settings.restart_optimizer and self.loop.ended(progress.record.plan)
+        with saving(self, folder, root=run.directory.root, mark=mark, restarts=restarts, ferry=self.loop.ranks.ferry):
             super()._save_checkpoint(model, trial, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -216,8 +223,7 @@ class SpinTrainer(TokenLoss, AxolotlTrainer, PairTrainer):
         self._tr_loss = torch.tensor(logged["sum"], device=self.args.device)
         self._globalstep_last_logged = logged["at"]
         self.args.eval_on_start = False  # the whole run's start is behind
-        schedule: Any = self.lr_scheduler
-        getattr(schedule, "scheduler", schedule).reapply()
+        self.schedule.at(self.state.global_step)
         if not self.averages_over_this_start:
             self._total_loss_scalar = logged["total"]
         if loop.ended(entry):

@@ -23,6 +23,8 @@ from pathlib import Path
 
 import host
 
+# steps in a row of the log: the host keeps every row, in memory and in each checkpoint: one a step would be what grows
+LOGGED = 25
 # growth beyond which a figure counts as such, as a share; and files or threads that may come and go
 SHARE, FEW = 0.10, 3
 # iterations at a start's begin in which caches fill, and how many are compared
@@ -69,6 +71,7 @@ def settings_in(folder: Path, iterations: int, rows: int) -> dict:
     """Returns a config of few steps an iteration, with held-out play and the previous iteration's pairs."""
     spin = {"iterations": iterations, "save_iterations": False, "generation": {"max_new_tokens": 8, "batch_size": 8}}
     changes = {"val_set_size": 3, "save_total_limit": 2, "learning_rate": 1e-6, "warmup_steps": 0, "spin": spin}
+    changes["logging_steps"] = LOGGED
     return host.config(folder, rows=rows, **changes)
 
 

@@ -13,7 +13,8 @@ from pydantic import ValidationError, create_model
 
 from axolotl_spin import SpinPlugin
 from axolotl_spin.args import SpinArgs, spin_config
-from axolotl_spin.refusals import REFUSED, refuse_gpus_of_one_process, refuse_loaded, saves_sharded
+from axolotl_spin.launched import refuse_devices, refuse_loaded, saves_sharded
+from axolotl_spin.refusals import REFUSED
 from axolotl_spin.run.merging import describe_shards
 from axolotl_spin.set_aside import SET_ASIDE, set_aside
 from axolotl_spin.settings.spin import SpinConfig
@@ -106,7 +107,7 @@ OFFENDING = {
     "streaming": True, "pretraining_dataset": "x", 
     "reward_model": True, "process_reward_model": True, "context_parallel_size": 2,
     "sequence_parallel_degree": 2, "tensor_parallel_size": 2, "expert_parallel_size": 2, "relora": True,
-    "peft_init_lora_weights": "pissa_niter_16",
+    "peft_init_lora_weights": "pissa_niter_16", "use_pose": True,
     "auto_find_batch_size": True, "trainer_cls": "a.B", "rl_beta": 0.1, "dpo_beta": 0.1, "dpo_loss_type": ["ipo"],
     "balance_labels": True, "jagged_restart_steps": 10,
     "lr_scheduler": "reduce_lr_on_plateau", "optimizer": "schedule_free_adamw", "num_epochs": 1.5,
@@ -196,6 +197,16 @@ def test_what_has_another_meaning_is_set_aside_and_said(key: str, value: Any, in
     assert set_aside(data) == []  # the host validates twice
 
 
+def test_quantisation_that_begins_later_begins_at_once() -> None:
+    """Else the opponent of an iteration in which it began would be another model than the policy's start."""
+    qat = {"weight_dtype": "int4", "fake_quant_after_n_steps": 1000}
+    data = {"rl": "spin", "qat": qat}
+    [line] = set_aside(data)
+    assert line.startswith("`qat.fake_quant_after_n_steps: 1000` has no effect")
+    assert data["qat"] == {**qat, "fake_quant_after_n_steps": None} and qat["fake_quant_after_n_steps"] == 1000
+    assert set_aside(data) == set_aside({"qat": {"fake_quant_after_n_steps": 0}}) == []
+
+
 def test_every_key_that_is_set_aside_is_tested() -> None:
     marks = test_what_has_another_meaning_is_set_aside_and_said.pytestmark
     assert {row[0] for row in marks[0].args[1]} == {key for key, *_ in SET_ASIDE}
@@ -242,8 +253,12 @@ def test_fsdp1_by_default_is_refused_where_the_host_still_has_it() -> None:
     """Axolotl 0.19 takes version 1 where none is given, later hosts 2; what FSDP2 has no word for is not lifted."""
     assert claim(fsdp_config={"sharding_strategy": "NO_SHARD"})["spin"]["active"]
     with pytest.raises(ValueError, match="which this host takes where none is given"):
-        refuse_loaded({"fsdp_config": {"x": 1}, "fsdp_version": None}, [], needs_whole=True)
-    refuse_loaded({"fsdp_config": {"x": 1}, "fsdp_version": 2}, [], needs_whole=True)
+        refuse_loaded({"fsdp_config": {"x": 1}, "fsdp_version": None}, SpinConfig(), [], needs_whole=True)
+    refuse_loaded({"fsdp_config": {"x": 1}, "fsdp_version": 2}, SpinConfig(), [], needs_whole=True)
+
+
+NVME = {"deepspeed": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}}
+GROKFAST = {"plugins": ["axolotl.integrations.grokfast.GrokfastPlugin"]}
 
 
 @pytest.mark.parametrize(
@@ -251,17 +266,32 @@ def test_fsdp1_by_default_is_refused_where_the_host_still_has_it() -> None:
     [
         ({"deepspeed": {"scheduler": {"type": "WarmupLR"}}}, "scheduler"),
         ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "gather_16bit_weights_on_model_save: true"),
+        ({"tiled_mlp": True, "world_size": 2}, "set `tiled_mlp_num_shards`"),
+        (NVME, "`nvme`.*set `spin.restart_optimizer: false`"),
+        (GROKFAST, "GrokfastPlugin, whose average of gradients.*set `spin.restart_optimizer: false`"),
     ],
 )
 def test_refusals_that_need_the_loaded_config(cfg: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        refuse_loaded(cfg, [], needs_whole=True)
+        refuse_loaded(cfg, SpinConfig(), [], needs_whole=True)
+
+
+@pytest.mark.parametrize("cfg", [NVME, GROKFAST, {"tiled_mlp": True, "tiled_mlp_num_shards": 2, "world_size": 2}])
+def test_what_does_not_restart_may_stay_where_nothing_restarts(cfg: dict) -> None:
+    for settings in (SpinConfig(restart_optimizer=False), SpinConfig(iterations=1)):
+        refuse_loaded(cfg, settings, [], needs_whole=False)
+
+
+def test_apples_gpus_are_refused() -> None:
+    """They have no float64, in which log-probs are summed and tokens drawn."""
+    with pytest.raises(ValueError, match="ACCELERATE_USE_CPU=true"):
+        refuse_devices({}, 0, "mps")
 
 
 def test_one_process_takes_one_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The host would spread the model over all that the process sees; `preprocess` and `plan` compute nothing there."""
     for cfg, seen in (({"world_size": 1}, 1), ({"world_size": 2}, 2), ({"world_size": 1, "deepspeed": {"x": 1}}, 2)):
-        refuse_gpus_of_one_process(cfg, seen)
+        refuse_devices(cfg, seen)
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     load_datasets = SpinPlugin.load_datasets
 
@@ -300,5 +330,5 @@ def test_zero3_is_read_as_deepspeed_reads_it(zero: dict | None, shards: bool) ->
 
 def test_another_plugins_trainer_is_refused() -> None:
     with pytest.raises(ValueError, match=r"kd\.KDPlugin"):
-        refuse_loaded({}, ["kd.KDPlugin"], needs_whole=True)
-    refuse_loaded({"deepspeed": {"zero_optimization": {"stage": 3}}}, [], needs_whole=False)
+        refuse_loaded({}, SpinConfig(), ["kd.KDPlugin"], needs_whole=True)
+    refuse_loaded({"deepspeed": {"zero_optimization": {"stage": 3}}}, SpinConfig(), [], needs_whole=False)

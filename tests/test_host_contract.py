@@ -217,7 +217,17 @@ def test_every_hook_is_inert_without_rl_spin() -> None:
         for name in ours():
             del sys.modules[name]
         sys.modules.update(kept)
-    light = ("args", "keys", "plugin", "refusals", "set_aside", "settings", "settings.generation", "settings.spin")
+    light = (
+        "args",
+        "keys",
+        "launched",
+        "plugin",
+        "refusals",
+        "set_aside",
+        "settings",
+        "settings.generation",
+        "settings.spin",
+    )
     assert imported == {"axolotl_spin", *(f"axolotl_spin.{name}" for name in light)}
     assert afterwards == imported
     assert len(answers) > 20

@@ -20,6 +20,7 @@ ORDER = [
         "keys",
         "settings",
         "refusals",
+        "launched",
         "set_aside",
         "compat",
         "args",

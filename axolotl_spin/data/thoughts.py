@@ -10,6 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from axolotl_spin.data.pairs import BATCH_ROWS
+
 # the message's key for thoughts, where an entry of `datasets:` names none: the host's default
 _THOUGHTS_KEY = "reasoning_content"
 _REASONING, _CONTENT = "z 1 z", "y x y"
@@ -43,10 +45,14 @@ class ThinkBlock:
         rest = self._strip(rest[len(self.opens) :])
         return len(rest) > 0 and tuple(rest[: len(self.ends)]) != self.ends
 
-    def share(self, answers: pa.ListArray) -> float:
-        """Returns the share of answers that open with thoughts; 0 where there are none."""
-        starts = pc.list_slice(answers, 0, _START).to_pylist()
-        return sum(self.opened_by(ids or ()) for ids in starts) / max(len(answers), 1)
+    def share(self, answers: pa.ListArray | pa.ChunkedArray) -> float:
+        """Returns the share of answers that open with thoughts; 0 where there are none. A piece at a time."""
+        opened = 0
+        for chunk in answers.chunks if isinstance(answers, pa.ChunkedArray) else [answers]:
+            for start in range(0, len(chunk), BATCH_ROWS):
+                starts = pc.list_slice(chunk.slice(start, BATCH_ROWS), 0, _START).to_pylist()
+                opened += sum(self.opened_by(ids or ()) for ids in starts)
+        return opened / max(len(answers), 1)
 
     def _strip(self, ids: Sequence[int]) -> Sequence[int]:
         start = next((place for place, token in enumerate(ids) if token not in self.blanks), len(ids))
@@ -94,7 +100,9 @@ def _shown(cfg: Any, entry: Any, tokenizer: Any) -> tuple[str, str] | None:
     return (opens[0], ends[0]) if found and content and opens and ends else None
 
 
-def told_apart(block: ThinkBlock | None, chosen: pa.ListArray, rejected: pa.ListArray) -> str:
+def told_apart(
+    block: ThinkBlock | None, chosen: pa.ListArray | pa.ChunkedArray, rejected: pa.ListArray | pa.ChunkedArray
+) -> str:
     """Returns a line where own answers open with thoughts and the human's do not; else nothing.
 
     Args:

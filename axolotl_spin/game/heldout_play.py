@@ -174,6 +174,7 @@ class HeldOutPlay:
                 bar.update(len(completions))
 
             self.backend.answer(model, chunks, keep)
+        self.ranks.meet_again()  # with few prompts some ranks have none, and a collective does not wait for long answers
         answers = dict(gather_object(found))
         wanted = len(self.run.heldout)
         assert len(answers) == wanted, f"{len(answers)} of {wanted} held-out prompts were answered"

@@ -133,6 +133,7 @@ class Loop:
             self.trainer.log({name: value for name, value in known.items() if value is not None})
             known.update(start)
             self._first_step_due = True
+            self.trainer.schedule.at(entry.first_step)
             if entry.iteration > 0 and self.run.settings.restart_optimizer:
                 restart_optimizer(self.trainer.optimizer, self.trainer.optimizer_start)
         self.progress.write()

@@ -58,8 +58,14 @@ class IterationSchedule(LRScheduler):
         rate = self._rates[min(self.last_epoch, len(self._rates) - 1)]
         return [initial * rate / self._base_rate for initial in self.base_lrs]
 
-    def reapply(self) -> None:
-        """Gives the optimizer this step's rates, where its state was loaded from a run whose plan ended here."""
+    def at(self, step: int) -> None:
+        """Gives the optimizer a step's rates: where its state was loaded from a run whose plan ended here, or steps were
+        skipped for gradients that overflow in fp16, which the Trainer counts and does not have the schedule count.
+
+        Args:
+            step: Of the run, from 0.
+        """
+        self.last_epoch = step
         self._last_lr = self.get_lr()
         for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
             group["lr"] = rate
@@ -93,7 +99,7 @@ class OptimizerStart:
         Args:
             optimizer: The one of the start, or one with its groups; it may have loaded a checkpoint since.
         """
-        optimizer.state.clear()
+        _drop_state(optimizer)
         weights = {weight for group in optimizer.param_groups for weight in group["params"]}
         for weight, state in self._states:
             if weight in weights:
@@ -106,6 +112,22 @@ class OptimizerStart:
             for name in [name for name in group if name not in first and name not in _NOT_STATE]:
                 del group[name]
             group.update((name, _again(value)) for name, value in first.items())
+
+
+def _drop_state(optimizer: torch.optim.Optimizer) -> None:
+    """Has an optimizer make its state anew; a paged one (bitsandbytes) begins again in the pages that it has.
+
+    Those are never freed: dropped, they would be as much again with each iteration. Its state begins as zeros, the codes of
+    quantised values aside.
+    """
+    if not getattr(optimizer, "is_paged", False):
+        optimizer.state.clear()
+        return
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and not name.startswith("qmap"):
+                value.zero_()
+        state["step"] = 0
 
 
 # of a parameter group: what it steps, and what the schedule sets
@@ -168,7 +190,7 @@ def restart_optimizer(optimizer: Any, start: OptimizerStart | None = None) -> No
         if start is not None:
             start.restore(optimizer)
         else:
-            optimizer.state.clear()
+            _drop_state(optimizer)
     else:
         for state in optimizer.state.values():
             for key, value in state.items():

@@ -233,8 +233,7 @@ class SelfPlay:
 
     def _about_thoughts(self, pairs: pa.Table, entry: IterationPlan) -> list[Finding]:
         new = pairs.slice(0, entry.new_rows)
-        chosen, rejected = (new[name].combine_chunks() for name in ("chosen_ids", "rejected_ids"))
-        line = told_apart(self.run.thoughts, chosen, rejected)
+        line = told_apart(self.run.thoughts, new["chosen_ids"], new["rejected_ids"])
         return [Finding(f"iteration {entry.iteration}: {line}", fatal=False)] if line else []
 
     # -- the opponent's pass ------------------------------------------------------------------------------------------

@@ -40,10 +40,9 @@ def send_samples(trainer: Any, table: pa.Table, name: str) -> None:
         trackers.append("swanlab")
     if not trackers:
         return
-    rows = sample_rows(table, name)
     for tracker in trackers:
         try:
-            _SENDERS[tracker](trainer, rows)
+            _SENDERS[tracker](trainer, sample_rows(table, name))
         except Exception as error:  # whatever a tracker raises: a server that is away, a full disk, a version's change
             LOG.warning(f"the held-out samples of {name} did not reach {tracker}: {type(error).__name__}: {error}")
 
@@ -63,10 +62,15 @@ def sample_rows(table: pa.Table, name: str) -> Rows:
             "own": row["own"],
             "human_tokens": len(row["human_ids"]),
             "own_tokens": len(row["own_ids"]),
-            "margin": row["human_logp"] / len(row["human_ids"]) - row["own_logp"] / len(row["own_ids"]),
+            "margin": _per_token(row, "human") - _per_token(row, "own"),
         }
         for row in table.slice(0, _ROWS).to_pylist()
     ]
+
+
+def _per_token(row: dict[str, Any], whose: str) -> float:
+    """Returns an answer's log-prob in nats per token; an own answer may have none, where the human's has no end."""
+    return row[f"{whose}_logp"] / max(1, len(row[f"{whose}_ids"]))
 
 
 def markdown(rows: Rows) -> str:

@@ -48,7 +48,7 @@ class Ranks:
         self._peers = Peers()
         self._bar = Bar(self._peers.add, shown=self.main)
         self._turns = 0
-        self.ferry = Ferry(nodes, self.rank, self._meet_again)
+        self.ferry = Ferry(nodes, self.rank, self.meet_again)
 
     def __enter__(self) -> Ranks:
         self._peers.__enter__()
@@ -65,7 +65,7 @@ class Ranks:
                 box[0] = work()
             except Exception as error:
                 box[1] = error
-        self._meet_again()  # the broadcast is a collective, whose time-out may be shorter than the work
+        self.meet_again()  # the broadcast is a collective, whose time-out may be shorter than the work
         broadcast_object_list(box)
         if box[1] is not None:
             raise box[1]
@@ -88,7 +88,8 @@ class Ranks:
         """Waits for every rank, however long that takes; see `Peers.meet`."""
         self._peers.meet(name)
 
-    def _meet_again(self) -> None:
+    def meet_again(self) -> None:
+        """Waits for every rank at a place that is met often: before a collective, where ranks may be far apart."""
         self._turns += 1
         self.meet(f"turn/{self._turns}")
 

@@ -79,7 +79,10 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     elif wrong:
         found.fault = f"{printable(', '.join(sorted(wrong)[:3]))} {'is' if len(wrong) == 1 else 'are'} missing or cut"
     elif not found.mark.get("resumable", True):
-        found.fault = "it was saved with `save_only_model: true`, without the optimizer's state"
+        found.fault = (
+            "it was saved without the optimizer's state: with `save_only_model: true`, or by a host that cannot save this "
+            "optimizer's, and warned of it"
+        )
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from axolotl_spin.compat import text_config
-from axolotl_spin.refusals import saves_sharded
+from axolotl_spin.launched import saves_sharded
 
 # what models call their input and output embeddings
 _EMBEDDINGS = frozenset({"lm_head", "embed_tokens", "embed_out", "embed_in", "wte", "output"})

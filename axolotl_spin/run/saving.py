@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
+from transformers.trainer import SCHEDULER_NAME
 
 from axolotl_spin.disk.atomic import explained, flush, publish_folder, read_json, remove_folder, write_json
 from axolotl_spin.ranks.ferry import Ferry
@@ -65,7 +66,9 @@ def save_whole(trainer: Any, folder: Path, *, private: bool = False) -> None:
 
 
 @contextmanager
-def saving(trainer: Any, folder: Path, *, root: Path, mark: dict[str, Any], ferry: Ferry) -> Iterator[None]:
+def saving(
+    trainer: Any, folder: Path, *, root: Path, mark: dict[str, Any], restarts: bool, ferry: Ferry
+) -> Iterator[None]:
     """Surrounds the host's saving of a checkpoint: marks it first as unfinished, and as complete when it is on disk.
 
     The host's rotation runs inside its save, so that a kill could leave nothing to resume from. It is put off until the new
@@ -76,6 +79,8 @@ def saving(trainer: Any, folder: Path, *, root: Path, mark: dict[str, Any], ferr
         folder: The checkpoint's.
         root: The run's `spin` folder.
         mark: What `spin.json` is to hold; `files` and `complete` are added.
+        restarts: Whether the optimizer starts anew with the next step, so that its state is not needed. The host goes on
+            where it cannot save it (some under FSDP2), and only warns.
         ferry: Brings what ranks of other nodes save to rank 0's folder.
     """
     accelerator, arguments = trainer.accelerator, trainer.args
@@ -92,10 +97,15 @@ def saving(trainer: Any, folder: Path, *, root: Path, mark: dict[str, Any], ferr
         accelerator.wait_for_everyone()
         ferry.fetch(folder)
         if accelerator.is_main_process:
-            _complete(folder, mark)
+            _complete(folder, {**mark, "resumable": mark["resumable"] and (restarts or _has_optimizer(folder))})
             _rotate(folder.parent, root, limit, trainer.state.best_model_checkpoint)
     finally:
         arguments.save_total_limit = limit
+
+
+def _has_optimizer(folder: Path) -> bool:
+    """Whether the host has saved an optimizer's state: it saves the schedule right after it, DeepSpeed all in a folder."""
+    return (folder / SCHEDULER_NAME).exists() or any(folder.glob("global_step*"))
 
 
 def _complete(folder: Path, mark: dict[str, Any]) -> None:
@@ -108,10 +118,19 @@ def _complete(folder: Path, mark: dict[str, Any]) -> None:
 
 
 def _rotate(output_dir: Path, root: Path, limit: int | None, best: str | None) -> None:
-    """Removes the oldest checkpoints beyond `save_total_limit`, each from one moment to the next; never the best one."""
+    """Removes the oldest checkpoints beyond `save_total_limit`, each from one moment to the next.
+
+    Never the best one, nor the newest from which a run can go on.
+    """
     if not limit or limit <= 0:
         return
-    complete = [found for found in read_checkpoints(output_dir) if not found.fault]
-    spare = [found for found in complete[:-1] if best is None or found.folder.resolve() != Path(best).resolve()]
+    complete = [
+        found for found in read_checkpoints(output_dir) if not found.fault or not found.mark.get("resumable", True)
+    ]
+    kept = {
+        found.folder.resolve() for found in [*complete[-1:], *[found for found in complete if not found.fault][-1:]]
+    }
+    kept |= {Path(best).resolve()} if best else set()
+    spare = [found for found in complete if found.folder.resolve() not in kept]
     for found in spare[: max(0, len(complete) - limit)]:
         remove_folder(found.folder, root)

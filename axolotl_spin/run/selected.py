@@ -15,7 +15,7 @@ from axolotl.utils.logging import get_logger
 from axolotl_spin.data.spread import Spread, auc_spread, distance_from_half, nll_per_token
 from axolotl_spin.disk.atomic import MARK, DamagedFileError, read_json, write_json, write_whole
 from axolotl_spin.disk.directory import RunDirectory
-from axolotl_spin.refusals import saves_sharded
+from axolotl_spin.launched import saves_sharded
 from axolotl_spin.run.identity import Identity
 from axolotl_spin.run.prepare import SpinRun
 from axolotl_spin.run.selection import Figure, Standing, judge

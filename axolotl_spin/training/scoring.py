@@ -71,6 +71,7 @@ class Scorer:
                     advance(len(rows))
                 elif coupled:
                     forward(batches[0])
+        ranks.meet_again()  # ranks may be far apart, farther than a collective waits
         logps, scored = ranks.sum(logps), ranks.sum(scored)
         wrong = torch.nonzero(scored != 1).flatten().tolist()
         assert not wrong, f"{len(wrong)} pairs were not scored exactly once, the first are {wrong[:5]}"

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import host
+import numpy as np
 import pyarrow as pa
 import pytest
 import tiny
@@ -101,6 +102,18 @@ def test_told_apart_by_thoughts_alone() -> None:
     assert "75% of 4 own answers open with thoughts, and 0% of the human's" in told_apart(marks, plain, thoughtful)
     assert told_apart(marks, thoughtful, thoughtful) == told_apart(marks, thoughtful, plain) == ""
     assert told_apart(None, plain, thoughtful) == ""
+
+
+def test_more_tokens_than_one_column_takes() -> None:
+    """Offsets of a list column are of 32 bits: two halves of 1.2e9 tokens each do not become one. Nothing is computed of
+    most of them, which are zeros that no memory holds yet."""
+    half = pa.ListArray.from_arrays(
+        pa.array([0, 1_200_000_000], pa.int32()), pa.array(np.zeros(1_200_000_000, np.int8))
+    )
+    answers = pa.chunked_array([half, half])
+    with pytest.raises(pa.ArrowInvalid, match="overflow"):
+        answers.combine_chunks()
+    assert ThinkBlock((0,), (2,)).share(answers) == 1
 
 
 @pytest.mark.host

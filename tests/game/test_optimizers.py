@@ -98,6 +98,17 @@ def refused(name: str) -> bool:
     return False
 
 
+def pages_of(optimizer: torch.optim.Optimizer) -> list[int]:
+    """Returns where a paged optimizer's state lies: on a GPU in memory that is never freed, so it has to stay the same."""
+    if not getattr(optimizer, "is_paged", False):
+        return []
+    tensors = [
+        value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)
+    ]
+    assert tensors
+    return [tensor.data_ptr() for tensor in tensors]
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if not refused(name)])
 def test_every_optimizer_restarts(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It steps from the weights that it has brought about as a new one does, bit for bit."""
@@ -119,7 +130,9 @@ def test_every_optimizer_restarts(name: str, tmp_path: Path, monkeypatch: pytest
     if name in LOST_BY_A_CHECKPOINT:
         assert torch.equal(kept, fresh)
         kept = steps(*copy.deepcopy((model, optimizer)))
+    pages = pages_of(optimizer)
     restart_optimizer(optimizer, start)
+    assert pages_of(optimizer) == pages
     assert torch.equal(steps(model, optimizer), fresh)
     if name not in ("sgd", "sinkgd"):  # which keep nothing from step to step
         assert not torch.equal(kept, fresh)  # else the comparison shows nothing

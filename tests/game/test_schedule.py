@@ -53,6 +53,20 @@ def test_groups_keep_their_ratio_and_state_is_the_step_alone() -> None:
     assert [group["lr"] for group in optimizer.param_groups] == [0.5, 1.0]
 
 
+def test_after_steps_that_the_trainer_skipped_an_iteration_takes_its_own_rates() -> None:
+    """In fp16 gradients overflow at the start: the Trainer counts such a step, and the schedule is not stepped."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([{"params": [weight]}], lr=2.0)
+    schedule = IterationSchedule(optimizer, [1.0, 0.5, 0.25, 0.125], base_rate=2.0)
+    optimizer.step()
+    schedule.step()  # of two steps
+    schedule.at(2)
+    assert optimizer.param_groups[0]["lr"] == schedule.get_last_lr()[0] == 0.25
+    optimizer.step()
+    schedule.step()
+    assert optimizer.param_groups[0]["lr"] == 0.125
+
+
 def steps(model: torch.nn.Module, optimizer: torch.optim.Optimizer, count: int) -> torch.Tensor:
     for index in range(count):
         optimizer.zero_grad()

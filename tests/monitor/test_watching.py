@@ -270,6 +270,14 @@ def test_swanlab(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert text.read_text() == markdown(sample_rows(PLAYED, "iteration 0")) and text.name.startswith("003-")
 
 
+def test_an_own_answer_without_a_token_has_a_row() -> None:
+    """An end token alone, taken off where the human answer has none either."""
+    table = PLAYED.set_column(
+        PLAYED.column_names.index("own_ids"), "own_ids", pa.array([[], [1]], pa.list_(pa.int64()))
+    )
+    assert [row["margin"] for row in sample_rows(table, "start")] == [0.5, 1.0]
+
+
 def test_other_ranks_send_nothing() -> None:
     trainer: Any = SimpleNamespace(
         args=SimpleNamespace(report_to=["wandb"]), accelerator=SimpleNamespace(is_main_process=False)

@@ -10,10 +10,13 @@ import host
 import pytest
 
 SCRIPT = """
-import datetime, time, torch
+import datetime, time, numpy, pyarrow, tiny, torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+from axolotl_spin.data.pairs import PairDataset
 from axolotl_spin.ranks.main import Ranks
 from axolotl_spin.ranks.peers import PeerFailedError
+from axolotl_spin.training.layouts import PairCollator
+from axolotl_spin.training.scoring import Scorer
 
 timeout = InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=4), backend="gloo")
 ranks = Ranks(Accelerator(cpu=True, kwargs_handlers=[timeout]))
@@ -30,6 +33,14 @@ with ranks:
     for _ in range(20):
         ranks.on_main(lambda: None)
     assert time.perf_counter() - started < 8, "each wait is short where the work is"
+    # three pairs for two ranks: one of them has to score one more than the other, and takes long for it
+    rows = {name: [[7, 8], [7], [9]] for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
+    pairs, model = PairDataset(pyarrow.table(rows)), tiny.model(20).eval()
+    if ranks.main:
+        model.register_forward_pre_hook(lambda *_: time.sleep(4.5))
+    alone = [numpy.array([row]) for row in range(3)]
+    logps = Scorer(ranks, PairCollator(0, "padded", 1), "auto").logps(model, pairs, alone)
+    assert logps.shape == (3, 2) and (logps < 0).all()
     try:
         ranks.on_main(lambda: 1 / 0)
     except ZeroDivisionError:
@@ -54,7 +65,7 @@ torch.distributed.destroy_process_group()  # gloo's threads may abort an interpr
 @pytest.mark.ranks
 @pytest.mark.once
 def test_what_rank_0_does_alone_may_take_longer_than_a_collective(tmp_path: Path) -> None:
-    """A collective of these ranks times out after four seconds; the work takes nine.
+    """A collective of these ranks times out after four seconds; the work takes nine, and so does a rank's part of scoring.
 
     A failure ends the ranks of its own start, and none that come after them over the same store.
     """

@@ -13,7 +13,7 @@ import host
 import pytest
 import yaml
 from click.testing import CliRunner
-from recovery import differences, outcome, settings_in
+from recovery import CHANGES, differences, outcome, settings_in
 from warm import Warm
 
 from axolotl_spin.cli import spin as spin_command
@@ -153,8 +153,26 @@ def test_an_earlier_runs_play_is_not_taken_for_this_ones(start: Start, tmp_path:
 
 def test_a_checkpoint_without_an_optimizer_is_not_resumed_from(start: Start, tmp_path: Path) -> None:
     assert start("iteration 1/first epoch", save_only_model=True)[0] != 0
+    assert len(list((tmp_path / "out").glob("checkpoint-*"))) == 2
     code, output = start(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-8"))
-    assert code == 1 and "saved with `save_only_model: true`, without the optimizer's state" in output
+    assert code == 1 and "saved without the optimizer's state: with `save_only_model: true`" in output
+
+
+@pytest.mark.once
+def test_an_optimizer_that_cannot_be_saved_is_needed_within_an_iteration_alone(
+    start: Start, whole: dict, tmp_path: Path
+) -> None:
+    """The host warns and goes on. Of the checkpoints until step 18 that of step 8 ends an iteration, where it restarts."""
+    plugins = [*CHANGES["plugins"], "unsaved.UnsavedPlugin"]
+    assert start("iteration 1/second epoch", plugins=plugins)[0] != 0
+    left = sorted(int(path.name.split("-")[1]) for path in (tmp_path / "out").glob("checkpoint-*"))
+    assert left == [8, 18]  # the newest, and the newest that can be resumed from
+    output = completes(start(plugins=plugins))
+    assert "going on from" in output and "(step 8 of 24)" in output
+    assert not differences(outcome(tmp_path / "out"), whole)
+    within = str(tmp_path / "out" / whole["checkpoints"][-2])
+    code, output = start(plugins=plugins, resume_from_checkpoint=within)
+    assert code == 1 and "saved without the optimizer's state" in output
 
 
 def test_a_smaller_batch_loses_no_answer_and_changes_none(start: Start, whole: dict, tmp_path: Path) -> None:

@@ -124,8 +124,8 @@ def _thoughts(run: SpinRun) -> str:
             pairs = pq.read_table(run.directory.pairs(entry.iteration), columns=["chosen_ids", "rejected_ids"])
         except (OSError, pa.ArrowException):
             continue
-        new = [pairs[name].slice(0, entry.new_rows).combine_chunks() for name in ("chosen_ids", "rejected_ids")]
-        return told_apart(run.thoughts, *new)
+        new = pairs.slice(0, entry.new_rows)
+        return told_apart(run.thoughts, new["chosen_ids"], new["rejected_ids"])
     return ""
 
 
