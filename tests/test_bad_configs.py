@@ -125,6 +125,10 @@ HOST: dict[str, tuple[Change, str]] = {
         {"num_epochs": 2, "spin": {"schedule_epochs": 1}},
         "`spin.schedule_epochs: 1` is less than `num_epochs: 2`",
     ),
+    "rows of embeddings beside an adapter for vLLM": (
+        {**host.LORA, "special_tokens": {"pad_token": "<new>"}, "spin": {"generation": {"backend": "vllm"}}},
+        "the run makes 48 rows of embeddings",
+    ),
     "unknown optimizer": ({"optimizer": "adamm"}, "`optimizer: adamm` is none of"),
     "unknown schedule": ({"lr_scheduler": "linnear"}, "`lr_scheduler: linnear` is none of"),
     "checkpoint that is not there": ({"resume_from_checkpoint": "none/checkpoint-7"}, "`resume_from_checkpoint: none"),

@@ -80,6 +80,7 @@ from axolotl_spin.compat import FIRST_UNSUPPORTED, OLDEST, PairTrainer, check_ho
 from axolotl_spin.data.pairs import PairDataset, read_pairs
 from axolotl_spin.data.prompts import prompts_of_row
 from axolotl_spin.game.schedule import IterationSchedule, learning_rate_table, restart_optimizer
+from axolotl_spin.generation.adapter import adapter_of
 from axolotl_spin.generation.transformers import _generation_config
 from axolotl_spin.plugin import SpinPlugin
 from axolotl_spin.refusals import REFUSED
@@ -373,13 +374,39 @@ READ_KEYS = (
     "max_steps", "warmup_steps", "warmup_ratio", "output_dir", "sequence_len", "seed", "world_size", "eot_tokens",
     "curriculum_sampling", "adapter", "axolotl_config_path", "device_map", "saves_per_epoch", "save_steps",
     "evals_per_epoch", "eval_steps", "deepspeed", "chat_template", "chat_template_jinja", "fsdp_version", "fsdp_config",
-    "revision_of_model", "chat_template_kwargs", "test_datasets",
+    "revision_of_model", "chat_template_kwargs", "test_datasets", "lora_model_dir", "load_in_4bit", "load_in_8bit",
+    "bnb_config_kwargs", "resize_token_embeddings_to_32x", "shrink_embeddings",
 )  # fmt: skip
 
 
 def test_host_has_every_key_that_we_read() -> None:
     """A renamed key would read as None."""
     assert sorted({*READ_KEYS, *_PLANNED, *_GROUP_RATES} - set(AxolotlInputConfig.model_fields)) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora_rank_pattern": {"q_proj": 64}, "lora_alpha_pattern": {"q_proj": 4}, "peft_use_dora": True},
+        {"peft": {"loftq_config": {"loftq_bits": 4}}, "peft_layer_replication": [[0, 1], [0, 2]]},
+        {"peft": {"loftq_config": {"loftq_bits": 4}}, "peft_init_lora_weights": "gaussian"},
+        {"peft_trainable_token_indices": [3], "lora_modules_to_save": ["lm_head"]},
+        {"lora_target_parameters": ["mlp.gate_proj.weight"], "lora_dropout": 0.0},
+    ],
+)
+def test_an_adapter_is_what_the_host_tells_peft_of_it(folder: Path, changes: dict[str, Any]) -> None:
+    """What vLLM can serve is judged by these settings (`generation/adapter.py`)."""
+    from axolotl.loaders.adapter import load_lora
+
+    cfg = validated(settings(folder, **{**host.LORA, "lora_target_modules": ["q_proj"], **changes}))
+    cfg.lora_target_linear = None
+    _, told = load_lora(tiny.model(47), cfg, config_only=True)
+    for name, value in adapter_of(cfg).settings.items():
+        theirs = getattr(told, name)
+        if name == "init_lora_weights":
+            theirs = None if theirs is True else theirs  # PEFT's default
+        plain = DictDefault({"value": value}).to_dict()["value"]
+        assert (plain or None) == ((sorted(theirs) if isinstance(theirs, set) else theirs) or None), name
 
 
 def test_every_key_of_the_host_is_compared_or_has_one_reason_why_not() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from axolotl_spin.compat import model_class, takes_more_than_text
 from axolotl_spin.disk.atomic import read_json
 from axolotl_spin.evals.tasks import BOOTSTRAP, Benchmarks
+from axolotl_spin.generation.adapter import largest_rank, served_rank
 from axolotl_spin.generation.vllm.engine import environment
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -103,12 +104,14 @@ def load(saved: SavedModel, config: dict[str, Any], device: str | None) -> tuple
         how["device_map"] = "auto"
     if saved.iteration is None or saved.adapter is not None:
         if config.get("load_in_4bit"):
-            how["quantization_config"] = BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=torch.bfloat16 if config.get("bf16") not in (None, False) else torch.float32,
-            )
+            compute = torch.bfloat16 if config.get("bf16") not in (None, False) else torch.float32
+            as_host: dict[str, Any] = {
+                "load_in_4bit": True,
+                "bnb_4bit_quant_type": "nf4",
+                "bnb_4bit_use_double_quant": True,
+                "bnb_4bit_compute_dtype": compute,
+            }
+            how["quantization_config"] = BitsAndBytesConfig(**as_host | dict(config.get("bnb_config_kwargs") or {}))
         elif config.get("load_in_8bit"):
             how["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     tokenizer = AutoTokenizer.from_pretrained(saved.tokenizer, **remote)
@@ -147,8 +150,8 @@ def ask_by_vllm(config: dict[str, Any], python: str | None, arguments: dict[str,
         given: dict[str, Any] = {"pretrained": saved.model, "tokenizer": saved.tokenizer}
         given |= {"trust_remote_code": bool(config.get("trust_remote_code")), **arguments}
         if saved.adapter is not None:
-            rank = read_json(saved.adapter / "adapter_config.json").get("r") or 16
-            given |= {"lora_local_path": str(saved.adapter), "max_lora_rank": max(16, int(rank))}
+            rank = largest_rank(read_json(saved.adapter / "adapter_config.json")) or 16
+            given |= {"lora_local_path": str(saved.adapter), "max_lora_rank": served_rank(rank)}
         return ask_in_a_process(program, "vllm", given, benchmarks)
 
     return ask

@@ -205,7 +205,7 @@ def prepare_run(
         schedule_epochs=settings.schedule_epochs,
     )
     directory = RunDirectory(cfg.output_dir)
-    pictured = images.digest(prompts) if images else None
+    lengths, pictured = token_counts(prompts, "prompt_ids"), images.digest(prompts) if images else None
     identity = identify(cfg, settings, prompts, plan, given.digest if given else None, pictured)
     return SpinRun(
         settings=settings,
@@ -221,7 +221,7 @@ def prepare_run(
         endings=endings,
         launch=Launch(ranks, _sharding(cfg)),
         sample_packing=cfg.sample_packing,
-        served=served_model(cfg, settings, token_counts(prompts, "prompt_ids"), images.most() if images else 0)
+        served=served_model(cfg, settings, lengths, images.most() if images else 0, len(tokenizer))
         if settings.generation.backend == "vllm"
         else None,
         given=given,

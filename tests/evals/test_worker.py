@@ -1,20 +1,23 @@
-"""Benchmarks in a process of their own, by a Python that need not have this package."""
+"""Saved models as they are loaded, and benchmarks in a process of their own by a Python that need not have this package."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import evaluated
 import host
 import pytest
 import tiny
 import torch
+from bitsandbytes.nn import Linear4bit
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 from warm import Warm
 
 from axolotl_spin.evals.results import collect
-from axolotl_spin.evals.saved import job_of
+from axolotl_spin.evals.saved import SavedModel, ask_by_vllm, job_of, load
 from axolotl_spin.evals.tasks import asked_benchmarks
 
 pytestmark = [pytest.mark.once, pytest.mark.host]
@@ -33,3 +36,37 @@ def test_the_figures_are_lm_evals_own(tmp_path: Path, warm: Warm) -> None:
     value = collect(json.loads(report.read_text()), run=None, limit=4, chat_template=False)
     evaluated.same(value, evaluated.by_lm_eval(tasks, model, path, limit=4))
     assert value["tasks"]["tiny_choices"]["samples"] == 4
+
+
+def start(folder: Path, adapter: Path | None = None) -> SavedModel:
+    return SavedModel("start", None, str(folder), adapter, str(folder), folder / "evals.json", None)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, ("nf4", True)),  # as the host has it
+        ({"bnb_4bit_quant_type": "fp4"}, ("fp4", True)),
+        ({"bnb_4bit_use_double_quant": False}, ("nf4", False)),
+    ],
+)
+def test_a_base_is_quantised_as_the_config_says(given: dict[str, Any], expected: Any, tmp_path: Path) -> None:
+    tiny.save(tmp_path)
+    model, _ = load(start(tmp_path), {"load_in_4bit": True, "bnb_config_kwargs": given}, "cpu")
+    states = [part.weight.quant_state for part in model.modules() if isinstance(part, Linear4bit)]
+    assert states and {(state.quant_type, state.nested) for state in states} == {expected}
+
+
+@pytest.mark.parametrize(("ranks", "expected"), [({"r": 20}, 32), ({"r": 8, "rank_pattern": {"q_proj": 64}}, 64)])
+def test_vllm_makes_room_for_the_largest_rank(ranks: dict[str, Any], expected: int, tmp_path: Path) -> None:
+    """A Python that keeps its job and does nothing stands for one with vLLM and lm-eval."""
+    LoraConfig(target_modules=["q_proj"], **ranks).save_pretrained(tmp_path / "adapter")
+    program = tmp_path / "python"
+    program.write_text(f'#!/bin/sh\n[ "$1" = -c ] || cp "$2" {tmp_path}/job.json\n')
+    program.chmod(0o755)
+    tasks = evaluated.write_tasks(tmp_path / "tasks", tiny.save(tmp_path / "model"), evaluated.CHOICES)
+    asked = asked_benchmarks([str(tasks)], limit=4, chat_template=False, unsafe_code=False, key="--tasks").load()
+    with pytest.raises(ValueError, match=r"vllm in .* ended with status 0"):
+        ask_by_vllm({}, str(program), {})(start(tmp_path / "model", tmp_path / "adapter"), asked)
+    given = json.loads((tmp_path / "job.json").read_text())["model"]
+    assert given["max_lora_rank"] == expected and given["lora_local_path"] == str(tmp_path / "adapter")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +15,8 @@ import host
 import numpy as np
 import pytest
 from axolotl.utils.dict import DictDefault
+from peft import LoraConfig
+from transformers import LlamaConfig
 
 from axolotl_spin.generation.backend import Completion, Sampling
 from axolotl_spin.generation.chunks import Chunk
@@ -127,18 +131,120 @@ def test_a_quantized_base_is_served_quantized_unless_the_user_says_otherwise() -
 
 
 @pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"bnb_4bit_quant_type": "fp4"}, "`bnb_config_kwargs.bnb_4bit_quant_type: fp4`: vLLM quantizes .* with `nf4`"),
+        ({"bnb_4bit_use_double_quant": False}, "`bnb_config_kwargs.bnb_4bit_use_double_quant: False`: .* with `True`"),
+        ({"llm_int8_skip_modules": ["o_proj"]}, r"`bnb_config_kwargs.llm_int8_skip_modules: \['o_proj'\]`: "),
+        ({"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}, None),
+        (None, None),
+    ],
+)
+def test_a_base_that_vllm_quantizes_otherwise_is_said(
+    given: dict[str, Any] | None, said: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = {"lora_r": 8, "bnb_config_kwargs": given}
+    with caplog.at_level(logging.WARNING):
+        served_model(cfg(adapter="lora", **keys), settings(), LENGTHS)  # where nothing reads them
+        assert served_model(cfg(adapter="qlora", load_in_4bit=True, **keys), settings(), LENGTHS).quantized
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == (said is not None) and (not said or re.search(said, warnings[0])), warnings
+
+
+@pytest.mark.parametrize(
     ("changes", "named"),
     [
         ({"adapter": "llama-adapter"}, "adapter"),
         ({"adapter": "lora", "lora_r": 8, "peft_use_dora": True}, "peft_use_dora"),
         ({"adapter": "lora", "lora_r": 8, "lora_modules_to_save": ["lm_head"]}, "lora_modules_to_save"),
         ({"adapter": "lora", "lora_r": 8, "peft_init_lora_weights": "pissa"}, "peft_init_lora_weights"),
+        ({"adapter": "lora", "lora_r": 8, "peft": {"loftq_config": {"loftq_bits": 4}}}, "peft.loftq_config.loftq_bits"),
+        ({"adapter": "lora", "lora_r": 8, "peft_layer_replication": [[0, 1], [0, 2]]}, "peft_layer_replication"),
+        ({"adapter": "lora", "lora_r": 8, "peft_trainable_token_indices": [3]}, "peft_trainable_token_indices"),
         ({"adapter": "lora", "lora_r": 1024}, "lora_r"),
+        ({"adapter": "lora", "lora_r": 8, "lora_rank_pattern": {"q_proj": 1024}}, "lora_rank_pattern"),
     ],
-)
+)  # fmt: skip
 def test_adapters_that_vllm_cannot_serve_are_refused(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=f"`{named}: .*spin.generation.backend: transformers"):
         served_model(cfg(**changes), settings(), LENGTHS)
+
+
+@pytest.mark.parametrize(
+    ("saved", "expected"),
+    [
+        ({"r": 20}, 20),
+        ({"r": 8, "rank_pattern": {"q_proj": 64, "v_proj": 4}}, 64),
+        ({"use_dora": True}, "`use_dora: True`"),
+        ({"modules_to_save": ["lm_head"]}, "`modules_to_save: .*lm_head"),
+        ({"trainable_token_indices": [3]}, r"`trainable_token_indices: \[3\]`"),
+        ({"init_lora_weights": "pissa"}, "`init_lora_weights: pissa`"),
+        ({"bias": "all"}, "`bias: all`"),
+    ],
+)
+def test_the_adapter_that_a_run_begins_with_counts_and_not_the_keys(saved: Any, expected: Any, tmp_path: Path) -> None:
+    """The host takes all of it from the folder, whatever `lora_r` and its neighbours say, or where they are not set."""
+    LoraConfig(**{"r": 8, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **saved}).save_pretrained(tmp_path)
+    configs = [cfg(adapter="lora", lora_model_dir=str(tmp_path), **keys) for keys in ({}, {"lora_r": 1024})]
+    for config in configs:
+        if isinstance(expected, int):
+            assert served_model(config, settings(), LENGTHS).lora_rank == expected
+        else:
+            named = f"`lora_model_dir: {tmp_path}` .*{expected}.*spin.generation.backend: transformers"
+            with pytest.raises(ValueError, match=named):
+                served_model(config, settings(), LENGTHS)
+
+
+def test_an_adapter_without_a_rank_or_a_folder_names_the_key(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`lora_r` is not set"):
+        served_model(cfg(adapter="lora"), settings(), LENGTHS)
+    with pytest.raises(ValueError, match=f"`lora_model_dir: {tmp_path}`: no adapter can be read there"):
+        served_model(cfg(adapter="lora", lora_model_dir=str(tmp_path)), settings(), LENGTHS)
+
+
+@pytest.mark.parametrize("pattern", [{"lora_rank_pattern": {"q_proj": 64}}, {"lora_alpha_pattern": {"q_proj": 64}}])
+@pytest.mark.parametrize(("version", "served"), [("0.31.0", False), ("0.32.0+cpu", True), ("0.32.1rc1", True)])
+def test_modules_of_their_own_rank_or_alpha_are_served_where_vllm_scales_them_so(
+    version: str, served: bool, pattern: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM 0.28 to 0.31 read `r` and `lora_alpha` alone, and so would answer as another model."""
+    monkeypatch.setattr("axolotl_spin.generation.vllm.served.check_environment", lambda *_, **__: version)
+    check_serving(served_model(cfg(adapter="lora", lora_r=16), settings(), LENGTHS), VllmConfig())
+    model = served_model(cfg(adapter="lora", lora_r=16, **pattern), settings(), LENGTHS)
+    assert model.lora_rank == (64 if "lora_rank_pattern" in pattern else 16)
+    if served:
+        check_serving(model, VllmConfig())
+    else:
+        with pytest.raises(ValueError, match=f"`{next(iter(pattern))}: .*: vLLM 0.31.0 .*install vLLM 0.32 or later"):
+            check_serving(model, VllmConfig())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "changes", "rows"),
+    [
+        (47, {}, None),
+        (40, {}, None),  # the model has rows to spare
+        (48, {}, 48),
+        (47, {"resize_token_embeddings_to_32x": True}, 64),
+        (40, {"shrink_embeddings": True}, 40),
+    ],
+)
+def test_beside_an_adapter_the_embeddings_must_be_the_base_models(
+    tokens: int, changes: dict[str, Any], rows: int | None, tmp_path: Path
+) -> None:
+    """PEFT saves resized embeddings with the adapter, and vLLM refuses such a folder after the first model is loaded."""
+    LlamaConfig(vocab_size=47).save_pretrained(tmp_path)
+    whole, config = (
+        cfg(base_model=str(tmp_path), **changes, **keys) for keys in ({}, {"adapter": "lora", "lora_r": 8})
+    )
+    served_model(whole, settings(), LENGTHS, tokens=tokens)
+    if rows is None:
+        served_model(config, settings(), LENGTHS, tokens=tokens)
+    else:
+        with pytest.raises(
+            ValueError, match=f"makes {rows} rows .* {tokens} tokens .*`base_model: .*` has 47: .*`tokens`"
+        ):
+            served_model(config, settings(), LENGTHS, tokens=tokens)
 
 
 def test_prompts_must_fit_into_the_engine() -> None:
@@ -193,6 +299,11 @@ def test_a_sound_environment_passes_and_nothing_is_left(tmp_path: Path, monkeypa
         ({"FAKE_VLLM_DEVICE": ""}, False, "no device .*spin.generation.backend: transformers"),
         ({}, True, "a build of vLLM 0.32.0 for CPUs, while training runs on a GPU"),
         ({"FAKE_VLLM": "model"}, False, "WeirdForCausalLM.*are not supported"),
+        (
+            {"MORE": '{"quantization": "bitsandbytes"}'},
+            False,
+            f"`load_in_4bit: true`: vLLM 0.32.0 .*`{sys.executable} -m pip install vllm-bnb-plugin`",
+        ),
         ({"MORE": '{"max_num_seq": 3}'}, False, "no engine argument `max_num_seq`: did you mean `max_num_seqs`"),
     ],
 )  # fmt: skip
@@ -220,6 +331,28 @@ def test_an_engine_gets_the_users_environment_without_the_launchers(monkeypatch:
     assert "PYTHONPATH" not in environment("/other/python", {})
 
 
+@pytest.mark.parametrize("key", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"])
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("expandable_segments:True", None),  # what the host's command sets
+        ("expandable_segments:True,roundup_power2_divisions:16", "roundup_power2_divisions:16"),
+        (
+            "max_split_size_mb:64, expandable_segments:True,roundup_power2_divisions:[256:1,512:2]",
+            "max_split_size_mb:64,roundup_power2_divisions:[256:1,512:2]",
+        ),
+        ("max_split_size_mb:64", "max_split_size_mb:64"),
+    ],
+)
+def test_an_engines_memory_does_not_move(
+    key: str, given: str, kept: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's own all-reduce opens other GPUs' memory, which growing segments do not allow."""
+    monkeypatch.setenv(key, given)
+    assert environment(sys.executable, {}).get(key) == kept
+    assert os.environ[key] == given  # training's
+
+
 # -- memory and devices -------------------------------------------------------------------------------------------------
 
 
@@ -232,12 +365,28 @@ def test_the_engine_takes_what_training_leaves() -> None:
         share_of_memory(0.6, free=40 * GIB, total=80 * GIB)
 
 
+CUDA, HIP = "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"
+
+
 @pytest.mark.parametrize(
-    ("first", "count", "variable", "expected"),
-    [(0, 1, None, "0"), (2, 2, None, "2,3"), (1, 1, "4,6", "6"), (0, 2, "GPU-a,GPU-b", "GPU-a,GPU-b")],
+    ("first", "count", "variables", "expected"),
+    [
+        (0, 1, {}, {CUDA: "0"}),
+        (2, 2, {}, {CUDA: "2,3"}),
+        (1, 1, {CUDA: "4,6"}, {CUDA: "6"}),
+        (0, 2, {CUDA: "GPU-a,GPU-b"}, {CUDA: "GPU-a,GPU-b"}),
+        (1, 1, {HIP: "4,5"}, {CUDA: "5", HIP: "5"}),
+        (0, 2, {HIP: "4,5,6", CUDA: "0,1,2"}, {CUDA: "4,5", HIP: "4,5"}),
+        (1, 1, {HIP: "", CUDA: "4,5"}, {CUDA: "5"}),
+    ],
 )
-def test_an_engine_sees_its_ranks_gpus(first: int, count: int, variable: str | None, expected: str) -> None:
-    assert visible_devices(first, count, variable) == expected
+def test_an_engine_sees_its_ranks_gpus(
+    first: int, count: int, variables: dict[str, str], expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert visible_devices(first, count, variables, rocm=HIP in variables) == expected
+    if HIP in variables:  # left over on a machine with other GPUs, where nothing reads it
+        shown = visible_devices(first, count, variables)
+        assert shown == visible_devices(first, count, {CUDA: variables[CUDA]} if CUDA in variables else {})
 
 
 # -- answers ------------------------------------------------------------------------------------------------------------

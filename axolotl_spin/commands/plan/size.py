@@ -11,6 +11,7 @@ from axolotl.utils.dict import DictDefault
 
 from axolotl_spin.commands.plan.towers import Pictures, count_pictures
 from axolotl_spin.compat import empty_model, text_config
+from axolotl_spin.generation.adapter import saved_adapter
 from axolotl_spin.training.towers import freeze_towers
 
 
@@ -137,10 +138,10 @@ def _inner(text: Any, hidden: int) -> int:
 
 def _adapter_parameters(model: Any, cfg: Any) -> int:
     from axolotl.loaders.adapter import load_lora
-    from peft import PeftConfig, get_peft_model
+    from peft import get_peft_model
 
     if cfg.lora_model_dir:
-        settings = PeftConfig.from_pretrained(cfg.lora_model_dir)
+        settings = saved_adapter(cfg.lora_model_dir)
         settings.inference_mode = False
     else:
         _, settings = load_lora(model, DictDefault(cfg), config_only=True)

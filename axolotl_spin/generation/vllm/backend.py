@@ -12,7 +12,7 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -173,10 +173,8 @@ class VllmBackend:
             return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // engines))}  # launchers set 1
         free, total = torch.accelerator.get_memory_info(device)
         arguments["gpu_memory_utilization"] = share_of_memory(self.settings.gpu_memory_utilization, free, total)
-        names = visible_devices(
-            device.index or 0, self.settings.tensor_parallel_size, os.environ.get("CUDA_VISIBLE_DEVICES")
-        )
-        return {"CUDA_VISIBLE_DEVICES": names}
+        rocm = torch.version.hip is not None
+        return visible_devices(device.index or 0, self.settings.tensor_parallel_size, os.environ, rocm=rocm)
 
 
 def sampling_arguments(sampling: Sampling) -> dict[str, Any]:
@@ -283,13 +281,17 @@ def share_of_memory(wanted: float | None, free: int, total: int) -> float:
     return wanted
 
 
-def visible_devices(first: int, count: int, variable: str | None) -> str:
-    """Returns the `CUDA_VISIBLE_DEVICES` of an engine that has some of the GPUs that this process sees.
+def visible_devices(first: int, count: int, variables: Mapping[str, str], *, rocm: bool = False) -> dict[str, str]:
+    """Returns the environment variables that show an engine some of the GPUs that this process sees.
 
     Args:
         first: Number of the first GPU, as this process counts them.
         count: How many.
-        variable: This process's own `CUDA_VISIBLE_DEVICES`.
+        variables: This process's own.
+        rocm: The GPUs are AMD's, of which `HIP_VISIBLE_DEVICES` counts first; vLLM refuses to start where the two differ.
     """
+    hip = variables.get("HIP_VISIBLE_DEVICES") if rocm else None
+    variable = hip or variables.get("CUDA_VISIBLE_DEVICES")
     names: Sequence[str] = variable.split(",") if variable else [str(number) for number in range(first + count)]
-    return ",".join(names[first : first + count])
+    shown = ",".join(names[first : first + count])
+    return {"CUDA_VISIBLE_DEVICES": shown, **({"HIP_VISIBLE_DEVICES": shown} if hip else {})}

@@ -36,6 +36,8 @@ _LAUNCHER = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_"),
     *("ACCELERATE_", "FSDP_", "DS_", "DEEPSPEED_", "AXOLOTL_"),
 )
+# how torch's allocator is told what to do; the host asks for segments that can grow
+_ALLOCATORS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 # sockets, if any, on the loopback interface; nothing is reported to anybody
 _FIXED = {
     "VLLM_HOST_IP": "127.0.0.1",
@@ -101,6 +103,10 @@ def environment(program: str, changes: dict[str, str]) -> dict[str, str]:
     if program != sys.executable:  # paths of this environment hold other versions of what vLLM imports
         for key in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"):
             kept.pop(key, None)
+    for key in _ALLOCATORS:  # GPUs of one engine share no memory that can move (vLLM's issue 42609)
+        said = kept.pop(key, "").split(",")
+        if rest := ",".join(part for part in said if not part.strip().startswith("expandable_segments:")):
+            kept[key] = rest
     # one process where one suffices: nothing that could outlive it, and a start without importing everything twice
     kept.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     return {**kept, **_FIXED, **changes}

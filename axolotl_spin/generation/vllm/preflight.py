@@ -89,6 +89,11 @@ def explain(report: dict[str, Any], program: str, needs_gpu: bool) -> str | None
         )
     if problem == "argument":
         return f"`{KEY}`: {message}"
+    if problem == "model" and "Unknown quantization method: bitsandbytes" in message:
+        return (
+            f"`load_in_4bit: true`: vLLM {version} of {program} needs a package of its own to quantize with bitsandbytes: "
+            f"install it there (`{program} -m pip install vllm-bnb-plugin`), or set `spin.generation.backend: transformers`"
+        )
     if problem == "model":
         return (
             f"vLLM {version} does not take this model or these arguments of `{KEY}`: {message}\n"

@@ -9,8 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from axolotl.loaders.utils import load_model_config
 from axolotl.utils.logging import get_logger
+from packaging.version import Version
 
+from axolotl_spin.compat import text_config
+from axolotl_spin.generation.adapter import LORA_RANKS, Adapter, adapter_of, largest_rank, served_rank
 from axolotl_spin.generation.chunks import token_limit
 from axolotl_spin.generation.vllm.preflight import check_environment
 from axolotl_spin.settings.generation import VllmConfig
@@ -18,8 +22,28 @@ from axolotl_spin.settings.spin import SpinConfig
 
 LOG = get_logger(__name__)
 
-# ranks of adapters that vLLM has kernels for
-_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+# settings of adapters, by PEFT's names, that no vLLM serves
+_UNSERVED = (
+    ("use_dora", "vLLM does not serve DoRA"),
+    ("modules_to_save", "vLLM does not serve modules that are trained whole beside an adapter"),
+    ("target_parameters", "vLLM does not serve adapters of parameters, only of linear modules"),
+    ("trainable_token_indices", "vLLM does not serve tokens that are trained beside an adapter"),
+    ("layer_replication", "vLLM does not serve adapters that repeat layers"),
+    # of a saved adapter alone: the host has no keys for them
+    ("lora_bias", "vLLM does not serve adapters with biases"),
+    ("alora_invocation_tokens", "vLLM does not serve adapters that begin at a token"),
+    ("use_bdlora", "vLLM does not serve block-diagonal LoRA"),
+    ("use_qalora", "vLLM does not serve QALoRA"),
+)
+# how vLLM's plugin for bitsandbytes quantizes a base model, whatever is asked for
+_BITSANDBYTES: dict[str, Any] = {
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "llm_int8_skip_modules": None,
+}
+_INSTEAD = "; change it, or set `spin.generation.backend: transformers`"
+# the first version, by minor, that scales each module of an adapter by its own rank and alpha (`vllm/lora/peft_helper.py`)
+_BY_MODULE = Version("0.32")
 
 
 @dataclass(frozen=True)
@@ -31,11 +55,12 @@ class ServedModel:
         revision: The host's `revision_of_model`.
         trust_remote_code: The host's key.
         dtype: In which the policy computes.
-        lora_rank: Of the adapter; None for full fine-tuning.
+        lora_rank: Of the adapter, the largest of its modules; None for full fine-tuning.
         quantized: The base is held in 4 bits (QLoRA), so the engine quantizes it in the same way.
         longest: Most tokens of a prompt and its answer together.
         multimodal: The model takes more than text.
         pictures: Most in a prompt; 0 where prompts are text.
+        by_module: What gives modules of the adapter a rank or alpha of their own, for people; None where nothing does.
     """
 
     base_model: str
@@ -47,6 +72,7 @@ class ServedModel:
     longest: int
     multimodal: bool = False
     pictures: int = 0
+    by_module: str | None = None
 
     def arguments(self, settings: VllmConfig, opponent: Path | None = None) -> dict[str, Any]:
         """Returns arguments of `vllm.EngineArgs`; those that the user gave come last, and count.
@@ -71,8 +97,7 @@ class ServedModel:
         if opponent is None and self.revision:
             arguments["revision"] = self.revision
         if self.lora_rank is not None:
-            rank = next((rank for rank in _LORA_RANKS if rank >= self.lora_rank), self.lora_rank)
-            arguments |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1}
+            arguments |= {"enable_lora": True, "max_lora_rank": served_rank(self.lora_rank), "max_loras": 1}
         if self.pictures:
             arguments["skip_tokenizer_init"] = False  # processors read text
             arguments["limit_mm_per_prompt"] = {"image": self.pictures, "video": 0, "audio": 0}
@@ -83,7 +108,9 @@ class ServedModel:
         return {**arguments, **settings.engine_arguments()}
 
 
-def served_model(cfg: Any, settings: SpinConfig, prompt_lengths: np.ndarray, pictures: int = 0) -> ServedModel:
+def served_model(
+    cfg: Any, settings: SpinConfig, prompt_lengths: np.ndarray, pictures: int = 0, tokens: int | None = None
+) -> ServedModel:
     """Returns what engines are to serve.
 
     Args:
@@ -91,14 +118,17 @@ def served_model(cfg: Any, settings: SpinConfig, prompt_lengths: np.ndarray, pic
         settings: Its `spin` block.
         prompt_lengths: (prompts,) tokens, those of pictures among them.
         pictures: Most in a prompt.
+        tokens: In the tokenizer; None where that is not to be looked at.
 
     Raises:
         ValueError: vLLM cannot serve this adapter over the base model, or `max_model_len` is too small; names the key.
     """
     generation = settings.generation
     engine = generation.vllm
-    refused = _unserved(cfg, pictures)
-    if refused:
+    if cfg.adapter and cfg.adapter not in ("lora", "qlora"):
+        raise ValueError(f"`adapter: {cfg.adapter}`: vLLM serves LoRA adapters alone{_INSTEAD}")
+    adapter = adapter_of(cfg) if cfg.adapter else None
+    if refused := [*_unserved(adapter, pictures), *_resized(cfg, tokens)] if adapter else []:
         raise ValueError("\n".join(refused))
     limits = (
         int(length) + token_limit(int(length), max_new_tokens=generation.max_new_tokens, sequence_len=cfg.sequence_len)
@@ -115,50 +145,71 @@ def served_model(cfg: Any, settings: SpinConfig, prompt_lengths: np.ndarray, pic
             "`load_in_8bit: true`: vLLM serves the base model unquantized, so that answers are drawn from a slightly other "
             "distribution than the policy's"
         )
-    adapter = bool(cfg.adapter)
+    quantized = bool(adapter and cfg.load_in_4bit)
+    for key, own in _BITSANDBYTES.items() if quantized else ():
+        given = (cfg.bnb_config_kwargs or {}).get(key, own)
+        if given != own:
+            LOG.warning(
+                f"`bnb_config_kwargs.{key}: {given}`: vLLM quantizes the base model with `{own}` there, so that answers "
+                "are drawn from a slightly other distribution than the policy's"
+            )
     return ServedModel(
         base_model=str(cfg.base_model),
         revision=cfg.revision_of_model,
         trust_remote_code=bool(cfg.trust_remote_code),
         dtype="bfloat16" if cfg.bf16 else "float16" if cfg.fp16 else "float32",
-        lora_rank=int(cfg.lora_r) if adapter else None,
-        quantized=adapter and bool(cfg.load_in_4bit),
+        lora_rank=largest_rank(adapter.settings) if adapter else None,
+        quantized=quantized,
         longest=longest,
         multimodal=bool(cfg.is_multimodal),
         pictures=pictures,
+        by_module=adapter.named(adapter.by_module) if adapter and adapter.by_module else None,
     )
 
 
-def _unserved(cfg: Any, pictures: int) -> list[str]:
+def _unserved(adapter: Adapter, pictures: int) -> list[str]:
     """Returns what in an adapter vLLM cannot serve over the base model, each with its remedy."""
-    instead = "; change it, or set `spin.generation.backend: transformers`"
-    if not cfg.adapter:
-        return []
-    if cfg.adapter not in ("lora", "qlora"):
-        return [f"`adapter: {cfg.adapter}`: vLLM serves LoRA adapters alone{instead}"]
-    found = []
-    for key, why in (
-        ("peft_use_dora", "vLLM does not serve DoRA"),
-        ("lora_modules_to_save", "vLLM does not serve modules that are trained whole beside an adapter"),
-        ("lora_target_parameters", "vLLM does not serve adapters of parameters, only of linear modules"),
-    ):
-        if cfg.get(key):
-            found.append(f"`{key}: {cfg.get(key)}`: {why}{instead}")
-    targets = cfg.get("lora_target_modules")
-    if pictures and not (isinstance(targets, str) and "language_model" in targets and "vis" not in targets):
+    settings = adapter.settings
+    if adapter.saved and settings.get("peft_type") != "LORA":
+        return [f"{adapter.named('peft_type')}: vLLM serves LoRA adapters alone{_INSTEAD}"]
+    found = [f"{adapter.named(name)}: {why}{_INSTEAD}" for name, why in _UNSERVED if settings.get(name)]
+    if settings.get("bias") not in (None, "none"):
+        found.append(f"{adapter.named('bias')}: vLLM does not serve adapters with biases{_INSTEAD}")
+    targets = settings.get("target_modules")
+    names = [targets] if isinstance(targets, str) else list(targets or [])
+    if pictures and not (names and all("language_model" in name and "vis" not in name for name in names)):
         found.append(
-            f"`lora_target_modules: {targets}`: vLLM serves adapters of the language model alone; name its layers by a "
+            f"{adapter.named('target_modules')}: vLLM serves adapters of the language model alone; name its layers by a "
             "pattern such as `model.language_model.layers.[\\d]+.(mlp|self_attn).(up|down|gate|q|k|v|o)_proj`, or set "
             "`spin.generation.backend: transformers`"
         )
-    start = cfg.get("peft_init_lora_weights")
-    if start not in (None, True, False, "gaussian", "orthogonal"):
+    if settings.get("init_lora_weights") not in (None, True, False, "gaussian", "orthogonal"):
         found.append(
-            f"`peft_init_lora_weights: {start}`: it changes the base model, which vLLM loads unchanged{instead}"
+            f"{adapter.named('init_lora_weights')}: it changes the base model, which vLLM loads unchanged{_INSTEAD}"
         )
-    if cfg.lora_r and int(cfg.lora_r) > _LORA_RANKS[-1]:
-        found.append(f"`lora_r: {cfg.lora_r}`: vLLM serves ranks up to {_LORA_RANKS[-1]}{instead}")
+    rank = largest_rank(settings)
+    if rank is None:
+        found.append("`lora_r` is not set: give the rank of the adapter")
+    elif rank > LORA_RANKS[-1]:
+        name = "rank_pattern" if rank > int(settings.get("r") or 0) else "r"
+        found.append(f"{adapter.named(name)}: vLLM serves ranks up to {LORA_RANKS[-1]}{_INSTEAD}")
     return found
+
+
+def _resized(cfg: Any, tokens: int | None) -> list[str]:
+    """Returns why the rows that the host makes for a tokenizer's tokens cannot be served beside an adapter."""
+    vocabulary = tokens and getattr(text_config(load_model_config(cfg)), "vocab_size", None)
+    if not tokens or not vocabulary:
+        return []
+    rows = -(-tokens // 32) * 32 if cfg.resize_token_embeddings_to_32x else tokens
+    if rows <= vocabulary and not (rows < vocabulary and cfg.shrink_embeddings):
+        return []
+    return [
+        f"the run makes {rows} rows of embeddings for the {tokens} tokens of its tokenizer, and the model of `base_model: "
+        f"{cfg.base_model}` has {vocabulary}: vLLM serves adapters over the base model's own rows; leave out what changes "
+        "them (`special_tokens`, `tokens`, `resize_token_embeddings_to_32x`, `shrink_embeddings`), take a base model that "
+        "has been changed so, or set `spin.generation.backend: transformers`"
+    ]
 
 
 def check_serving(served: ServedModel, settings: VllmConfig) -> None:
@@ -181,4 +232,9 @@ def check_serving(served: ServedModel, settings: VllmConfig) -> None:
         )
     arguments, on_gpu = served.arguments(settings), torch.cuda.is_available()
     version = check_environment(settings.python, arguments, check_model=True, needs_gpu=on_gpu)
+    if served.by_module and Version(Version(version).base_version) < _BY_MODULE:
+        raise ValueError(
+            f"{served.by_module}: vLLM {version} scales all modules of an adapter alike, so that answers would be another "
+            f"model's: install vLLM {_BY_MODULE} or later, or set `spin.generation.backend: transformers`"
+        )
     LOG.info(f"answers come from vLLM {version}")

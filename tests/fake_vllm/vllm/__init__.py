@@ -51,6 +51,8 @@ class EngineArgs:
     def create_engine_config(self, usage_context: UsageContext | None = None) -> None:
         if _FAULT == "model":
             raise ValueError("Model architectures ['WeirdForCausalLM'] are not supported for now.")
+        if self.quantization == "bitsandbytes":  # as without `vllm-bnb-plugin`
+            raise ValueError("Unknown quantization method: bitsandbytes. Must be one of ['awq', 'fp8'].")
         with open(os.path.join(self.model, "config.json"), encoding="utf-8") as file:
             json.load(file)
 
