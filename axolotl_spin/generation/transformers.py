@@ -13,6 +13,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from axolotl_spin.generation.backend import Completion, Keep, Sampling, cut
 from axolotl_spin.generation.chunks import Chunk
 from axolotl_spin.generation.decoding import Draw, can_decode, decode, left_padded, takes_padding
+from axolotl_spin.generation.frequencies import switch_lengths
 from axolotl_spin.generation.grouped import grouped
 from axolotl_spin.ranks.bare import bare
 from axolotl_spin.ranks.gather import Gather, whole_weights
@@ -81,11 +82,11 @@ class TransformersBackend:
             self._before_forward(coupled)
             return policy(**inputs)
 
+        device, switches = self.ranks.device, switch_lengths(policy.config)
         while True:
             try:
-                device = self.ranks.device
                 with grouped(policy):
-                    return decode(forward, chunk, self.sampling, self.batch_size, self.pad_token_id, device)
+                    return decode(forward, chunk, self.sampling, self.batch_size, self.pad_token_id, device, switches)
             except torch.OutOfMemoryError:
                 # where the ranks' forwards are one, a rank cannot start again by itself
                 if coupled or self.batch_size == 1:
