@@ -176,10 +176,10 @@ def prepare_run(
         if eval_dataset is not None:
             heldout_images = image_rows(cfg, eval_dataset, tokenizer, processor, marks, key=held_out_by)
             eval_dataset = heldout_images.tokenised
-        marks = Marks(blanks=marks.blanks)  # the labels are an assistant's turns already
+        marks = Marks(blanks=marks.blanks, claimed=marks.claimed)  # the labels are an assistant's turns already
     prompts = prompt_dataset(train_dataset, turns=settings.turns, max_prompts=settings.max_prompts, marks=marks)
     known: dict[str, Any] = {"special": special, "sequence_len": int(cfg.sequence_len)}
-    stops = stop_token_ids(prompts, ends=ends, **known)
+    stops = stop_token_ids(prompts, ends=ends, claimed=marks.claimed, **known)
     endings = count_endings(prompts, train_dataset, stops=stops, **known)
     refuse_endless(endings, cfg, tokenizer, stops)
     heldout = heldout_prompts(eval_dataset, settings, marks)
