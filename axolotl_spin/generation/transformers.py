@@ -101,6 +101,14 @@ class TransformersBackend:
 
     def _generate(self, policy: Any, chunk: Chunk, coupled: bool) -> list[Completion]:
         """Answers by `generate`, a batch at a time: for models whose cache has no plain keys and values."""
+        longest = max(len(prompt) + limit for prompt, limit in zip(chunk.prompts, chunk.limits, strict=True))
+        for most in switch_lengths(policy.config):
+            if longest > most:  # of a text model that is known only now that it is loaded
+                raise ValueError(
+                    f"`sequence_len`: this model has other frequencies (`rope_type: longrope`) beyond {most} tokens, where "
+                    f"answers by `generate` cannot go on, and a prompt and its answer may have {longest}: set it to at most "
+                    f"{most}, or lower `spin.generation.max_new_tokens`"
+                )
         base = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
         # ahead of what gathers shards: ranks that have ended ask first, too
         hook = base.register_forward_pre_hook(lambda *_: self._before_forward(coupled), prepend=True)

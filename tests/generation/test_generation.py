@@ -346,7 +346,9 @@ def test_attention_that_slides_answers_by_its_argmax() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("batch_size", [2, 4, 32])
-def test_an_answer_goes_on_where_longrope_takes_other_frequencies(batch_size: int) -> None:
+def test_an_answer_goes_on_where_longrope_takes_other_frequencies(
+    batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From 16 tokens on; prompts that are longer, that get there, and that never do, side by side."""
     torch.manual_seed(0)
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [1.0, 3.0, 9.0, 30.0]}
@@ -369,6 +371,10 @@ def test_an_answer_goes_on_where_longrope_takes_other_frequencies(batch_size: in
             ids.append(phi(torch.tensor([ids])).logits[0, -1].argmax().item())
         assert answer.ids == ids[len(prompt) :]
     assert sampled == answers(phi, prompts, limits=limits)
+    monkeypatch.setattr("axolotl_spin.generation.transformers.can_decode", lambda _: False)
+    assert answers(phi, prompts[6:], limits=[12, 5], temperature=0)
+    with pytest.raises(ValueError, match="beyond 16 tokens, where answers by `generate` cannot go on"):
+        answers(phi, prompts[6:], limits=[13, 5], temperature=0)
 
 
 def test_an_adapter_answers() -> None:
