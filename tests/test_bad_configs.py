@@ -114,6 +114,14 @@ SPIN: dict[str, tuple[Any, str]] = {
     "a list for a block": (["iterations"], "block of keys"),
     "generation not a block": ({"generation": "vllm"}, "spin.generation"),
 }
+
+
+def stretched(folder: Path) -> dict[str, Any]:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    model = tiny.save(folder / "model", rope_parameters=rope, max_position_embeddings=16)
+    return {"base_model": str(model), "spin": {"generation": {"max_new_tokens": 20}}}
+
+
 HOST: dict[str, tuple[Change, str]] = {
     "block without the switch": ({"rl": None, "spin": {"iterations": 2}}, "write `rl: spin`"),
     "block with another rl": ({"rl": "dpo", "spin": {"iterations": 2}}, "write `rl: spin`"),
@@ -134,6 +142,7 @@ HOST: dict[str, tuple[Change, str]] = {
     "checkpoint that is not there": ({"resume_from_checkpoint": "none/checkpoint-7"}, "`resume_from_checkpoint: none"),
     "checkpoints of another trainer": (inside("checkpoint-500", sft_checkpoint), "checkpoint-500, saved by a run without"),
     "no such model": ({"base_model": "./quickstart/modell"}, "`base_model: ./quickstart/modell` does not exist, seen from"),
+    "other frequencies with each token": (stretched, "set `sequence_len` to at most 16, or lower `spin.generation.max_new"),
     "output over the start": (output_is_the_start, "is also `base_model`"),
     "output is a file": (output_is_a_file, "taken` cannot be written to"),
     "output cannot be made": ({"output_dir": "/proc/none"}, "`output_dir: /proc/none` cannot be written to"),

@@ -71,18 +71,22 @@ def pairs_end_alike(pairs: pa.RecordBatch, stops: Iterable[int], limit: int | No
     return pairs.set_column(place, pairs.schema.field(place), rejected.cast(pairs.schema.field(place).type))
 
 
-def stop_token_ids(prompts: Any, *, ends: Iterable[int], special: Iterable[int], sequence_len: int) -> tuple[int, ...]:
+def stop_token_ids(
+    prompts: Any, *, ends: Iterable[int], special: Iterable[int], sequence_len: int, claimed: Iterable[int] = ()
+) -> tuple[int, ...]:
     """Returns the tokens that end an answer.
 
     They are those that are said to (`declared_ends`), and every special token that ends a noticeable share of the human
     answers: a model trained on it must be able to stop with it. A token that stands inside answers more often than at
-    their end is none, and answers that are cut at `sequence_len` do not say how answers end.
+    their end is none, also where `eot_tokens` alone names it (harmony's `<|end|>`, which closes thoughts), and answers that
+    are cut at `sequence_len` do not say how answers end.
 
     Args:
         prompts: `datasets.Dataset` with `prompt_ids` and `chosen_ids`.
         ends: End tokens that are known.
         special: The tokenizer's special and added tokens.
         sequence_len: The host's.
+        claimed: Those of `ends` that may be none; see `Marks`.
     """
     last: Counter[int] = Counter()
     among: Counter[int] = Counter()
@@ -95,7 +99,8 @@ def stop_token_ids(prompts: Any, *, ends: Iterable[int], special: Iterable[int],
         last.update(at_end[np.isin(at_end, marks)].tolist())
         answers += int(whole.sum())
     found = {token for token, count in last.items() if count >= max(_NOTICEABLE * answers, _MOSTLY * among[token])}
-    return tuple(sorted({*ends, *found}))
+    within = {token for token in claimed if last[token] < _MOSTLY * among[token]}
+    return tuple(sorted(({*ends} - within) | found))
 
 
 @dataclass(frozen=True)

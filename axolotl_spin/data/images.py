@@ -146,16 +146,44 @@ def tokenise_row(
         `input_ids` and `labels` (lists of ids), and `images`, the hashes of the pictures.
 
     Raises:
-        ValueError: The row has sound or a video.
+        ValueError: The row has sound or a video, or its tokens are others tomorrow.
     """
-    hashes = [picture_hash(image) for example in strategy([row]) for image in pictures_of(example["messages"])]
+    conversations = [example["messages"] for example in strategy([row])]
+    hashes = [picture_hash(image) for messages in conversations for image in pictures_of(messages)]
     batch = collate([row])
+    if any(_tells_the_day(strategy, messages) for messages in conversations):
+        raise ValueError(
+            "the chat template puts today's date into it, and its tokens are made again for each batch, so that the run "
+            "would stop at midnight: begin the conversations with a system message of their own, where the template then "
+            "leaves out the date, or write the template with a fixed date into `chat_template_jinja`"
+        )
     ids = batch["input_ids"][0][batch["attention_mask"][0].bool()]
     labels = batch["labels"][0][batch["attention_mask"][0].bool()].tolist()
     ids = ids.tolist()
     if not strategy.role_boundaries and not strategy.train_on_inputs:
         labels = known(ids)
     return {"input_ids": ids, "labels": labels, "images": hashes}
+
+
+def _tells_the_day(strategy: Any, messages: list[dict[str, Any]]) -> bool:
+    """Whether a conversation's text depends on the day on which the host's strategy (or its processor) renders it."""
+    import jinja2
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    template = strategy.chat_template or getattr(strategy.processor, "chat_template", None)
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not isinstance(template, str) or "strftime_now" not in template:
+        return False
+
+    def on(day: str) -> Any:
+        known = {**strategy.processor.tokenizer.special_tokens_map, "strftime_now": lambda _: day}
+        return render_jinja_template(conversations=[messages], chat_template=template, **known)
+
+    try:
+        return on("1") != on("2")
+    except jinja2.TemplateError:  # one that the collator gives something more; it has rendered this conversation
+        return False
 
 
 def labels_by_headers(

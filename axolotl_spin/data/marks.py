@@ -29,19 +29,24 @@ def declared_ends(cfg: Any, tokenizer: Any) -> set[int]:
         cfg: The host's normalized config.
         tokenizer: The host's.
     """
+    named = tokenizer.convert_tokens_to_ids(list(cfg.eot_tokens or ()))
+    return {*_models_ends(cfg, tokenizer), *(token for token in named if token is not None)}
+
+
+def _models_ends(cfg: Any, tokenizer: Any) -> set[int]:
+    """Returns the tokens that end an answer by the tokenizer and the model's generation config."""
     from axolotl.loaders.utils import load_model_config
     from transformers import GenerationConfig
 
-    ends = [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(list(cfg.eot_tokens or ()))]
     try:
         settings = GenerationConfig.from_pretrained(cfg.base_model, revision=cfg.revision_of_model or "main")
     except (OSError, ValueError):  # the model has none; the one made from its config is what it gets
         settings = GenerationConfig.from_model_config(load_model_config(cfg))
-    return {*end_ids(settings), *(token for token in ends if token is not None)}
+    return {*end_ids(settings), *end_ids(tokenizer)}
 
 
 def end_ids(generation_config: Any) -> set[int]:
-    """Returns the end tokens of a generation config, which has none, one or several."""
+    """Returns the end tokens of a generation config, which has none, one or several, or of a tokenizer."""
     found = getattr(generation_config, "eos_token_id", None)
     return {int(token) for token in (found if isinstance(found, (list, tuple)) else [found]) if token is not None}
 
@@ -64,6 +69,7 @@ def turn_marks(cfg: Any, tokenizer: Any, ends: set[int]) -> Marks:
     special = special_tokens(tokenizer)
     return Marks(
         ends=tuple(sorted(ends & special)),
+        claimed=tuple(sorted((ends - _models_ends(cfg, tokenizer)) & special)),
         special=tuple(sorted({token for header in headers for token in header.ids} & special)),
         blanks=blanks,
         headers=tuple(sorted(headers, key=lambda header: header.ids)),

@@ -83,7 +83,8 @@ def think_block(cfg: Any, tokenizer: Any, blanks: Sequence[int] = ()) -> ThinkBl
 
 
 def _shown(cfg: Any, entry: Any, tokenizer: Any) -> tuple[str, str] | None:
-    """Returns what an entry's chat template sets around an assistant's thoughts; None where it shows none."""
+    """Returns what an entry's chat template sets around an assistant's thoughts; None where it shows none, or one mark for
+    both."""
     from axolotl.utils.chat_templates import get_chat_template_from_config
 
     key = entry.get("template_thinking_key") or _THOUGHTS_KEY
@@ -97,7 +98,9 @@ def _shown(cfg: Any, entry: Any, tokenizer: Any) -> tuple[str, str] | None:
     before, found, rest = text.partition(_REASONING)
     between, content, _ = rest.partition(_CONTENT)
     opens, ends = _MARK.search(before.rstrip()), _MARK.search(between.strip())
-    return (opens[0], ends[0]) if found and content and opens and ends else None
+    if not (found and content and opens and ends) or opens[0] == ends[0]:  # harmony's messages all open alike
+        return None
+    return opens[0], ends[0]
 
 
 def told_apart(

@@ -43,6 +43,8 @@ class Marks:
         special: Other tokens that stand between turns: the special ones of the headers.
         blanks: Tokens of white space.
         headers: Of the chat templates of all datasets.
+        claimed: Those of `ends` that `eot_tokens` alone names. One may close a message within a turn, as
+            harmony's `<|end|>` closes thoughts.
         parts: The key by which a turn may have labels in parts, or None.
         others: The key by which turns of other roles may have labels too, or None.
     """
@@ -51,6 +53,7 @@ class Marks:
     special: tuple[int, ...] = ()
     blanks: tuple[int, ...] = ()
     headers: tuple[Header, ...] = ()
+    claimed: tuple[int, ...] = ()
     parts: str | None = None
     others: str | None = None
 
@@ -85,7 +88,7 @@ def answer_spans(ids: Sequence[int], labels: Sequence[int], marks: Marks) -> lis
         UnclearTurnsError: What is labelled may be parts of one turn, or another role's, and the tokens do not tell.
     """
     ends, answers = set(marks.ends), list[Span]()
-    runs = _at_ends(ids, labelled_spans(labels), ends, set(marks.blanks))
+    runs = _at_ends(ids, labelled_spans(labels), marks)
     if not marks.headers and len(runs) == 1:
         return runs  # it may say nothing but its end
     for start, end in runs:
@@ -101,18 +104,30 @@ def answer_spans(ids: Sequence[int], labels: Sequence[int], marks: Marks) -> lis
     return [_whole(ids, answer, marks) for answer in answers] if marks.parts else answers
 
 
-def _at_ends(ids: Sequence[int], runs: list[Span], ends: set[int], blanks: set[int]) -> list[Span]:
+def _at_ends(ids: Sequence[int], runs: list[Span], marks: Marks) -> list[Span]:
     """Cuts runs behind each end token, and drops the white space that a template sets there."""
-    cut = []
+    cut, ends, blanks = [], set(marks.ends), set(marks.blanks)
     for start, stop in runs:
         at = start
         for position in range(start, stop):
-            if ids[position] in ends:
+            if ids[position] in ends and not _goes_on(ids, position, stop, marks):
                 cut.append((at, position + 1))
                 at = position + 1
         if at < stop and (at == start or any(token not in blanks for token in ids[at:stop])):
             cut.append((at, stop))
     return cut
+
+
+def _goes_on(ids: Sequence[int], place: int, stop: int, marks: Marks) -> bool:
+    """Whether a run's turn goes on behind an end that `eot_tokens` alone names: with a header that is trained too, which
+    the host does only within a message, and up to another end than this."""
+    if ids[place] not in marks.claimed:
+        return False
+    behind = [at for at in range(place + 1, stop) if ids[at] not in marks.blanks]
+    if not behind or ids[behind[-1]] == ids[place]:
+        return False
+    rest = tuple(ids[behind[0] : stop])
+    return any(rest[: len(header.ids)] == header.ids for header in marks.headers)
 
 
 def _continues(ids: Sequence[int], before: Span, start: int, marks: Marks, near: int | None = None) -> bool:

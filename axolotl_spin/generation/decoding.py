@@ -5,12 +5,15 @@ and waiting prompts join it, so that its rows are answers still being written:
 
     prompts of the chunk, longest first -> prefill -> join the batch -> a token for each row, again and again -> leave it
 
-What an answer is depends on the model, its prompt and its own seed alone, whatever stands beside it in the batch.
+What an answer is depends on the model, its prompt and its own seed alone, whatever stands beside it in the batch. Where a
+model turns longer sequences by other frequencies (LongRoPE), those that reach its length are set aside until the shorter
+ones have ended, and then are prefilled anew.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -139,7 +142,13 @@ def left_padded(prompts: Sequence[Tensor], pad: int) -> Tensor:
 
 
 def decode(
-    forward: Forward, chunk: Chunk, sampling: Sampling, batch_size: int, pad: int, device: Any
+    forward: Forward,
+    chunk: Chunk,
+    sampling: Sampling,
+    batch_size: int,
+    pad: int,
+    device: Any,
+    switches: Sequence[int] = (),
 ) -> list[Completion]:
     """Answers a chunk's prompts.
 
@@ -150,6 +159,8 @@ def decode(
         batch_size: Most answers that are written at once.
         pad: Fills the padding of prompts; masked, so its value does not matter.
         device: Where the model is.
+        switches: Lengths beyond which the model's frequencies are others (`switch_lengths`): rows on both sides of one
+            share neither a forward nor a cache.
 
     Returns:
         An answer for each prompt, in order.
@@ -159,54 +170,66 @@ def decode(
     """
     draw, stops = Draw(sampling, chunk), set(sampling.stop_token_ids)
     drawn: list[list[int]] = [[] for _ in chunk.prompts]
-    waiting = deque(range(len(chunk.prompts)))
+    waiting: deque[int] = deque()
     rows: Rows | None = None
+    most: float = math.inf  # tokens of a row in this pass
+
+    def length(place: int) -> int:
+        return len(chunk.prompts[place]) + len(drawn[place])
 
     def ended(place: int) -> bool:
         ids = drawn[place]
         return bool(ids) and (ids[-1] in stops or len(ids) >= chunk.limits[place])
 
+    def rests(place: int) -> bool:
+        """Whether no token comes in this pass."""
+        return ended(place) or length(place) > most
+
     def take(places: Sequence[int], logits: Tensor) -> Tensor:
-        """Draws a token for each row; one whose answer has ended is only carried along."""
+        """Draws a token for each row; one whose answer rests is only carried along."""
         tokens = draw(logits, places, [len(drawn[place]) for place in places])
         for place, token in zip(places, tokens.tolist(), strict=True):
-            if not ended(place):
+            if not rests(place):
                 drawn[place].append(token)
         return tokens
 
     def prefill(places: list[int]) -> Rows:
-        prompts = [torch.as_tensor(chunk.prompts[place]).long() for place in places]
-        lengths = [len(prompt) for prompt in prompts]
-        ids = left_padded(prompts, pad)
+        written = [torch.as_tensor(chunk.prompts[place]).long() for place in places]
+        written = [torch.cat([ids, ids.new_tensor(drawn[place])]) for ids, place in zip(written, places, strict=True)]
+        lengths = [len(row) for row in written]
+        ids = left_padded(written, pad)
         cache = DynamicCache()
         out = forward(**_inputs(ids.to(device), lengths), past_key_values=cache, use_cache=True, logits_to_keep=1)
         return Rows(places, cache, lengths, take(places, out.logits[:, -1]))
 
-    while waiting or rows:
-        staying = [row for row, place in enumerate(rows.places) if not ended(place)] if rows else []
-        room = batch_size - len(staying)
-        gone = len(rows.places) - len(staying) if rows else 0
-        if waiting and room >= _WORTH_IT * batch_size:
-            new = prefill([waiting.popleft() for _ in range(min(room, len(waiting)))])
-            if rows and staying:
-                rows.join(staying, new)
-            else:
-                rows = new
-            continue
-        if not staying:
-            break
-        assert rows is not None
-        if gone and gone >= _WORTH_IT * len(rows.places):
-            rows.leave(staying)
-            staying = list(range(len(staying)))
-        lengths = rows.step(staying)
-        out = forward(
-            **_inputs(rows.tokens[:, None], lengths),
-            past_key_values=rows.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        rows.tokens = take(rows.places, out.logits[:, -1])
+    for most in (*switches, math.inf):  # noqa: B007 (`rests` reads it)
+        left = [place for place in range(len(chunk.prompts)) if not rests(place)]
+        waiting, rows = deque(sorted(left, key=length, reverse=True)), None
+        while waiting or rows:
+            staying: list[int] = [row for row, place in enumerate(rows.places) if not rests(place)] if rows else []
+            room = batch_size - len(staying)
+            gone = len(rows.places) - len(staying) if rows else 0
+            if waiting and room >= _WORTH_IT * batch_size:
+                new = prefill([waiting.popleft() for _ in range(min(room, len(waiting)))])
+                if rows and staying:
+                    rows.join(staying, new)
+                else:
+                    rows = new
+                continue
+            if not staying:
+                break
+            assert rows is not None
+            if gone and gone >= _WORTH_IT * len(rows.places):
+                rows.leave(staying)
+                staying = list(range(len(staying)))
+            lengths = rows.step(staying)
+            out = forward(
+                **_inputs(rows.tokens[:, None], lengths),
+                past_key_values=rows.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            rows.tokens = take(rows.places, out.logits[:, -1])
     return [Completion(ids, "stop" if ids[-1] in stops else "length") for ids in drawn]
 
 

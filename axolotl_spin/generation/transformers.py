@@ -13,6 +13,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from axolotl_spin.generation.backend import Completion, Keep, Sampling, cut
 from axolotl_spin.generation.chunks import Chunk
 from axolotl_spin.generation.decoding import Draw, can_decode, decode, left_padded, takes_padding
+from axolotl_spin.generation.frequencies import switch_lengths
 from axolotl_spin.generation.grouped import grouped
 from axolotl_spin.ranks.bare import bare
 from axolotl_spin.ranks.gather import Gather, whole_weights
@@ -81,11 +82,11 @@ class TransformersBackend:
             self._before_forward(coupled)
             return policy(**inputs)
 
+        device, switches = self.ranks.device, switch_lengths(policy.config)
         while True:
             try:
-                device = self.ranks.device
                 with grouped(policy):
-                    return decode(forward, chunk, self.sampling, self.batch_size, self.pad_token_id, device)
+                    return decode(forward, chunk, self.sampling, self.batch_size, self.pad_token_id, device, switches)
             except torch.OutOfMemoryError:
                 # where the ranks' forwards are one, a rank cannot start again by itself
                 if coupled or self.batch_size == 1:
@@ -100,6 +101,14 @@ class TransformersBackend:
 
     def _generate(self, policy: Any, chunk: Chunk, coupled: bool) -> list[Completion]:
         """Answers by `generate`, a batch at a time: for models whose cache has no plain keys and values."""
+        longest = max(len(prompt) + limit for prompt, limit in zip(chunk.prompts, chunk.limits, strict=True))
+        for most in switch_lengths(policy.config):
+            if longest > most:  # of a text model that is known only now that it is loaded
+                raise ValueError(
+                    f"`sequence_len`: this model has other frequencies (`rope_type: longrope`) beyond {most} tokens, where "
+                    f"answers by `generate` cannot go on, and a prompt and its answer may have {longest}: set it to "
+                    f"at most {most}, or lower `spin.generation.max_new_tokens`"
+                )
         base = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
         # ahead of what gathers shards: ranks that have ended ask first, too
         hook = base.register_forward_pre_hook(lambda *_: self._before_forward(coupled), prepend=True)

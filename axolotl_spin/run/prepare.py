@@ -23,6 +23,7 @@ from axolotl_spin.data.thoughts import ThinkBlock, think_block
 from axolotl_spin.data.turns import Marks
 from axolotl_spin.disk.atomic import DamagedFileError, read_json, write_json
 from axolotl_spin.disk.directory import RunDirectory, describe_upload
+from axolotl_spin.generation.frequencies import refuse_switches
 from axolotl_spin.generation.vllm.served import ServedModel, served_model
 from axolotl_spin.ranks.nodes import Nodes
 from axolotl_spin.run.identity import Identity, identify
@@ -160,7 +161,7 @@ def prepare_run(
     Raises:
         ValueError: The data has images without a processor (see `refuse_media`) or such as cannot be used (see
             `image_rows`), it leaves nothing to train on (see `prompt_dataset`), no human answer has an end (see
-            `refuse_endless`), or the held-out rows leave nothing to play on.
+            `refuse_endless`), the held-out rows leave nothing to play on, or sequences are too long (`refuse_switches`).
     """
     ends, special = declared_ends(cfg, tokenizer), special_tokens(tokenizer)
     marks = turn_marks(cfg, tokenizer, ends)
@@ -175,10 +176,10 @@ def prepare_run(
         if eval_dataset is not None:
             heldout_images = image_rows(cfg, eval_dataset, tokenizer, processor, marks, key=held_out_by)
             eval_dataset = heldout_images.tokenised
-        marks = Marks(blanks=marks.blanks)  # the labels are an assistant's turns already
+        marks = Marks(blanks=marks.blanks, claimed=marks.claimed)  # the labels are an assistant's turns already
     prompts = prompt_dataset(train_dataset, turns=settings.turns, max_prompts=settings.max_prompts, marks=marks)
     known: dict[str, Any] = {"special": special, "sequence_len": int(cfg.sequence_len)}
-    stops = stop_token_ids(prompts, ends=ends, **known)
+    stops = stop_token_ids(prompts, ends=ends, claimed=marks.claimed, **known)
     endings = count_endings(prompts, train_dataset, stops=stops, **known)
     refuse_endless(endings, cfg, tokenizer, stops)
     heldout = heldout_prompts(eval_dataset, settings, marks)
@@ -189,6 +190,11 @@ def prepare_run(
     notes = [unread, describe_endings(endings, cfg, tokenizer), describe_merge(cfg), describe_shards(cfg)]
     for line in filter(None, [*notes, describe_upload(cfg.hub_model_id)]):
         LOG.warning(line)
+    lengths, served = token_counts(prompts, "prompt_ids"), None
+    if settings.generation.backend == "vllm":
+        served = served_model(cfg, settings, lengths, images.most() if images else 0, len(tokenizer))
+    served_len = served.arguments(settings.generation.vllm)["max_model_len"] if served else None
+    refuse_switches(cfg, settings, [prompts, heldout], pictures=images is not None, served_len=served_len)
     given = _given_pairs(cfg, settings, tokenizer)
     ranks = int(cfg.world_size or 1)
     global_batch = cfg.micro_batch_size * cfg.gradient_accumulation_steps * ranks
@@ -205,7 +211,7 @@ def prepare_run(
         schedule_epochs=settings.schedule_epochs,
     )
     directory = RunDirectory(cfg.output_dir)
-    lengths, pictured = token_counts(prompts, "prompt_ids"), images.digest(prompts) if images else None
+    pictured = images.digest(prompts) if images else None
     identity = identify(cfg, settings, prompts, plan, given.digest if given else None, pictured)
     return SpinRun(
         settings=settings,
@@ -221,9 +227,7 @@ def prepare_run(
         endings=endings,
         launch=Launch(ranks, _sharding(cfg)),
         sample_packing=cfg.sample_packing,
-        served=served_model(cfg, settings, lengths, images.most() if images else 0, len(tokenizer))
-        if settings.generation.backend == "vllm"
-        else None,
+        served=served,
         given=given,
         heldout=heldout,
         images=images,
@@ -280,8 +284,7 @@ def _vocabulary(cfg: Any, tokenizer: Any) -> int:
     """Returns how many ids the model knows, some of which the tokenizer may not (embeddings are often padded)."""
     from axolotl.loaders.utils import load_model_config
 
-    config = load_model_config(cfg)
-    text = text_config(config)
+    text = text_config(load_model_config(cfg))
     return max(len(tokenizer), int(getattr(text, "vocab_size", 0) or 0))
 
 

@@ -62,6 +62,17 @@ def test_a_mark_inside_answers_stops_none() -> None:
     assert stops([[5, 9]] * 9 + [[5, 5, 8]], [8, 9], sequence_len=4) == (2, 9)
 
 
+def test_a_claimed_end_that_stands_inside_answers_stops_none() -> None:
+    """`eot_tokens` says that 2 is an end: it is where it ends most answers that have it, and where none has it."""
+
+    def found(answers: list[list[int]], claimed: list[int]) -> tuple[int, ...]:
+        return stop_token_ids(prompts(answers), ends=[2, 9], special=[2, 9], sequence_len=99, claimed=claimed)
+
+    assert found([[5, 2, 5, 9]] * 4, [2]) == (9,)
+    assert found([[5, 2, 5, 9]] * 4, []) == found([[5, 2]] * 4, [2]) == found([[5, 9]] * 4, [2]) == (2, 9)
+    assert found([[5, 2, 5, 9]] * 2 + [[5, 2]] * 3, [2]) == (2, 9)
+
+
 def test_endings_are_counted() -> None:
     """Of six answers, two end, one is cut at five tokens, and behind the others 8 stands, or nothing special."""
     answers = [[5, 9], [5, 9], [5, 5, 5, 5], [5], [5], [5]]

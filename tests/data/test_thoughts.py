@@ -76,6 +76,7 @@ def test_marks_come_from_the_template_by_the_key_of_the_data() -> None:
     ids = tiny.tokenizer(words).convert_tokens_to_ids(["<w2>", "<w3>"])
     assert block(template, words, template_thinking_key="why") == ThinkBlock((ids[0],), (ids[1],))
     assert block(template, words) is None
+    assert block(template.replace("<w3>", "<w2>"), words, template_thinking_key="why") is None  # harmony's open alike
     assert block(tiny.TEMPLATE) is None
     assert block(tiny.TEMPLATE, [*tiny.WORDS, "<think>", "</think>"]) == ThinkBlock((OPENS,), (ENDS,))
 

@@ -79,6 +79,21 @@ def test_turns_of_other_roles_are_no_answers() -> None:
         answers("1 3' 9' 2 4' 9'", Marks(ends=(9,), others=OTHERS.others))
 
 
+# harmony: 7 closes a message, which `eot_tokens` calls an end, 9 the turn; each message opens with 1 or 2 and its channel
+HARMONY = Marks(ends=(7, 9), claimed=(7,), special=(1, 2), blanks=(8,), headers=(Header((2, 3)),))
+
+
+def test_a_message_that_closes_within_a_turn_does_not_end_it() -> None:
+    assert answers("1 4 7' 2 3 5 6' 4' 7' 2' 3' 6' 5' 9'", HARMONY) == ["64723659"]
+    assert answers("1 4 7' 2 3 5 6' 7' 8' 2' 3' 6' 7' 2' 3' 5'", HARMONY) == ["678236 7235".replace(" ", "")]
+    assert answers("1 4 7' 2 3 6 5' 7' 1 4 7' 2 3 5 6' 7' 2' 3' 4' 9'", HARMONY) == ["57", "672349"]
+    sure = Marks(**{**vars(HARMONY), "claimed": ()})  # the model's own end is one wherever it stands
+    assert answers("1 4 7' 2 3 5 6' 7' 2' 3' 4' 9'", sure) == ["67", "2349"]
+    # without a header behind it, or with itself as the run's last end, it ends turns
+    assert answers("1 4 2 3 5' 7' 6' 7' 4' 9'", HARMONY) == ["57", "67", "49"]
+    assert answers("1 4 2 3 5' 7' 2' 3' 6' 7'", HARMONY) == ["57", "2367"]
+
+
 # -- what the host labels ---------------------------------------------------------------------------------------------
 
 END_APART = tiny.TEMPLATE.replace("' <|end|> '", "' w0 <|end|> '")  # a token stands before each end
@@ -122,6 +137,38 @@ def test_the_last_trained_turn(tmp_path: Path) -> None:
 def test_an_end_apart_from_its_turn(tmp_path: Path) -> None:
     found = turns(tmp_path, [TALK, WITH_THANKS], "all", END_APART, train_on_eos="all")
     assert found == ["w2 w3 w0 <|end|>", "w2 w3 w0 <|end|>", "w5 w0 <|end|>"]
+
+
+MESSAGES = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|user|> ' + m['content'] + ' <s> ' }}{% else %}"
+    "{% if m['thinking'] %}{{ '<|assistant|> w38 ' + m['thinking'] + ' <s> ' }}{% endif %}"
+    "{{ '<|assistant|> w39 ' + m['content'] + (' <|end|> ' if loop.last else ' <s> ') }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|> ' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("thinks", [True, False])
+def test_an_end_that_eot_tokens_names_may_close_thoughts(tmp_path: Path, thinks: bool) -> None:
+    """`<s>` stands for harmony's `<|end|>`, and the model's own end for its `<|return|>`. Where no thoughts are, and the
+    template ends turns with `<s>` alone, it is an end."""
+    template = MESSAGES if thinks else MESSAGES.replace("(' <|end|> ' if loop.last else ' <s> ')", "' <s> '")
+    more = {"thinking": "w8 w9"} if thinks else {}
+    rows = [[say("user", "w1"), say("assistant", f"w{n} w3", **more)] for n in range(4, 8)]
+    data = {**jsonl(tmp_path / "rows.jsonl", [{"messages": row} for row in rows]), "type": "chat_template"}
+    data |= (
+        {"template_thinking_key": "thinking", "message_property_mappings": {"thinking": "thinking"}} if thinks else {}
+    )
+    changes = {"chat_template": "jinja", "chat_template_jinja": template, "eot_tokens": ["<s>"], "val_set_size": 0}
+    run, _, _ = load(tmp_path, datasets=[data], sequence_len=128, spin={"iterations": 1}, **changes)
+    prompts, found = (TOKENIZER.batch_decode(run.prompts[name][:]) for name in ("prompt_ids", "chosen_ids"))
+    assert run.thoughts is None
+    if thinks:
+        assert {prompt.split("<s>")[1] for prompt in prompts} == {" <|assistant|>"}
+        assert sorted(found) == [f"w38 w8 w9 <s> <|assistant|> w39 w{n} w3 <|end|>" for n in range(4, 8)]
+        assert run.stops == (TOKENIZER.eos_token_id,)
+    else:
+        assert sorted(found) == [f"w{n} w3 <s>" for n in range(4, 8)]
+        assert run.stops == (TOKENIZER.bos_token_id, TOKENIZER.eos_token_id)
 
 
 def detail(*parts: tuple[int, int, bool]) -> list[dict[str, Any]]:

@@ -12,13 +12,22 @@ import tiny
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
-from transformers import GenerationConfig, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    GenerationConfig,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from axolotl_spin.generation import rows
 from axolotl_spin.generation.backend import Sampling, cut
 from axolotl_spin.generation.chunks import Chunk, chunk_rows, chunk_size, iteration_seed, token_limit
 from axolotl_spin.generation.decoding import Draw, can_decode
+from axolotl_spin.generation.frequencies import switch_lengths
 from axolotl_spin.generation.grouped import NAME, grouped, grouped_attention
 from axolotl_spin.generation.transformers import TransformersBackend
 from axolotl_spin.ranks.main import Ranks
@@ -333,6 +342,39 @@ def test_attention_that_slides_answers_by_its_argmax() -> None:
     assert can_decode(mistral)
     for prompt, completion in zip(MANY, answers(mistral, MANY, temperature=0, batch_size=3), strict=True):
         assert completion.ids == greedy_by_the_definition(mistral, prompt, 12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch_size", [2, 4, 32])
+def test_an_answer_goes_on_where_longrope_takes_other_frequencies(
+    batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From 16 tokens on; prompts that are longer, that get there, and that never do, side by side."""
+    torch.manual_seed(0)
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [1.0, 3.0, 9.0, 30.0]}
+    config = Phi3Config(
+        vocab_size=20, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.4, max_position_embeddings=64, original_max_position_embeddings=16,
+        rope_parameters=rope, pad_token_id=0,
+    )  # fmt: skip
+    phi = Phi3ForCausalLM(config).eval()
+    assert can_decode(phi) and switch_lengths(config) == (16,)
+    prompts = [
+        [1 + (7 * row + place) % 19 for place in range(n)] for row, n in enumerate((20, 17, 16, 15, 12, 9, 4, 4))
+    ]
+    limits = [9, 12, 12, 1, 12, 2, 30, 5]
+    found = answers(phi, prompts, limits=limits, temperature=0, batch_size=batch_size, stop_token_ids=())
+    sampled = answers(phi, prompts, limits=limits, batch_size=batch_size)
+    for prompt, limit, answer in zip(prompts, limits, found, strict=True):
+        ids = list(prompt)
+        for _ in range(limit):
+            ids.append(phi(torch.tensor([ids])).logits[0, -1].argmax().item())
+        assert answer.ids == ids[len(prompt) :]
+    assert sampled == answers(phi, prompts, limits=limits)
+    monkeypatch.setattr("axolotl_spin.generation.transformers.can_decode", lambda _: False)
+    assert answers(phi, prompts[6:], limits=[12, 5], temperature=0)
+    with pytest.raises(ValueError, match="beyond 16 tokens, where answers by `generate` cannot go on"):
+        answers(phi, prompts[6:], limits=[13, 5], temperature=0)
 
 
 def test_an_adapter_answers() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 from pathlib import Path
@@ -176,6 +177,37 @@ def test_a_sound_is_refused(tmp_path: Path) -> None:
     row = {"messages": [{"role": "user", "content": [{"type": "audio", "audio": "x.wav"}]}]}
     with pytest.raises(ValueError, match="a part of the type `audio`"):
         tokenise_row(row, images.collate, images.collate.processing_strategy, lambda ids: ids)
+
+
+class Day:
+    """Stands for `datetime` where templates ask for the date."""
+
+    today = 3
+
+    @classmethod
+    def now(cls) -> datetime.datetime:
+        return datetime.datetime(2031, 5, cls.today)
+
+
+def test_rows_whose_tokens_depend_on_the_day_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A template such as the host's mistral_v7_tekken, which sets the date where the data has no system message."""
+    images = source("gemma3", tmp_path)
+    strategy = images.collate.processing_strategy
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Day)
+    monkeypatch.setattr(Day, "today", 3)
+    dated = "{% if messages[0]['role'] != 'system' %}{{ 'w' + strftime_now('%-d') + ' ' }}{% endif %}"
+    strategy.chat_template = dated + strategy.chat_template
+    row = images.rows[0]
+    own = {**row, "messages": [{"role": "system", "content": [{"type": "text", "text": "w9"}]}, *row["messages"]]}
+    with pytest.raises(ValueError, match=r"puts today's date into it.* system message .* `chat_template_jinja`"):
+        tokenise_row(row, images.collate, strategy, lambda ids: ids)
+    made, first = tokenise_row(own, images.collate, strategy, lambda ids: ids), images.collate([row])["input_ids"]
+    monkeypatch.setattr(Day, "today", 4)
+    assert tokenise_row(own, images.collate, strategy, lambda ids: ids) == made
+    assert not torch.equal(images.collate([row])["input_ids"], first)  # what a run would have met at midnight
+    strategy.chat_template = strategy.chat_template.replace("strftime_now('%-d')", "'3'")
+    tokenise_row(row, images.collate, strategy, lambda ids: ids)
+    assert torch.equal(images.collate([row])["input_ids"], first)
 
 
 def test_rows_that_ranks_could_not_share_are_refused(tmp_path: Path) -> None:
