@@ -105,9 +105,9 @@ class TransformersBackend:
         for most in switch_lengths(policy.config):
             if longest > most:  # of a text model that is known only now that it is loaded
                 raise ValueError(
-                    f"`sequence_len`: this model has other frequencies (`rope_type: longrope`) beyond {most} tokens, where "
-                    f"answers by `generate` cannot go on, and a prompt and its answer may have {longest}: set it to "
-                    f"at most {most}, or lower `spin.generation.max_new_tokens`"
+                    f"`sequence_len`: this model has other frequencies (`rope_type: longrope`) beyond {most} tokens, "
+                    f"where answers by `generate` cannot go on, and a prompt and its answer may have {longest}: "
+                    f"set it to at most {most}, or lower `spin.generation.max_new_tokens`"
                 )
         base = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
         # ahead of what gathers shards: ranks that have ended ask first, too
