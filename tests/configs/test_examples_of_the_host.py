@@ -9,6 +9,7 @@ quantised weights, optimizers, schedules, recomputation, packing. Sharding and k
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import math
@@ -92,6 +93,7 @@ def in_a_fork(settings: dict[str, Any]) -> str:
     ours, theirs = os.pipe()
     child = os.fork()
     if child == 0:
+        gc.disable()  # what earlier tests left may join threads when it is collected, which a fork has not
         try:
             validated(settings)
             words = ""
