@@ -124,12 +124,10 @@ def _rotate(output_dir: Path, root: Path, limit: int | None, best: str | None) -
     """
     if not limit or limit <= 0:
         return
-    complete = [
-        found for found in read_checkpoints(output_dir) if not found.fault or not found.mark.get("resumable", True)
-    ]
-    kept = {
-        found.folder.resolve() for found in [*complete[-1:], *[found for found in complete if not found.fault][-1:]]
-    }
+    found_here = read_checkpoints(output_dir)
+    resumable = [found for found in found_here if not found.fault]
+    complete = [found for found in found_here if found in resumable or not found.mark.get("resumable", True)]
+    kept = {found.folder.resolve() for found in complete[-1:] + resumable[-1:]}
     kept |= {Path(best).resolve()} if best else set()
     spare = [found for found in complete if found.folder.resolve() not in kept]
     for found in spare[: max(0, len(complete) - limit)]:
