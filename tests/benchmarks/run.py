@@ -1,7 +1,7 @@
 """Measures SPIN against what its users would do otherwise, and prints a table; every figure is a ratio inside one run.
 
     python tests/benchmarks/run.py [--figures training generation ...] [--models smollm2 llama] [--repeats N] [--quick]
-        [--folder FOLDER] [--json FILE] [--results FILE] [--section TITLE]
+        [--rivals rival dpo] [--folder FOLDER] [--json FILE] [--results FILE] [--section TITLE]
 
 `--quick` is for seeing that everything runs: its figures mean nothing. Models and data are made in `--folder` and kept
 there. `--results` replaces one section of a Markdown file and leaves the others, which may be another machine's.
@@ -38,62 +38,78 @@ import workload
 
 Rows = list[dict[str, Any]]
 
-# name -> (measures with (folder, model, repeats, quick), once for every model or once only)
-FIGURES: dict[str, tuple[Callable[[Path, str, int, bool], Rows], bool]] = {
+# name -> (measures with (arguments, model), once for every model or once only)
+FIGURES: dict[str, tuple[Callable[[argparse.Namespace, str], Rows], bool]] = {
     "training": (
-        lambda folder, model, repeats, quick: [
+        lambda given, model: [
             row
-            for batch in ([8] if quick else [8, 16])
-            for row in training.measure(folder, model, batch=batch, steps=2 if quick else 3, repeats=repeats)
+            for batch in ([8] if given.quick else [8, 16])
+            for row in training.measure(
+                given.folder,
+                model,
+                batch=batch,
+                steps=2 if given.quick else 3,
+                repeats=given.repeats,
+                rivals=given.rivals,
+            )
         ],
         True,
     ),
     "memory": (
-        lambda folder, _, repeats, quick: memory.measure(
-            folder / "memory",
-            vocabularies=(4096,) if quick else (131_072, 262_144),
-            tokens=128 if quick else 4096,
+        lambda given, _: memory.measure(
+            given.folder / "memory",
+            vocabularies=(4096,) if given.quick else (131_072, 262_144),
+            tokens=128 if given.quick else 4096,
             prompt=64,
-            repeats=repeats,
+            repeats=given.repeats,
         ),
         False,
     ),
     "iteration": (
-        lambda folder, model, repeats, quick: iteration.measure(
-            folder, model, pairs=8 if quick else 24, most=8 if quick else 48, repeats=repeats
+        lambda given, model: iteration.measure(
+            given.folder, model, pairs=8 if given.quick else 24, most=8 if given.quick else 48, repeats=given.repeats
         ),
         True,
     ),
     "generation": (
-        lambda folder, model, repeats, quick: generation.measure(
-            folder,
+        lambda given, model: generation.measure(
+            given.folder,
             model,
-            prompts=8 if quick else 64,
-            batch=4 if quick else 8,
-            most=8 if quick else 320,
-            repeats=min(repeats, 2),
+            prompts=8 if given.quick else 64,
+            batch=4 if given.quick else 8,
+            most=8 if given.quick else 320,
+            repeats=given.repeats,
         ),
         True,
     ),
     "vllm": (
-        lambda folder, model, repeats, quick: vllm_engine.measure(
-            folder, model, prompts=16 if quick else 192, most=8 if quick else 64, repeats=min(repeats, 3)
+        lambda given, model: vllm_engine.measure(
+            given.folder,
+            model,
+            prompts=16 if given.quick else 192,
+            most=8 if given.quick else 64,
+            repeats=min(given.repeats, 3),
         ),
         False,
     ),
     "sharded": (
-        lambda folder, model, repeats, quick: sharded.measure(
-            folder, model, prompts=16 if quick else 64, few=16, most=8 if quick else 32, repeats=min(repeats, 2)
+        lambda given, model: sharded.measure(
+            given.folder,
+            model,
+            prompts=16 if given.quick else 64,
+            few=16,
+            most=8 if given.quick else 32,
+            repeats=min(given.repeats, 2),
         ),
         False,
     ),
     "data": (
-        lambda folder, _, __, quick: data_plane.measure(
-            folder, sizes=(1_000, 10_000) if quick else (10_000, 100_000, 1_000_000)
+        lambda given, _: data_plane.measure(
+            given.folder, sizes=(1_000, 10_000) if given.quick else (10_000, 100_000, 1_000_000)
         ),
         False,
     ),
-    "startup": (lambda folder, _, repeats, __: startup.measure(folder, repeats=repeats), False),
+    "startup": (lambda given, _: startup.measure(given.folder, repeats=given.repeats), False),
 }
 ONCE = {"vllm": "smollm2"}  # the model of figures that are measured once only; else the last
 PACKAGES = ("axolotl", "torch", "transformers", "trl", "accelerate", "deepspeed", "datasets", "axolotl-spin")
@@ -104,6 +120,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--figures", nargs="+", choices=FIGURES, default=list(FIGURES))
     parser.add_argument("--models", nargs="+", choices=workload.MODELS, default=list(workload.MODELS))
+    parser.add_argument(
+        "--rivals", nargs="+", choices=training.RIVALS, default=list(training.RIVALS), help="of training"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="of each contestant; medians count (default: 3)")
     parser.add_argument(
         "--quick", action="store_true", help="one repeat of the smallest sizes, of the first model only"
@@ -115,7 +134,8 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     workload.prepare(arguments.folder)
-    repeats = 1 if arguments.quick else arguments.repeats
+    if arguments.quick:
+        arguments.repeats = 1
     models = arguments.models[:1] if arguments.quick else arguments.models
     rows: Rows = []
     started = time.monotonic()
@@ -123,14 +143,14 @@ def main() -> None:
         measure, every_model = FIGURES[name]
         for model in models if every_model else [ONCE.get(name, "llama")]:
             begun = time.monotonic()
-            rows += measure(arguments.folder, model, repeats, arguments.quick)
+            rows += measure(arguments, model)
             print(f"{name}, {model}: {time.monotonic() - begun:.0f} s\n{table(rows)}", file=sys.stderr, flush=True)
     report = {
         "date": date.today().isoformat(),
         "command": command(arguments),
         "minutes": round((time.monotonic() - started) / 60),
         "quick": arguments.quick,
-        "repeats": repeats,
+        "repeats": arguments.repeats,
         **machine(),
         "rows": rows,
     }
@@ -168,7 +188,11 @@ def machine() -> dict[str, Any]:
 def command(arguments: argparse.Namespace) -> str:
     """Returns how this was called, without paths of this machine."""
     parts = ["python tests/benchmarks/run.py"]
-    for name, every in (("figures", list(FIGURES)), ("models", list(workload.MODELS))):
+    for name, every in (
+        ("figures", list(FIGURES)),
+        ("models", list(workload.MODELS)),
+        ("rivals", list(training.RIVALS)),
+    ):
         if getattr(arguments, name) != every:
             parts += [f"--{name}", *getattr(arguments, name)]
     if arguments.quick:

@@ -30,10 +30,18 @@ TARGETS = {"packed": ">= 1.8"}
 SFT_LENGTH = 128  # the host pads rows to a multiple of 64
 RIVAL, FLOOR = (Path(__file__).with_name(name) for name in ("rival.py", "floor.py"))
 SHARED = {8: ">= 2.5", 16: ">= 3"}
+RIVALS = ("rival", "dpo")  # TRL's newest, the host's `rl: dpo`
 
 
 def measure(
-    folder: Path, model: str, *, batch: int, steps: int, repeats: int, layouts: tuple[str, ...] = ("shared", "packed")
+    folder: Path,
+    model: str,
+    *,
+    batch: int,
+    steps: int,
+    repeats: int,
+    layouts: tuple[str, ...] = ("shared", "packed"),
+    rivals: Sequence[str] = RIVALS,
 ) -> list[dict[str, Any]]:
     """Returns rows of the table: speed against TRL, memory against TRL and against SFT by the host.
 
@@ -44,13 +52,23 @@ def measure(
         steps: In a run; the first one is left out.
         repeats: Of each contestant; medians count.
         layouts: SPIN's; "shared" among them.
+        rivals: Of `RIVALS`, those that are measured.
+
+    Raises:
+        ValueError: None of the rivals can be measured here.
     """
+    python = os.environ.get("SPIN_RIVAL_PYTHON")
+    rivals = [name for name in rivals if name != "rival" or python]
+    if not rivals:
+        raise ValueError(
+            "SPIN_RIVAL_PYTHON names no environment with TRL, and there is nothing else to measure against"
+        )
     work = folder / "training" / model
     shutil.rmtree(work, ignore_errors=True)
     config, ready = workload.with_pairs(work, folder, model, pairs=batch * steps, most=32, batch=batch)
     file = ready / "spin" / "iteration-0" / "pairs.parquet"
     rows = pq.read_table(file, columns=["prompt_ids", "chosen_ids", "rejected_ids"]).to_pylist()
-    dpo = _host_dpo(folder, model, work, ready)
+    dpo = _host_dpo(folder, model, work, ready) if "dpo" in rivals else {}
     found: dict[str, list[dict[str, Any]]] = {}
     for _ in range(repeats):
         for layout in layouts:
@@ -58,15 +76,17 @@ def measure(
             shutil.copytree(ready, work / "out")
             found.setdefault(layout, []).append(workload.run(work, config, BENCH_LAYOUT=layout))
         command = [str(RIVAL), str(file), str(folder / model), str(batch)]
-        python = os.environ.get("SPIN_RIVAL_PYTHON")
-        if python:
+        if "rival" in rivals:
             found.setdefault("rival", []).append(workload.measured(command, work / "rival.json", python=python))
-        found.setdefault("dpo", []).append(workload.run(work / "dpo", {**dpo, "micro_batch_size": batch}))
+        if "dpo" in rivals:
+            found.setdefault("dpo", []).append(workload.run(work / "dpo", {**dpo, "micro_batch_size": batch}))
         found.setdefault("sft", []).append(_sft(folder, model, work, rows, found["shared"][0]["most_tokens"]))
         speeds = workload.measured([str(FLOOR), str(work / "speed.json")], work / "speed.json")
         found.setdefault("floor", []).append(speeds)
     machine = median(run["speed"] for run in found.pop("floor"))
-    names = {"dpo": f"the host's `rl: dpo` (TRL {version('trl')})"}
+    names = {}
+    if "dpo" in found:
+        names["dpo"] = f"the host's `rl: dpo` (TRL {version('trl')})"
     if "rival" in found:
         names["rival"] = f"TRL {found['rival'][0]['versions']['trl']}, reference precomputed, head fused"
     seconds = {name: median(run["step_seconds"] for run in runs) for name, runs in found.items()}
