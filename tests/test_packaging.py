@@ -55,6 +55,7 @@ def test_the_wheel_holds_everything_and_registers(python: Path) -> None:
     )
 
 
+@pytest.mark.once
 def test_the_commands_work_from_the_wheel(python: Path) -> None:
     assert "plan" in run(python, "-m", "axolotl_spin", "--help")
     assert "Self-Play" in run(python, "-m", "axolotl.cli.main", "spin", "--help")

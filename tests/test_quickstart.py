@@ -15,7 +15,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from warm import Warm
 
-pytestmark = pytest.mark.host
+pytestmark = [pytest.mark.host, pytest.mark.once]
 
 PREPARE = host.ROOT / "example_configs" / "quickstart" / "prepare.py"
 
@@ -63,7 +63,6 @@ def test_nothing_is_unusual_about_what_is_shipped(quickstart: Path, warm: Warm) 
     assert json.loads(output)["advice"] == []
 
 
-@pytest.mark.once
 def test_two_iterations_on_the_real_model(quickstart: Path, warm: Warm) -> None:
     """The shipped YAML with fewer prompts and shorter answers.
 

@@ -151,6 +151,7 @@ def test_evaluate_takes_the_same_yaml(lora_run: tuple[dict, host.Run]) -> None:
     assert "eval_loss" in done.output
 
 
+@pytest.mark.once
 def test_table_of_a_run_on_disk(lora_run: tuple[dict, host.Run]) -> None:
     settings, run = lora_run
     done = host.start(settings, "-m", "axolotl_spin", "table", str(run.out))

@@ -159,6 +159,7 @@ def test_the_authors_format_is_training_data_too(tmp_path: Path) -> None:
 HELLO = [say("system", "hello world"), say("user", " who is there?\n"), say("assistant", "hello"), say("user", "who?")]
 
 
+@pytest.mark.once
 def test_messages_are_found_again_with_a_byte_level_tokenizer(tmp_path: Path) -> None:
     """White space around what is said is part of it; an answer that the text does not give again is refused by name."""
     tokenizer = bpe()
@@ -296,6 +297,7 @@ def test_templates_of_the_host_are_read_backwards(template: str) -> None:
         assert again == text and [turn["role"] for turn in read] == [turn["role"] for turn in answered]
 
 
+@pytest.mark.once
 @pytest.mark.host
 def test_a_killed_runs_iterations_can_be_exported(warm: Warm, shared: Path, tmp_path: Path) -> None:
     settings_in(tmp_path, shared)
@@ -313,6 +315,7 @@ def test_a_killed_runs_iterations_can_be_exported(warm: Warm, shared: Path, tmp_
     assert f"{len(exact)} pairs of iteration 1" in text and len(exact) > 16
 
 
+@pytest.mark.once
 @pytest.mark.host
 def test_a_run_of_a_model_that_takes_images_too(tmp_path: Path, warm: Warm) -> None:
     """Its folder has a processor beside the tokenizer; every format gives the pairs' tokens back to its reader."""

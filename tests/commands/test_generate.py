@@ -25,6 +25,7 @@ def files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
+@pytest.mark.once
 def test_generates_goes_on_after_a_kill_and_training_goes_on_from_it(
     warm: Warm, whole: dict, shared: Path, tmp_path: Path
 ) -> None:
@@ -75,8 +76,9 @@ def test_what_leaves_nothing_to_generate_is_refused(warm: Warm, whole: dict, sha
     assert code == 1 and "Error: run.yml does not say `rl: spin`" in output
 
 
+@pytest.mark.once
 @pytest.mark.ranks
-@pytest.mark.parametrize("name", [pytest.param("ddp", marks=pytest.mark.once), "zero3-lora", "fsdp2"])
+@pytest.mark.parametrize("name", ["ddp", "zero3-lora", "fsdp2"])
 def test_two_ranks(name: str, warm: Warm, warm_ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> None:
     """As `accelerate launch -m axolotl_spin generate` starts them; the answers are one rank's."""
     folder = tmp_path_factory.getbasetemp() / "generate"

@@ -101,6 +101,7 @@ def test_what_is_planned_is_what_is_run(warm: Warm, tmp_path: Path) -> None:
     assert "seed: 7 -> 8" in changed["folder"]["changes"]
 
 
+@pytest.mark.once
 @pytest.mark.host
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"the real data is not in {DATA}")
 def test_real_data(warm: Warm, tmp_path: Path) -> None:
@@ -117,6 +118,7 @@ def test_real_data(warm: Warm, tmp_path: Path) -> None:
     assert any(item["key"] == "spin.generation.max_new_tokens" for item in plan["advice"])
 
 
+@pytest.mark.once
 @pytest.mark.host
 def test_human_answers_without_an_end_are_counted(warm: Warm, tmp_path: Path) -> None:
     """Rows are cut at 12 tokens: a prompt of 2 words leaves room for an answer of 6 and its end, one of 8 does not."""
@@ -143,6 +145,7 @@ def test_tokens_are_those_of_the_prompts_that_are_answered(tmp_path: Path) -> No
     assert _tokens(run, prompts, answers, np.full(37, 10), 3.0)[1].drawn == (15.0, 15.0)  # as measured
 
 
+@pytest.mark.once
 @pytest.mark.host
 def test_for_people(warm: Warm, tmp_path: Path) -> None:
     """20 of 37 prompts each time: 5, then 10 steps; a schedule three times as long."""

@@ -141,6 +141,7 @@ BAD: dict[str, tuple[Any, str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", BAD)
 def test_bad_sets_are_refused_by_the_key(name: str, tmp_path: Path) -> None:
     content, message = BAD[name]
@@ -162,6 +163,7 @@ def test_bad_sets_are_refused_by_the_key(name: str, tmp_path: Path) -> None:
     assert str(refused.value).startswith(f"`spin.initial_pairs: {source}") and message in str(refused.value)
 
 
+@pytest.mark.once
 def test_a_changed_file_is_another_run_and_a_moved_one_is_not(tmp_path: Path) -> None:
     path = ids_file(tmp_path / "a.parquet", [PAIR, {**PAIR, "chosen_ids": [12, 6]}])
     run, _ = given(tmp_path, path)
@@ -232,6 +234,7 @@ def test_training_starts_from_given_pairs_and_resumes_exactly(
     assert not differences(outcome(killed / "out"), expected)
 
 
+@pytest.mark.once
 @pytest.mark.ranks
 @pytest.mark.host
 def test_two_ranks_take_the_same_pairs(warm: Warm, warm_ranks: Ranks, tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ def test_only_what_we_say_ourselves_goes_without_its_traceback(source: str, said
     assert plain_message(raised(source, PACKAGE.parent / "elsewhere.py")) is None
 
 
+@pytest.mark.once
 @pytest.mark.host
 def test_a_refusal_is_the_last_that_one_rank_prints(tmp_path: Path) -> None:
     """`--quiet` takes away accelerate's traceback, which nothing within the run can."""

@@ -74,6 +74,7 @@ def test_starts_are_listed_with_what_changed(tmp_path: Path) -> None:
     assert found["completed"].endswith("+00:00") and found["stopped"] is None
 
 
+@pytest.mark.once
 @pytest.mark.host
 def test_a_killed_run_has_a_page_and_its_resume_one_log(shared: Path, whole: dict, warm: Warm, tmp_path: Path) -> None:
     """Killed in mid-iteration the log goes to the last step that was logged; resumed it holds no row twice."""
@@ -103,6 +104,7 @@ def test_a_killed_run_has_a_page_and_its_resume_one_log(shared: Path, whole: dic
     assert resumed.about["config"]["spin"] == settings["spin"] and resumed.about["config"]["hub_token"] == LEFT_OUT
 
 
+@pytest.mark.once
 @pytest.mark.host
 @pytest.mark.ranks
 def test_two_ranks_keep_one_record(tmp_path: Path, warm_ranks: Ranks) -> None:

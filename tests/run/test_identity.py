@@ -40,6 +40,7 @@ def changes(first: SpinRun, second: SpinRun) -> list[str]:
     return [line.strip() for line in second.identity.changes(kept)]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -76,6 +77,7 @@ def test_what_does_not_change_the_result_is_the_same_run(tmp_path: Path, harmles
     assert first.identity.hash == second.identity.hash
 
 
+@pytest.mark.once
 def test_benchmarks_do_not_change_the_result(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"question": "w1", "answer": "w2"}\n')
     task = {

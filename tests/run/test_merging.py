@@ -57,6 +57,7 @@ def merged_is_off_by(folder: Path, keys: dict[str, Any]) -> float:
     return float((AutoModelForCausalLM.from_pretrained(out / "merged")(ids).logits - wanted).abs().max())
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("case", KEYS)
 def test_what_merging_loses_is_said(case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tiny.save(tmp_path / "model", tie_word_embeddings=True)

@@ -118,6 +118,7 @@ def test_a_change_of_what_results_depend_on_is_refused(
     assert not host.loaded_a_model(tmp_path / "out")
 
 
+@pytest.mark.once
 def test_a_named_checkpoint(start: Start, whole: dict, tmp_path: Path) -> None:
     """What lies beyond it is set aside, and the run ends as before."""
     assert start("iteration 1/second epoch", save_total_limit=20)[0] != 0
@@ -175,6 +176,7 @@ def test_an_optimizer_that_cannot_be_saved_is_needed_within_an_iteration_alone(
     assert code == 1 and "saved without the optimizer's state" in output
 
 
+@pytest.mark.once
 def test_a_smaller_batch_loses_no_answer_and_changes_none(start: Start, whole: dict, tmp_path: Path) -> None:
     """What is advised where memory runs out: two chunks of four answers are there, the other eight come in threes."""
     assert start("generate/chunk whole")[0] != 0
@@ -199,6 +201,7 @@ NEW = {
 }
 
 
+@pytest.mark.once
 def test_rows_of_added_tokens_are_the_same_at_every_start(start: Start, shared: Path, tmp_path: Path) -> None:
     """Host 0.19 draws them unseeded: after a kill the rest of the answers would be another model's."""
     assert start("generate/chunk whole", **NEW)[0] != 0

@@ -383,7 +383,7 @@ def test_an_adapter_of_the_language_model(kind: dict[str, Any], off: float, tmp_
 
 @pytest.mark.host
 @pytest.mark.ranks
-@pytest.mark.parametrize("kind", ["ddp", "zero3", "fsdp2"])
+@pytest.mark.parametrize("kind", [pytest.param("ddp", marks=pytest.mark.once), "zero3", "fsdp2"])
 def test_on_two_ranks(kind: str, tmp_path: Path, warm_ranks: Ranks) -> None:
     changes = {**host.layout(kind, tmp_path), "gradient_accumulation_steps": 2}
     if kind == "fsdp2":

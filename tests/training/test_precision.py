@@ -49,6 +49,7 @@ def test_every_loss_is_ln_2_where_nothing_moves(layout: str, warm: Warm, tmp_pat
     assert strayed(run) < 1e-8  # fp32's closest number; 0.02 to 0.03 where the opponent scores with other neighbours
 
 
+@pytest.mark.once
 def test_after_a_stop_too(warm: Warm, tmp_path: Path) -> None:
     """Killed in iteration 1's second epoch: the rest is trained on against the log-probs on disk."""
     settings = config(tmp_path, save_steps=5)
@@ -59,6 +60,7 @@ def test_after_a_stop_too(warm: Warm, tmp_path: Path) -> None:
     assert strayed(run) < 1e-3
 
 
+@pytest.mark.once
 @pytest.mark.ranks
 def test_one_rank_has_scored_what_two_are_trained_on(warm: Warm, warm_ranks: Ranks, tmp_path: Path) -> None:
     """Stopped on one rank in the midst of an iteration, resumed on two: the micro-batches are the same."""
