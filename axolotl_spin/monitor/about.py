@@ -40,12 +40,15 @@ def without_secrets(value: Any, key: str = "") -> Any:
         value: Plain JSON.
         key: The key that it stands under.
     """
+    secret = bool(_SECRET_KEY.search(key.lower()))
+    if secret and value and isinstance(value, (dict, int, float)) and value is not True:
+        return LEFT_OUT
     if isinstance(value, dict):
         return {name: without_secrets(item, str(name)) for name, item in value.items()}
     if isinstance(value, list):
         return [without_secrets(item, key) for item in value]
     if isinstance(value, str) and value:
-        if _SECRET_KEY.search(key.lower()):
+        if secret:
             return LEFT_OUT
         return _CREDENTIALS_IN_URL.sub(f"{LEFT_OUT}@", _SECRET_VALUE.sub(LEFT_OUT, value))
     return value

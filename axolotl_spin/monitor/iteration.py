@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -46,9 +47,11 @@ class IterationRecord:
         """Returns the content of `metrics.json`: figures under the names under which they are logged.
 
         `loss_first` and `loss_last` are the mean losses per pair of the iteration's first and last step, without
-        `spin.sft_weight`'s part; `rewards/*` and `logps/*` are those of the last log.
+        `spin.sft_weight`'s part; `rewards/*` and `logps/*` are those of the last log. What is not finite is left out, as
+        JSON has no NaN.
         """
-        return {name: value for name, value in sorted(self.figures.items()) if value is not None}
+        known = {name: value for name, value in sorted(self.figures.items()) if value is not None}
+        return {name: value for name, value in known.items() if not isinstance(value, float) or math.isfinite(value)}
 
     def line(self) -> str:
         """Returns one line for the terminal, for the end of the iteration."""

@@ -42,8 +42,8 @@ METRICS = (
     Metric("spin/beta", "its beta"),
     Metric(
         "loss",
-        "ln 2 at each iteration's first step (`hinge`: 1, `space`: 2 ln 2), by construction; it cannot be compared between "
-        "iterations",
+        "ln 2 at each iteration's first step (`hinge`: 1, `space`: 2 ln 2), by construction, and on top of it what "
+        "`spin.sft_weight` adds; it cannot be compared between iterations",
         line=("loss", "{:.4f}"),
     ),
     Metric("loss_first", "mean loss per pair of the first step", "loss\nfirst", "{:.4f}"),

@@ -32,14 +32,17 @@ def write_report(output_dirs: Sequence[Path], path: Path, complete: bool | None 
         The size of the page in bytes.
 
     Raises:
-        NoRunError: A folder holds no run.
+        NoRunError: A folder holds no run, or one that may not be read.
         OSError: The page could not be written.
         ImportError: Plotly or Jinja is missing or does not fit.
     """
     from axolotl_spin.report.page import render
-    from axolotl_spin.report.reading import read_run
+    from axolotl_spin.report.reading import NoRunError, read_run
 
-    text = render([read_run(folder, complete) for folder in output_dirs])
+    try:
+        text = render([read_run(folder, complete) for folder in output_dirs])
+    except OSError as error:
+        raise NoRunError(f"a file of the run cannot be read: {error}") from error
     write_whole(path, lambda aside: aside.write_bytes(text))
     return len(text)
 

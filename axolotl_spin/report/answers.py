@@ -23,6 +23,7 @@ from axolotl_spin.report.reading import RunData
 
 # prompts in the page: spread evenly, and for each iteration the first and the last by each of the measures below
 SPREAD, EXTREMES = 240, 6
+_DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)
 # bytes of texts in the page, whatever their number; a text longer than the limit is cut
 TEXT_BYTES, TEXT_CHARACTERS = 1_500_000, 4000
 # answers whose word pairs are counted
@@ -131,7 +132,7 @@ def _batches(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
 
 
 def choose(answers: Sequence[IterationAnswers], spread: int = SPREAD) -> list[int]:
-    """Picks prompts to show: spread evenly over all, and the extremes of each iteration.
+    """Picks prompts to show: spread evenly over all, and the extremes of each iteration, fewer of each from ten on.
 
     Args:
         answers: Of one run, to the same prompts.
@@ -142,10 +143,11 @@ def choose(answers: Sequence[IterationAnswers], spread: int = SPREAD) -> list[in
     """
     total = max((len(found.rows) for found in answers), default=0)
     picked = set(np.linspace(0, max(total - 1, 0), min(spread, total)).round().astype(int).tolist())
+    extremes = max(1, 10 * EXTREMES // max(10, len(answers)))
     for found in answers:
         for measure in (found.margin, found.rejected_length, found.rejected_length - found.chosen_length):
             for order in (np.argsort(measure, kind="stable"), np.argsort(-measure, kind="stable")):
-                picked.update(order[:EXTREMES].tolist())
+                picked.update(order[:extremes].tolist())
     return sorted(picked)
 
 
@@ -212,20 +214,32 @@ def _answer(answers: IterationAnswers, index: int, text: str) -> dict[str, Any]:
 
 
 def _texts(answers: IterationAnswers, indices: Sequence[int], columns: Sequence[str]) -> dict[int, dict[str, Any]]:
-    """Returns those columns of some answers that there are, by index; only the row groups that hold them are read."""
+    """Returns those columns of some answers that there are, by index; only the row groups that hold them are read.
+
+    Damaged ones are left out and named in the run's notes.
+    """
     indices = [index for index in indices if index < len(answers.rows)]
     rows = answers.rows[indices] if indices else np.zeros(0, dtype=np.int64)
     found: dict[int, dict[str, Any]] = {}
-    with pq.ParquetFile(answers.path, pre_buffer=False) as file:
+    with pq.ParquetFile(answers.path, page_checksum_verification=True, pre_buffer=False) as file:
         columns, start = [name for name in columns if name in file.schema_arrow.names], 0
         for group in range(file.num_row_groups):
             count = file.metadata.row_group(group).num_rows
             inside = np.flatnonzero((rows >= start) & (rows < start + count))
             if len(inside):
-                table = file.read_row_group(group, columns=columns).take(pa.array(rows[inside] - start))
-                found.update(zip((indices[i] for i in inside), table.to_pylist(), strict=True))
+                try:
+                    table = file.read_row_group(group, columns=columns).take(pa.array(rows[inside] - start))
+                    found.update(zip((indices[i] for i in inside), table.to_pylist(), strict=True))
+                except _DAMAGE as error:
+                    _note(answers, error)
             start += count
     return found
+
+
+def _note(answers: IterationAnswers, error: Exception) -> None:
+    note = f"Texts in {answers.path} are damaged ({str(error).splitlines()[0]}): left out."
+    if note not in answers.run.notes:
+        answers.run.notes.append(note)
 
 
 def _key(row: dict[str, Any]) -> bytes:
@@ -237,13 +251,16 @@ def _find(answers: IterationAnswers, keys: dict[bytes, int]) -> dict[int, int]:
     """Returns where another run has the prompts of a sample: its index for each of the sample's."""
     found: dict[int, int] = {}
     index = 0
-    for batch in _batches(answers.path, ["prompt", "chosen", "generated_in"]):
-        batch = batch.filter(pc.equal(batch["generated_in"], answers.iteration))
-        for row in batch.select(["prompt", "chosen"]).to_pylist():
-            key = _key(row)
-            if key in keys:
-                found.setdefault(keys[key], index)
-            index += 1
+    try:
+        for batch in _batches(answers.path, ["prompt", "chosen", "generated_in"]):
+            batch = batch.filter(pc.equal(batch["generated_in"], answers.iteration))
+            for row in batch.select(["prompt", "chosen"]).to_pylist():
+                key = _key(row)
+                if key in keys:
+                    found.setdefault(keys[key], index)
+                index += 1
+    except _DAMAGE as error:
+        _note(answers, error)
     return found
 
 

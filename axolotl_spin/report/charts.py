@@ -116,6 +116,8 @@ def curves(runs: Sequence[RunData]) -> list[Chart]:
 
 def _curve(curve: Curve, runs: Sequence[RunData]) -> Chart | None:
     data, note = [], curve.note
+    if curve.name == "loss" and any(run.sft_weight for run in runs):
+        note = f"{note} With `spin.sft_weight` its part is in it: so many times the NLL per token of the human answers."
     for index, run in enumerate(runs):
         for order, (metric, label, role) in enumerate(curve.lines):
             x, y, of = _points(run, metric, max(100, POINTS // len(runs)))
@@ -142,7 +144,7 @@ def _curve(curve: Curve, runs: Sequence[RunData]) -> Chart | None:
 def _level_of_the_loss(layout: dict[str, Any], runs: Sequence[RunData]) -> None:
     """Marks the loss of two equal models, where all runs have the same."""
     levels = {LOSS_AT_START.get(run.loss_type, math.log(2.0)) for run in runs}
-    if len(levels) > 1:
+    if len(levels) > 1 or any(run.sft_weight for run in runs):
         return
     level = levels.pop()
     text = {math.log(2.0): "ln 2", 2 * math.log(2.0): "2 ln 2"}.get(level, f"{level:g}")

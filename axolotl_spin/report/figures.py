@@ -23,6 +23,9 @@ class Figures:
         done: Whether its training is over.
         distinct_2: Of own and of human answers; see `Answers`.
         normalized: Whether rewards are divided by the answers' tokens (`spin.length_normalized`).
+        loss_type: `spin.loss`.
+        sft_weight: `spin.sft_weight`.
+        given: Whether its answers were given by `spin.initial_pairs`.
     """
 
     iteration: int
@@ -32,6 +35,9 @@ class Figures:
     done: bool
     distinct_2: tuple[float | None, float | None] = (None, None)
     normalized: bool = False
+    loss_type: str = "sigmoid"
+    sft_weight: float = 0.0
+    given: bool = False
 
     def get(self, name: str) -> float | None:
         return number(self.metrics, name)
@@ -56,6 +62,9 @@ def collect(run: RunData, answers: Sequence[IterationAnswers]) -> list[Figures]:
             done="spin/training_seconds" in run.metrics[entry.iteration],
             distinct_2=distinct.get(entry.iteration, (None, None)),
             normalized=bool(run.fixed.get("spin.length_normalized")),
+            loss_type=run.loss_type,
+            sft_weight=run.sft_weight,
+            given=entry.iteration == 0 and run.starts_from_pairs,
         )
         for entry in run.iterations
         if entry.iteration in run.metrics

@@ -106,7 +106,7 @@ def _wrong_start(figures: Iterations) -> list[Figures]:
 
 def _collapsed(figures: Iterations) -> list[Figures]:
     """Own answers have lost much of their variety since iteration 0."""
-    start = figures[0].distinct_2[0] if figures and figures[0].iteration == 0 else None
+    start = figures[0].distinct_2[0] if figures and figures[0].iteration == 0 and not figures[0].given else None
     return [f for f in figures[1:] if start and f.distinct_2[0] is not None and f.distinct_2[0] < COLLAPSE * start]
 
 
@@ -152,15 +152,22 @@ def _still(figures: Iterations) -> list[Figures]:
 
 
 def _used_up(found: Figures) -> float | None:
-    """Returns the share of an iteration's logs after which no loss is above the threshold; None of too few logs."""
+    """Returns the share of an iteration's logs after which no loss is above the threshold; None of too few logs.
+
+    With `spin.sft_weight` a logged loss has the human answers' NLL in it, which is never used up.
+    """
+    if found.sft_weight:
+        return None
     losses = [row["loss"] for row in found.rows]
     above = [index for index, loss in enumerate(losses) if loss >= EXHAUSTED_LOSS * found.first_loss]
     return 1 - (above[-1] + 1 if above else 0) / len(losses) if len(losses) >= 6 else None
 
 
 def _best_before(figures: Iterations, place: int) -> float | None:
-    """Returns the lowest held-out NLL of the iterations before one."""
-    return min((now for f in figures[:place] if (now := f.get("eval_loss")) is not None), default=None)
+    """Returns the lowest held-out NLL before an iteration's training: of the iterations before it and the start model."""
+    start = figures[0].get("spin/start_eval_loss")
+    known = [start, *(found.get("eval_loss") for found in figures[:place])]
+    return min((now for now in known if now is not None), default=None)
 
 
 def _risen(figures: Iterations) -> list[Figures]:
@@ -175,6 +182,18 @@ def _risen(figures: Iterations) -> list[Figures]:
 def _alike(figures: Iterations) -> list[Figures]:
     """The last iteration's held-out answers can hardly be told from the human's."""
     return [f for f in figures[-1:] if (auc := f.get("spin/heldout_auc")) is not None and abs(auc - 0.5) <= SAME]
+
+
+def _hold_up(hits: Iterations) -> str:
+    """Returns what keeps human answers likely and is not set yet."""
+    if hits[0].sft_weight:
+        return "raise `spin.sft_weight`"
+    return "set `spin.sft_weight` to 0.1" + ("" if hits[0].loss_type == "space" else ", or `spin.loss` to space")
+
+
+def _faster(hits: Iterations) -> str:
+    grown = all((found.get("rewards/margins") or 0.0) > 0 for found in hits)
+    return ": the margin grows because the model's own answers fall faster" if grown else ""
 
 
 RULES: tuple[Rule, ...] = (
@@ -228,17 +247,16 @@ RULES: tuple[Rule, ...] = (
         _each(_move("rewards/chosen"), lt, -CHOSEN_FALL),
         lambda _, hits: (
             f"Their log-prob fell by up to {-min(f.per_token('rewards/chosen') or 0.0 for f in hits):.3f} nats per token "
-            "within an iteration: the margin grows because the model's own answers fall faster. Set `spin.loss` to space "
-            "or `spin.sft_weight` to 0.1, raise `spin.beta`, or lower `learning_rate`."
+            f"within an iteration{_faster(hits)}. Raise `spin.beta`, lower `learning_rate`, or {_hold_up(hits)}."
         ),
     ),
     Rule(
         "Held-out answers become less likely",
         _risen,
         lambda figures, hits: (
-            f"The held-out NLL is {hits[-1].metrics['eval_loss']:.4f} and was {_best_before(figures, len(figures)):.4f} "
-            "after an earlier iteration. Keep that one by `spin.keep`, lower `spin.iterations`, raise `spin.beta`, or "
-            "set `spin.sft_weight`."
+            f"The held-out NLL is {hits[-1].metrics['eval_loss']:.4f} after iteration {hits[-1].iteration} and was "
+            f"{_best_before(figures, figures.index(hits[-1])):.4f} before. Keep the best iteration by `spin.keep`, lower "
+            f"`spin.iterations` or `learning_rate`, raise `spin.beta`, or {_hold_up(hits)}."
         ),
     ),
     Rule(

@@ -22,7 +22,7 @@ from axolotl_spin.run.plan import IterationPlan, read_iterations
 
 
 class NoRunError(ValueError):
-    """A folder holds no SPIN run, its plan cannot be read, or something in it was not made by a run."""
+    """A folder holds no SPIN run, a file of it cannot be read, or something in it was not made by a run."""
 
 
 @dataclass
@@ -86,8 +86,16 @@ class RunData:
     @property
     def same_prompts(self) -> bool:
         """Whether every iteration answers the same prompts, in the same order."""
-        parts = ("spin.prompts_per_iteration", "spin.initial_pairs (pairs as token ids)")
-        return not any(self.fixed.get(key) for key in parts)
+        return not (self.fixed.get("spin.prompts_per_iteration") or self.starts_from_pairs)
+
+    @property
+    def starts_from_pairs(self) -> bool:
+        """Whether iteration 0 trains on pairs that were given (`spin.initial_pairs`)."""
+        return bool(self.fixed.get("spin.initial_pairs (pairs as token ids)"))
+
+    @property
+    def sft_weight(self) -> float:
+        return self.fixed.get("spin.sft_weight") or 0.0
 
     def mark(self, iteration: int) -> str:
         """Returns the SHA-256 that identifies an iteration's opponent; its pairs carry it."""
@@ -199,6 +207,8 @@ def _state(lock: Path) -> str:
         with lock.open("rb") as file:
             asked = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # struct flock
             kind = struct.unpack("hhqqi", fcntl.fcntl(file, fcntl.F_GETLK, asked))[0]
-    except OSError:
+    except FileNotFoundError:
         return "stopped"
+    except OSError:  # somebody else's file, or a filesystem without locks, on which a run goes on
+        return "unknown"
     return "stopped" if kind == fcntl.F_UNLCK else "running"

@@ -9,11 +9,18 @@ from typing import Any
 from axolotl.utils.logging import get_logger
 
 from axolotl_spin.data.pairs import check_pairs
-from axolotl_spin.disk.atomic import DamagedFileError, ForeignFileError, read_json, remove_folder, remove_leftovers
+from axolotl_spin.disk.atomic import (
+    DamagedFileError,
+    ForeignFileError,
+    read_json,
+    remove_folder,
+    remove_leftovers,
+    write_json,
+)
 from axolotl_spin.disk.directory import RunDirectory, check_own
 from axolotl_spin.disk.lock import hold_directory
 from axolotl_spin.run.checkpoints import Checkpoint, lost_pairs, read_checkpoint, read_checkpoints
-from axolotl_spin.run.keeping import remove_asides
+from axolotl_spin.run.keeping import alone, remove_asides
 from axolotl_spin.run.plan import IterationPlan, Plan
 from axolotl_spin.run.prepare import SpinRun
 from axolotl_spin.run.regrouping import why_not_regrouped
@@ -265,6 +272,9 @@ def set_aside(run: SpinRun, step: int) -> list[Path]:
     found += [path for path in results if path.exists()]
     if not found:
         return []
+    one = alone(run)
+    if _judged(directory.best, at):
+        found.append(directory.best)
     number = 1
     while os.path.lexists(replaced := directory.root / f"replaced-{number}"):
         number += 1
@@ -273,4 +283,14 @@ def set_aside(run: SpinRun, step: int) -> list[Path]:
         target = replaced / (path.relative_to(directory.root) if path.is_relative_to(directory.root) else path.name)
         target.parent.mkdir(parents=True, exist_ok=True)
         moved.append(path.rename(target))
+    if one is not None and one < at and directory.best in found:
+        write_json(directory.best, {"alone": one})
     return moved
+
+
+def _judged(best: Path, iteration: int) -> bool:
+    """Returns whether `best.json` judges an iteration or a later one."""
+    try:
+        return len(read_json(best).get("iterations") or []) > iteration
+    except (FileNotFoundError, DamagedFileError):
+        return False

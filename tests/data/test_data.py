@@ -10,6 +10,7 @@ import tiny
 from datasets import Dataset, Features
 from rows import TOKENIZER, jsonl, load, words
 
+from axolotl_spin.disk.atomic import read_json, write_json
 from axolotl_spin.run.resume import set_aside
 
 ROWS = 12
@@ -161,13 +162,16 @@ def test_what_lies_beyond_a_start_is_set_aside_not_deleted(tmp_path: Path) -> No
         run.directory.metrics(iteration).write_text(str(iteration))
     for step in (10, 12):
         (tmp_path / "out" / f"checkpoint-{step}").mkdir()
+    write_json(run.directory.best, {"iterations": [{}, {}], "says": ["best: iteration 1"], "alone": 0})
     assert set_aside(run, run.plan.total_steps) == []
     moved = set_aside(run, 10)  # iteration 0's last step: iteration 1 starts
     assert [path.relative_to(run.directory.root).as_posix() for path in moved] == [
         "replaced-1/checkpoint-12",
         "replaced-1/iteration-2",
         "replaced-1/iteration-1/model",
+        "replaced-1/best.json",  # it judges an iteration that is to come
     ]
+    assert read_json(run.directory.best) == {"alone": 0}
     assert (moved[1] / "metrics.json").read_text() == "2"
     assert run.directory.model(0).exists() and run.directory.metrics(1).exists()
     assert (tmp_path / "out" / "checkpoint-10").exists()
