@@ -79,6 +79,21 @@ REFUSED: tuple[tuple[str, Test, str], ...] = (
     ("auto_find_batch_size", _truthy, "the plan fixes batches and steps before training; set `micro_batch_size`"),
     ("trainer_cls", _truthy, "the plugin brings its own trainer; remove it"),
     ("use_pose", _truthy, "training would skip positions, which an answer being written cannot; remove it"),
+    (
+        "attn_implementation",
+        _one_of("xformers", "sage"),
+        "the host's code for it takes packed rows alone, and an answer begins with padded ones; use flash_attention_2, sdpa or "
+        "flex_attention",
+    ),
+    ("xformers_attention", _truthy, "the host's code for it takes packed rows alone; use `attn_implementation: sdpa`"),
+    ("sage_attention", _truthy, "the host's code for it takes packed rows alone; use `attn_implementation: sdpa`"),
+    (
+        "scaling_softmax",
+        _truthy,
+        "the host scales all rows of a batch by the first one's positions, so that an answer would depend on its neighbours; "
+        "remove it",
+    ),
+    ("diffusion_lm", _truthy, "answers are drawn one token after another; remove it"),
     ("rl_beta", _truthy, "SPIN's beta is `spin.beta`; move the value there"),
     ("dpo_beta", _truthy, "SPIN's beta is `spin.beta`; move the value there"),
     ("dpo_loss_type", _truthy, "SPIN's loss is `spin.loss`; remove it"),

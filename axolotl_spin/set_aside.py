@@ -37,6 +37,30 @@ SET_ASIDE: tuple[tuple[str, Test, Any, str], ...] = (
         False,
         "the human answer is what follows the prompt, and the prompt is given to both players",
     ),
+    (
+        "batch_flattening",
+        bool,
+        False,
+        "pairs have layouts of their own, and held-out rows are counted one by one; `sample_packing` is independent of it",
+    ),
+    (
+        "include_tkps",
+        bool,
+        False,
+        "it counts the tokens of SFT's batches; `spin/training_seconds` tells how long an iteration's training took",
+    ),
+    (
+        "deepcompile",
+        bool,
+        False,
+        "it builds the gathering of sharded weights into the graph of training, by which an opponent cannot answer",
+    ),
+    (
+        "torch_compile_regional",
+        bool,
+        False,
+        "the opponent is scored by the whole model as it is trained; `torch_compile` compiles that",
+    ),
     ("dataloader_drop_last", bool, False, "each pair is trained on once an epoch, the last batch included"),
 )
 # FSDP1's word for what FSDP2's `reshard_after_forward` says

@@ -104,7 +104,8 @@ def test_wrong_blocks_are_refused(block, message: str) -> None:
 
 # one offending value per refused key; the keys must cover the table
 OFFENDING = {
-    "streaming": True, "pretraining_dataset": "x", 
+    "streaming": True, "pretraining_dataset": "x", "attn_implementation": "xformers", "xformers_attention": True,
+    "sage_attention": True, "scaling_softmax": True, "diffusion_lm": {"noise_schedule": "linear"},
     "reward_model": True, "process_reward_model": True, "context_parallel_size": 2,
     "sequence_parallel_degree": 2, "tensor_parallel_size": 2, "expert_parallel_size": 2, "relora": True,
     "peft_init_lora_weights": "pissa_niter_16", "use_pose": True,
@@ -186,6 +187,10 @@ def test_sft_data_passes(type_: Any) -> None:
         ("use_dft", True, None),
         ("use_eaft", True, None),
         ("train_on_inputs", True, False),
+        ("batch_flattening", "auto", False),
+        ("include_tkps", True, False),
+        ("deepcompile", True, False),
+        ("torch_compile_regional", True, False),
         ("dataloader_drop_last", True, False),
     ],
 )

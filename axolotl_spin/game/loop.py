@@ -37,7 +37,7 @@ from axolotl_spin.run.saving import save_whole
 from axolotl_spin.settings.spin import LOSS_AT_START
 from axolotl_spin.training.batches import MicroBatches, pair_loader
 from axolotl_spin.training.layout_check import settle_layout
-from axolotl_spin.training.layouts import PairCollator
+from axolotl_spin.training.layouts import PairCollator, token_multiple
 from axolotl_spin.training.noise import disable_dropout
 from axolotl_spin.training.policy import nonfinite_weights, refuse_untrained
 from axolotl_spin.training.quantised import compute_as_in_training
@@ -85,6 +85,7 @@ class Loop:
         ends = ", ".join(repr(tokenizer.decode([token])) for token in sampling.stop_token_ids)
         LOG.info(f"answers end with {ends or 'nothing'}")
         self.collator = PairCollator(pad)
+        self.collator.multiple = token_multiple(self.ranks.accelerator.mixed_precision)
         scorer = Scorer(self.ranks, self.collator, generation.gather_weights)
         save, optimizer = partial(save_whole, trainer, private=True), lambda: trainer.optimizer
         backend = chosen_backend(

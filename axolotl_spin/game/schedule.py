@@ -30,10 +30,11 @@ def learning_rate_table(plan: Plan, host_scheduler: HostScheduler) -> list[float
         # the momentum is there for schedulers that insist on cycling one
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=entry.learning_rate, momentum=0.9)
         scheduler = host_scheduler(entry, optimizer)
-        for _ in range(entry.steps):
+        for step in range(entry.steps):
+            if step:  # none behind the last: `one_cycle` that is warmup alone would divide by the rest, which is 0
+                optimizer.step()
+                scheduler.step()
             rates.append(float(optimizer.param_groups[0]["lr"]))
-            optimizer.step()
-            scheduler.step()
     return rates
 
 

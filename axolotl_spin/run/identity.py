@@ -24,7 +24,7 @@ VERSION = 2
 _PLANNED = ("learning_rate", "warmup_steps", "warmup_ratio", "num_epochs", "max_steps")
 _PLANNED_SPIN = ("iterations", "beta", "learning_rate", "history", "schedule_epochs")
 # parameter groups with a rate of their own refer to the base rate
-_GROUP_RATES = ("embedding_lr", "embedding_lr_scale", "lr_groups", "loraplus_lr_ratio")
+_GROUP_RATES = ("embedding_lr", "embedding_lr_scale", "lr_groups", "loraplus_lr_ratio", "dion_lr")
 # settings of the spin block that change nothing in the result: another backend draws from the same distribution
 # (and what is in a set of pairs counts, not where it is). `patience` ends a run and `keep` picks among its models, but
 # every iteration that is run gives the same weights

@@ -54,6 +54,7 @@ class PairCollator:
         in_head: Whether log-probs can be taken where the LM head gives its logits; see `completion_logps`.
         in_parts: Whether attention may be computed pair by pair; where not, long rows have masks as short ones do. "always"
             asks it of short ones too.
+        multiple: What the tokens of a batch are to be a multiple of, padding counted; see `token_multiple`.
     """
 
     def __init__(self, pad_token_id: int, layout: Layout = "padded", hidden_size: int = 1024):
@@ -62,6 +63,7 @@ class PairCollator:
         self.hidden_size = hidden_size
         self.in_head = False
         self.in_parts: bool | Literal["always"] = True
+        self.multiple = 1
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Collates rows of `PairDataset`.
@@ -90,7 +92,7 @@ class PairCollator:
 
     def _padded(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         sequences = [(row["prompt_ids"], row[answer]) for answer in ("chosen_ids", "rejected_ids") for row in rows]
-        width = max(len(prompt) + len(completion) for prompt, completion in sequences)
+        width = self._rounded(max(len(prompt) + len(completion) for prompt, completion in sequences))
         ids = np.full((len(sequences), width), self.pad_token_id, dtype=np.int64)
         attention = np.zeros_like(ids)
         predicts = []
@@ -114,6 +116,9 @@ class PairCollator:
                 columns = np.arange(start + prompt - 1, start + length - 1)
                 predicts[kind, index] = (np.zeros_like(columns), columns)
                 start += length
+        if spare := self._rounded(start) - start:  # a sequence more, which nothing is asked of
+            ids.append(np.full(spare, self.pad_token_id))
+            positions.append(np.arange(spare))
         batch = {
             "input_ids": torch.from_numpy(np.concatenate(ids).astype(np.int64))[None],
             "position_ids": torch.from_numpy(np.concatenate(positions))[None],
@@ -123,7 +128,7 @@ class PairCollator:
     def _shared(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         lengths = [sum(len(row[part]) for part in ("prompt_ids", "chosen_ids", "rejected_ids")) for row in rows]
         bins = _cheapest_rows(lengths, self.hidden_size)
-        width = max(sum(lengths[index] for index in members) for members in bins)
+        width = self._rounded(max(sum(lengths[index] for index in members) for members in bins))
         ids = np.full((len(bins), width), self.pad_token_id, dtype=np.int64)
         positions = np.zeros_like(ids)
         segments = np.full_like(ids, -1)
@@ -158,6 +163,20 @@ class PairCollator:
             ]
             made["spans"] = torch.tensor(spans)
         return {**made, **_needed([predicts[key] for key in sorted(predicts)])}
+
+    def _rounded(self, tokens: int) -> int:
+        return -(-tokens // self.multiple) * self.multiple
+
+
+def token_multiple(mixed_precision: str) -> int:
+    """Returns what the tokens of a forward have to be a multiple of.
+
+    In fp8 a weight's gradient is a product over tokens, and its kernels (`torch._scaled_mm`) take multiples of 16 alone.
+
+    Args:
+        mixed_precision: Accelerate's.
+    """
+    return 16 if mixed_precision == "fp8" else 1
 
 
 def _prompts_in(batch: dict[str, Tensor], pairs: int) -> list[tuple[int, int, int]]:

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from torch.optim.lr_scheduler import OneCycleLR
 from transformers import get_scheduler
 
 from axolotl_spin.game.schedule import IterationSchedule, learning_rate_table, restart_optimizer
@@ -34,6 +35,15 @@ def test_an_iteration_takes_the_first_steps_of_a_longer_schedule() -> None:
         warmup={"warmup_steps": 2, "warmup_ratio": None},
     )  # fmt: skip
     assert learning_rate_table(plan, host_scheduler) == pytest.approx([0, 0.5, 1, 0.9, 0, 0.05, 0.1, 0.09])
+
+
+def test_one_cycle_of_warmup_alone() -> None:
+    """Where the warmup is as long as an iteration, nothing is left of the cycle behind its last step."""
+    rates = learning_rate_table(
+        PLAN,
+        lambda entry, optimizer: OneCycleLR(optimizer, entry.learning_rate, total_steps=entry.steps, pct_start=1.0),
+    )
+    assert rates[3] == pytest.approx(1.0) and rates[7] == pytest.approx(0.1) and rates[:4] == sorted(rates[:4])
 
 
 def test_groups_keep_their_ratio_and_state_is_the_step_alone() -> None:

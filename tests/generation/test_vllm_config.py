@@ -124,6 +124,11 @@ def test_an_adapter_is_served_over_the_base_model(rank: int, expected: int) -> N
     assert arguments["max_lora_rank"] == expected and arguments["dtype"] == "float32"
 
 
+def test_weights_that_training_quantises_on_the_fly_are_not_served() -> None:
+    with pytest.raises(ValueError, match=r"`qat`: vLLM serves the weights as they are"):
+        served_model(cfg(qat={"weight_dtype": "int4"}), settings(), LENGTHS)
+
+
 def test_a_quantized_base_is_served_quantized_unless_the_user_says_otherwise() -> None:
     served = served_model(cfg(adapter="qlora", lora_r=8, load_in_4bit=True), settings(), LENGTHS)
     assert served.arguments(VllmConfig())["quantization"] == "bitsandbytes"

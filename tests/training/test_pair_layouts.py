@@ -21,7 +21,7 @@ from transformers import (
 
 from axolotl_spin.settings.spin import LossType
 from axolotl_spin.training.head import selected_logps
-from axolotl_spin.training.layouts import PairCollator, _balanced_rows, _cheapest_rows
+from axolotl_spin.training.layouts import PairCollator, _balanced_rows, _cheapest_rows, token_multiple
 from axolotl_spin.training.logprobs import completion_logps
 from axolotl_spin.training.masks import shared_block_mask, shared_mask
 from axolotl_spin.training.step import pair_losses
@@ -175,6 +175,20 @@ def test_an_eager_model_whose_config_names_its_type() -> None:
     expected = completion_logps(model, PairCollator(0, "shared")(pairs()))
     model.config.dtype = "float32"
     assert torch.equal(completion_logps(model, PairCollator(0, "shared")(pairs())), expected)
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
+@pytest.mark.parametrize("in_parts", [False, "always"])
+def test_a_batchs_tokens_may_be_a_multiple(layout: Any, in_parts: Any) -> None:
+    """As fp8's products over them ask: the rest is padding, which changes no log-prob."""
+    model = tiny.model(47, seed=3).eval()
+    collator = PairCollator(0, layout)
+    collator.multiple, collator.in_parts = token_multiple("fp8"), in_parts
+    batch = collator(pairs())
+    assert batch["input_ids"].numel() % 16 == 0 < PairCollator(0, layout)(pairs())["input_ids"].numel() % 16
+    expected = completion_logps(model, PairCollator(0, "padded")(pairs()))
+    assert torch.allclose(completion_logps(model, batch), expected, atol=1e-5)
+    assert token_multiple("bf16") == token_multiple("no") == 1
 
 
 SMALL = {"vocab_size": 47, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

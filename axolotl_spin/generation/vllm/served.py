@@ -127,6 +127,8 @@ def served_model(
     engine = generation.vllm
     if cfg.adapter and cfg.adapter not in ("lora", "qlora"):
         raise ValueError(f"`adapter: {cfg.adapter}`: vLLM serves LoRA adapters alone{_INSTEAD}")
+    if cfg.qat:
+        raise ValueError(f"`qat`: vLLM serves the weights as they are, not as quantised in training{_INSTEAD}")
     adapter = adapter_of(cfg) if cfg.adapter else None
     if refused := [*_unserved(adapter, pictures), *_resized(cfg, tokens)] if adapter else []:
         raise ValueError("\n".join(refused))
