@@ -82,16 +82,16 @@ REFUSED: tuple[tuple[str, Test, str], ...] = (
     (
         "attn_implementation",
         _one_of("xformers", "sage"),
-        "the host's code for it takes packed rows alone, and an answer begins with padded ones; use flash_attention_2, sdpa or "
-        "flex_attention",
+        "the host's code for it takes packed rows alone, and answers begin with padded ones; use flash_attention_2, sdpa "
+        "or flex_attention",
     ),
     ("xformers_attention", _truthy, "the host's code for it takes packed rows alone; use `attn_implementation: sdpa`"),
     ("sage_attention", _truthy, "the host's code for it takes packed rows alone; use `attn_implementation: sdpa`"),
     (
         "scaling_softmax",
         _truthy,
-        "the host scales all rows of a batch by the first one's positions, so that an answer would depend on its neighbours; "
-        "remove it",
+        "the host scales all rows of a batch by the first one's positions, so that an answer would depend on its "
+        "neighbours; remove it",
     ),
     ("diffusion_lm", _truthy, "answers are drawn one token after another; remove it"),
     ("rl_beta", _truthy, "SPIN's beta is `spin.beta`; move the value there"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ from warm import Ranks, Warm
 from axolotl_spin.cli import spin
 from axolotl_spin.disk.directory import RunDirectory
 from axolotl_spin.monitor.about import LEFT_OUT, note_end, note_start, without_secrets
+from axolotl_spin.monitor.iteration import IterationRecord
 from axolotl_spin.monitor.log import append_row, read_log, restart_log
 from axolotl_spin.report import page, report_at_end
 from axolotl_spin.report.reading import read_run
+from axolotl_spin.run.plan import make_plan
 
 ENV = host.environment(ACCELERATE_USE_CPU="true")
 
@@ -44,17 +47,25 @@ def test_secrets_are_left_out_and_nothing_else() -> None:
         "datasets": [{"path": "https://me:pw@host/x", "storage_options": {"key": "a", "secret": "b", "anon": False}}],
         "special_tokens": {"bos_token": "<s>", "eos_token": "</s>"}, "eot_tokens": ["<e>"],
         "tokens": ["<a>"], "hf_use_auth_token": True, "spin": {"generation": {"max_new_tokens": 9}}, "mlflow_password": "x",
-        "swanlab_lark_webhook_url": "https://hook/abc",
+        "swanlab_lark_webhook_url": "https://hook/abc", "mlflow_credentials": {"user": "me", "pass": 1}, "db_password": 123456,
         "comment": "use hf_AbCdEfGhIjKlMnOpQr here", "lora_qkv_kernel": False, "token": "abc", "base_model": "a/key-model",
     }  # fmt: skip
     assert without_secrets(config) == {
         **config,
         "hub_token": LEFT_OUT, "wandb_api_key": LEFT_OUT, "mlflow_password": LEFT_OUT, "token": LEFT_OUT,
-        "swanlab_lark_webhook_url": LEFT_OUT,
+        "swanlab_lark_webhook_url": LEFT_OUT, "mlflow_credentials": LEFT_OUT, "db_password": LEFT_OUT,
         "datasets": [{"path": f"https://{LEFT_OUT}@host/x",
                       "storage_options": {"key": LEFT_OUT, "secret": LEFT_OUT, "anon": False}}],
         "comment": f"use {LEFT_OUT} here",
     }  # fmt: skip
+
+
+def test_figures_that_are_not_finite_are_left_out() -> None:
+    """JSON has no NaN, and readers in other languages refuse it."""
+    plan = make_plan(4, global_batch=2, num_epochs=1, history=0, betas=[0.1], learning_rates=[1e-5])
+    record = IterationRecord(plan.iterations[0], {"loss_last": math.inf, "spin/beta": 0.1, "spin/empty": None})
+    record.note({"eval_loss": math.nan, "eval_loss_stderr": 0.5}, step=2)
+    assert record.to_json() == {"eval_loss_stderr": 0.5, "spin/beta": 0.1}
 
 
 def test_starts_are_listed_with_what_changed(tmp_path: Path) -> None:

@@ -46,9 +46,13 @@ def test_rewards_per_token_are_not_divided_again() -> None:
 
 
 def test_figures_are_read_by_the_runs_objective(tmp_path: Path) -> None:
-    finished.make(tmp_path, **{"spin.loss": "space", "spin.length_normalized": True})
+    given = {"spin.initial_pairs (pairs as token ids)": "abc"}
+    finished.make(tmp_path, **{"spin.loss": "space", "spin.length_normalized": True, "spin.sft_weight": 0.2, **given})
     found = collect(read_run(tmp_path), [])
-    assert [(figures.first_loss, figures.normalized) for figures in found] == [(2 * LN2, True)] * 2
+    assert [(figures.first_loss, figures.normalized, figures.loss_type) for figures in found] == [
+        (2 * LN2, True, "space")
+    ] * 2
+    assert [(figures.sft_weight, figures.given) for figures in found] == [(0.2, True), (0.2, False)]
 
 
 def titles(*found: Figures) -> list[str]:
@@ -118,6 +122,38 @@ def test_lengths_that_come_nearer_the_humans_do_not_drift() -> None:
     assert titles(iteration(0, spin_per_rejected_length=30.0), iteration(1, spin_per_rejected_length=31.0)) == [LONG]
     # from too long to too short, which is another drift even where it is no further off
     assert titles(iteration(0, spin_per_rejected_length=30.0), iteration(1, spin_per_rejected_length=5.0)) == [SHORT]
+
+
+def test_a_held_out_loss_is_compared_with_the_start_models_and_with_earlier_ones_alone() -> None:
+    """2.9, the lowest, comes after the iteration that is said to be worse."""
+    found = [iteration(number, eval_loss=loss) for number, loss in enumerate((3.0, 3.2, 2.9))]
+    [advice] = judge(found)
+    assert advice.iterations == [1] and "is 3.2000 after iteration 1 and was 3.0000 before" in advice.text
+    worse = iteration(0, eval_loss=2.05, spin_per_start_eval_loss=2.0)
+    assert [(advice.title, advice.iterations) for advice in judge([worse])] == [
+        ("Held-out answers become less likely", [0])
+    ]
+
+
+def test_advice_leaves_out_what_is_set_and_says_what_is_so() -> None:
+    falls = {"rewards_per_chosen": -0.03}
+    [advice] = judge([iteration(**falls)])
+    assert "own answers fall faster" in advice.text
+    assert advice.text.endswith("set `spin.sft_weight` to 0.1, or `spin.loss` to space.")
+    space = iteration(rewards_per_margins=-0.01, **falls)
+    space.loss_type = "space"
+    [advice] = judge([space])
+    assert "fall faster" not in advice.text and advice.text.endswith("or set `spin.sft_weight` to 0.1.")
+    held_up = iteration(losses=[0.01] * 9, **falls)  # which tells nothing where the NLL is in it
+    held_up.sft_weight = 0.1
+    [advice] = judge([held_up])
+    assert advice.text.endswith("or raise `spin.sft_weight`.")
+
+
+def test_answers_that_were_given_are_no_measure_of_variety() -> None:
+    start = iteration(0, distinct=0.9)
+    start.given = True
+    assert titles(start, iteration(1, distinct=0.3)) == []
 
 
 def test_a_spike_is_not_the_end_of_the_data() -> None:

@@ -43,6 +43,12 @@ def test_folders_without_a_run_are_refused(tmp_path: Path) -> None:
     ):
         done = CliRunner().invoke(spin, ["report", *arguments])
         assert done.exit_code != 0 and message in done.output, done.output
+    done = CliRunner().invoke(spin, ["report", str(tmp_path / "run"), "--output", "/dev/null"])
+    assert done.exit_code == 1 and "/dev/null is there and no file" in done.output
+    RunDirectory(tmp_path / "run").log.unlink()
+    RunDirectory(tmp_path / "run").log.mkdir()
+    done = CliRunner().invoke(spin, ["report", str(tmp_path / "run")])
+    assert done.exit_code == 1 and "a file of the run cannot be read" in done.output
     RunDirectory(tmp_path / "run").plan.write_text('{"iterations": [{}]}')
     done = CliRunner().invoke(spin, ["report", str(tmp_path / "run")])
     assert done.exit_code == 1 and "plan.json is damaged" in done.output
@@ -100,6 +106,40 @@ def test_damaged_and_foreign_files_are_left_out_and_named(tmp_path: Path) -> Non
     ):
         assert any(message in note for note in run.notes), message
     assert "belongs to another run" in render([run]).decode()
+
+
+def test_damaged_texts_cost_no_more_than_themselves(tmp_path: Path) -> None:
+    """A byte of a page of texts: the figures stay, and so does the page."""
+    finished.make(tmp_path, prompts=30, iterations=2)
+    path = RunDirectory(tmp_path).pairs(1)
+    with pq.ParquetFile(path) as file:
+        group = file.metadata.row_group(0)
+        column = next(c for c in map(group.column, range(group.num_columns)) if c.path_in_schema == "rejected")
+        end = (column.dictionary_page_offset or column.data_page_offset) + column.total_compressed_size
+    damaged = bytearray(path.read_bytes())
+    damaged[end - 5] ^= 0xFF
+    path.write_bytes(damaged)
+    run = read_run(tmp_path)
+    text = render([run]).decode()
+    assert any(f"Texts in {path} are damaged" in note for note in run.notes) and "Texts in" in text
+    shown = sample([read_answers(run)])
+    assert all(prompt["answers"][0] and not prompt["answers"][1] for prompt in shown.prompts)
+
+
+def test_a_lock_that_cannot_be_read_tells_nothing(tmp_path: Path) -> None:
+    finished.make(tmp_path, begun=1)
+    RunDirectory(tmp_path).lock.unlink(missing_ok=True)
+    RunDirectory(tmp_path).lock.mkdir()
+    assert read_run(tmp_path).state == "unknown" and "not complete" in read_run(tmp_path).standing
+
+
+def test_with_a_part_of_sft_the_loss_has_no_level(tmp_path: Path) -> None:
+    finished.make(tmp_path / "without")
+    finished.make(tmp_path / "with", **{"spin.sft_weight": 0.1})
+    charts = [curves([read_run(tmp_path / name)])[0] for name in ("without", "with")]
+    levels = [[shape for shape in chart.layout["shapes"] if shape["line"]["dash"] == "dash"] for chart in charts]
+    assert [len(found) for found in levels] == [1, 0]
+    assert ["spin.sft_weight" in chart.note for chart in charts] == [False, True]
 
 
 def test_a_run_without_a_log_shows_its_last_checkpoints(tmp_path: Path) -> None:
