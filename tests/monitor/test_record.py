@@ -47,7 +47,7 @@ def test_secrets_are_left_out_and_nothing_else() -> None:
         "datasets": [{"path": "https://me:pw@host/x", "storage_options": {"key": "a", "secret": "b", "anon": False}}],
         "special_tokens": {"bos_token": "<s>", "eos_token": "</s>"}, "eot_tokens": ["<e>"],
         "tokens": ["<a>"], "hf_use_auth_token": True, "spin": {"generation": {"max_new_tokens": 9}}, "mlflow_password": "x",
-        "swanlab_lark_webhook_url": "https://hook/abc", "mlflow_credentials": {"user": "me", "pass": 1}, "db_password": 123456,
+        "swanlab_lark_webhook_url": "https://hook/abc", "mlflow_credentials": {"pass": 1}, "db_password": 123456,
         "comment": "use hf_AbCdEfGhIjKlMnOpQr here", "lora_qkv_kernel": False, "token": "abc", "base_model": "a/key-model",
     }  # fmt: skip
     assert without_secrets(config) == {
