@@ -32,6 +32,6 @@ def leave_out_router_logits(model: torch.nn.Module) -> bool:
             return args, {**kwargs, "output_router_logits": False}
 
         # an adapter passes keywords on; PEFT 0.20 does so past the base's hooks, and `generate` calls the base alone
-        for part in {id(part): part for part in (model, base)}.values():
+        for part in {model, base}:
             part.register_forward_pre_hook(without, with_kwargs=True)
     return asked
