@@ -112,7 +112,10 @@ class SpinPlugin(BasePlugin):
             if benchmarks and self.settle is None:  # `axolotl spin generate` stops before there is anything new
                 self.run.benchmarks = benchmarks.load() if _is_main() else benchmarks
                 if _is_main():
+                    from axolotl.loaders.utils import load_model_config
+
                     benchmarks.refuse_select(settings.select)
+                    benchmarks.refuse_unfit(load_model_config(cfg), tokenizer)
             if _is_main():
                 warn_without_report(self.run.directory)
         return TrainDatasetMeta(train_dataset, eval_dataset, self.run.plan.total_steps)

@@ -15,6 +15,9 @@ from axolotl_spin.evals.tasks import Benchmarks, asked_benchmarks
 from axolotl_spin.report.reading import NoRunError, RunData, read_run
 from axolotl_spin.run.identity import Identity
 
+# the host's keys that say in which type a model computes
+_PRECISION = ("bf16", "fp16", "bfloat16", "float16")
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -43,7 +46,8 @@ def evaluate_models(asked: Evaluation) -> Iterator[str]:
         A line for each model.
 
     Raises:
-        click.ClickException: There is no run, or something about the tasks or the backend; names the option.
+        click.ClickException: There is no run, something about the tasks or the backend, results that the run measured would
+            be lost, or a model cannot be asked; names the option.
     """
     try:
         run = read_run(asked.output_dir)
@@ -54,51 +58,86 @@ def evaluate_models(asked: Evaluation) -> Iterator[str]:
             unsafe_code=asked.confirm_run_unsafe_code,
             key="--tasks",
         )
-        ask = _backend(asked, run)
+        ask = _backend(asked, run, benchmarks)
+        models = saved_models(run)
+        for saved in models:
+            _refuse_replacing(saved, benchmarks)
         benchmarks.load()
     except (NoRunError, ValueError) as error:
         raise click.ClickException(str(error)) from error
-    for saved in saved_models(run):
+    for saved in models:
         yield _evaluate(saved, run, benchmarks, ask, trusted=asked.trust_remote_code)
     for entry in run.iterations:
         if not _is_saved(run, entry.iteration):
-            why = "is not over" if "spin/training_seconds" not in run.metrics.get(entry.iteration, {}) else (
-                f"left no {run.directory.model(entry.iteration)} (`spin.save_iterations: false`)"
-            )  # fmt: skip
+            why = "is not over" if run.state != "complete" else "was not run, and the run is complete"
+            if _is_over(run, entry.iteration):
+                why = f"left no {run.directory.model(entry.iteration)} (`spin.save_iterations: false`)"
             yield f"iteration {entry.iteration} {why}: left out"
 
 
-def _backend(asked: Evaluation, run: RunData) -> Ask:
+def _backend(asked: Evaluation, run: RunData, benchmarks: Benchmarks) -> Ask:
     # whoever wrote the run's folder wrote its config too: that it trusted the model's code says nothing here
     config = {**(run.about.get("config") or {}), "trust_remote_code": asked.trust_remote_code}
+    # what `bf16: auto` was on the machine that trained
+    config |= {key: run.fixed[key] for key in _PRECISION if key in run.fixed}
     if asked.backend == "hf":
         return ask_by_transformers(config, asked.batch_size, asked.device)
+    for path in benchmarks.files:
+        if path.suffix != ".yaml":  # the process that has vLLM finds tasks by their names, in such files alone
+            raise ValueError(f"`--tasks`: {path} is not found with `--backend vllm`: rename it to {path.stem}.yaml")
     from lm_eval.utils import simple_parse_args_string
 
     return ask_by_vllm(config, asked.python, simple_parse_args_string(asked.model_args))
 
 
+def _refuse_replacing(saved: SavedModel, benchmarks: Benchmarks) -> None:
+    """Refuses to ask a model in another way than the run itself did, which may select by what it measured.
+
+    Raises:
+        ValueError: Names the options and the file.
+    """
+    known = read_evals(saved.evals)
+    if known is None or not known.get("weights") or known.get("run") != saved.mark:
+        return
+    if not same_model(known, _like(saved, benchmarks)):
+        limit = known.get("limit")
+        how = "without `--limit`" if limit is None else f"with `--limit {limit}`"
+        how += f" and {'with' if known.get('chat_template') else 'without'} `--apply-chat-template`"
+        raise ValueError(
+            f"{saved.evals} holds what the run measured {how}, which results of another way would replace: ask in the same "
+            "way, or move that file away"
+        )
+
+
+def _like(saved: SavedModel, benchmarks: Benchmarks) -> dict[str, Any]:
+    return {"run": saved.mark, "limit": benchmarks.limit, "chat_template": benchmarks.chat_template}
+
+
 def _evaluate(saved: SavedModel, run: RunData, benchmarks: Benchmarks, ask: Ask, *, trusted: bool) -> str:
     """Asks a model, unless what is asked for is on disk; returns what there is to say."""
-    like: dict[str, Any] = {"run": saved.mark, "limit": benchmarks.limit, "chat_template": benchmarks.chat_template}
-    known = read_evals(saved.evals)
+    like, known = _like(saved, benchmarks), read_evals(saved.evals)
     if known is not None and same_model(known, like) and holds(known, benchmarks.wanted()):
         note_in_metrics(run.directory, saved.iteration, known)
         return f"{saved.name}: as in {saved.evals}: {summary(known)}"
     try:
         found = ask(saved, benchmarks)
-    except (OSError, ValueError) as error:  # a model that cannot be loaded, an engine that ended
-        message = f"{saved.name} ({saved.adapter or saved.model}): {error}"
-        if (run.about.get("config") or {}).get("trust_remote_code") and not trusted:
-            message += (
-                "\nthe run had `trust_remote_code: true`: if you trust that code as well, add --trust-remote-code"
-            )
-        raise click.ClickException(message) from error
-    write_evals(saved.evals, collect(found, **like))
-    whole = read_evals(saved.evals)
-    assert whole is not None
+    except (OSError, ValueError, ImportError, RuntimeError, AssertionError) as error:
+        # a model that cannot be loaded, a package or memory that it lacks, an engine that ended, what lm-eval asserts
+        raise click.ClickException(_why(error, saved, run, trusted=trusted)) from error
+    whole = write_evals(saved.evals, collect(found, **like))
     note_in_metrics(run.directory, saved.iteration, whole)
     return f"{saved.name}: {summary(whole)}"
+
+
+def _why(error: Exception, saved: SavedModel, run: RunData, *, trusted: bool) -> str:
+    import torch
+
+    message = f"{saved.name} ({saved.adapter or saved.model}): {str(error) or type(error).__name__}"
+    if isinstance(error, torch.OutOfMemoryError):
+        message += "\nlower `--batch-size`"
+    if (run.about.get("config") or {}).get("trust_remote_code") and not trusted:
+        message += "\nthe run had `trust_remote_code: true`: if you trust that code as well, add --trust-remote-code"
+    return message
 
 
 def saved_models(run: RunData) -> list[SavedModel]:
@@ -132,6 +171,9 @@ def saved_models(run: RunData) -> list[SavedModel]:
     return found
 
 
+def _is_over(run: RunData, iteration: int) -> bool:
+    return "spin/training_seconds" in run.metrics.get(iteration, {})
+
+
 def _is_saved(run: RunData, iteration: int) -> bool:
-    over = "spin/training_seconds" in run.metrics.get(iteration, {})
-    return over and run.directory.model(iteration).is_dir()
+    return _is_over(run, iteration) and run.directory.model(iteration).is_dir()

@@ -8,8 +8,7 @@ its share.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -109,21 +108,22 @@ class _Asked:
         self.name_or_path = str(getattr(policy.config, "name_or_path", ""))
 
     def __call__(self, input_ids: torch.Tensor) -> Any:
+        self._before_forward()
         return self.policy(input_ids=input_ids, use_cache=False)
 
     def generate(self, **arguments: Any) -> torch.Tensor:
-        # under ZeRO-3 it would ask all ranks before each token whether one goes on; the hook does where forwards are one
-        return self.policy.generate(**arguments, synced_gpus=False)
-
-    @contextmanager
-    def among_ranks(self) -> Iterator[None]:
-        """Keeps ranks together while each has forwards of its own to make."""
+        # its forwards are calls of the base model, which a forward of the policy need not be: PEFT 0.20 passes the base's
+        # hooks by. Ahead of what gathers shards: ranks that have ended ask first, too
         base = self.policy.get_base_model() if hasattr(self.policy, "get_base_model") else self.policy
         hook = base.register_forward_pre_hook(lambda *_: self._before_forward(), prepend=True)
         try:
-            yield
+            # under ZeRO-3 it would ask all ranks before each token whether one goes on; the hook does where they are one
+            return self.policy.generate(**arguments, synced_gpus=False)
         finally:
             hook.remove()
+
+    def go_along(self) -> None:
+        """Makes the forwards that ranks which are not through need of this one, which is."""
         while self.coupled and self._any_goes_on(False):
             self.policy(input_ids=torch.full((1, 1), self.pad_token_id, device=self.device))
 
@@ -176,33 +176,37 @@ class PolicyLM(HFLM):
             arguments: Of each request.
         """
         ranks, found = self.asked.ranks, list[tuple[int, Any]]()
-        work: Callable[..., list[Any]] = getattr(super(), kind)
         batches = cut_into_batches(arguments, self.sizes[kind])
         mine = range(ranks.rank, len(batches), ranks.count)
         self.bar.total = (self.bar.total or 0) + sum(len(batches[index]) for index in mine)
-        with self.asked.among_ranks():
-            for index in mine:
-                torch.manual_seed(_SEED + index)  # for tasks that sample
-                batch = [Instance(kind, {}, arguments[place], place) for place in batches[index]]  # type: ignore[arg-type]
-                found += zip(batches[index], self._halved(work, batch), strict=True)
-                self.bar.update(len(batch))
+        self.batch_size_per_gpu = self.sizes[kind]  # so many windows of a long text are scored at once, too
+        for index in mine:
+            torch.manual_seed(_SEED + index)  # for tasks that sample
+            batch = [Instance(kind, {}, arguments[place], place) for place in batches[index]]  # type: ignore[arg-type]
+            found += zip(batches[index], self._halved(kind, batch), strict=True)
+            self.bar.update(len(batch))
+        self.asked.go_along()
         PolicyLM.turns += 1
         ranks.meet(f"benchmarks/{PolicyLM.turns}")  # ranks may be far apart, farther than a collective waits
         answers = dict(gather_object(found))
         assert len(answers) == len(arguments), f"{len(answers)} of {len(arguments)} requests were answered"
         return [answers[place] for place in range(len(arguments))]
 
-    def _halved(self, work: Callable[..., list[Any]], batch: list[Instance]) -> list[Any]:
-        """Answers a batch; where memory does not suffice, in halves."""
+    def _halved(self, kind: str, batch: list[Instance]) -> list[Any]:
+        """Answers a batch; where memory does not suffice, in halves: of its requests, then of one long text's windows."""
+        windows = self.batch_size_per_gpu if kind == "loglikelihood_rolling" else 1
         try:
-            return work(batch, disable_tqdm=True)
+            return getattr(super(), kind)(batch, disable_tqdm=True)
         except torch.OutOfMemoryError:
             # where the ranks' forwards are one, a rank cannot start again by itself
-            if self.asked.coupled or len(batch) == 1:
+            if self.asked.coupled or max(len(batch), windows) == 1:
                 raise
         torch.accelerator.empty_cache()
+        if len(batch) == 1:
+            self.batch_size_per_gpu = windows // 2
+            return self._halved(kind, batch)
         middle = len(batch) // 2
-        return self._halved(work, batch[:middle]) + self._halved(work, batch[middle:])
+        return self._halved(kind, batch[:middle]) + self._halved(kind, batch[middle:])
 
 
 def cut_into_batches(arguments: Sequence[tuple], size: int) -> list[list[int]]:

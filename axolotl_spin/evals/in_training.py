@@ -43,7 +43,7 @@ class PolicyBenchmarks:
         if self.run.benchmarks is None:
             return {}
         found = self._measure("start", self.run.directory.start_evals, self.run.identity.before(0))
-        return {name.replace(EVAL, EVAL_START): value for name, value in found.items() if name.startswith(EVAL)}
+        return _of_the_start(found)
 
     def after(self, entry: IterationPlan) -> dict[str, float]:
         """Measures the model that an iteration resulted in, writes `evals.json` and logs the figures.
@@ -52,12 +52,23 @@ class PolicyBenchmarks:
             entry: The iteration.
 
         Returns:
-            The figures under their public names; none without benchmarks.
+            The figures under their public names, with those that `axolotl spin eval` has put beside them, of the start
+            model too in iteration 0; without benchmarks those alone.
         """
-        if self.run.benchmarks is None:
-            return {}
-        path, mark = self.run.directory.evals(entry.iteration), self.run.identity.through(entry.iteration)
-        return self._measure(f"iteration {entry.iteration}", path, mark)
+        directory, identity = self.run.directory, self.run.identity
+        path, mark = directory.evals(entry.iteration), identity.through(entry.iteration)
+        if self.run.benchmarks is not None:
+            found = self._measure(f"iteration {entry.iteration}", path, mark)
+        else:
+            found = self._noted(path, mark)
+        if entry.iteration == 0:
+            found |= _of_the_start(self._noted(directory.start_evals, identity.before(0)))
+        return found
+
+    def _noted(self, path: Path, mark: str) -> dict[str, float]:
+        """Returns the figures that are on disk of a model of this run."""
+        known = self.ranks.on_main(lambda: read_evals(path))
+        return figures(known) if known is not None and same_model(known, {"run": mark}) else {}
 
     def _measure(self, name: str, path: Path, mark: str) -> dict[str, float]:
         started = time.perf_counter()
@@ -100,6 +111,8 @@ class PolicyBenchmarks:
 
     def _keep(self, path: Path, answered: dict[str, Any] | None, like: dict[str, Any]) -> dict[str, Any]:
         assert answered is not None
-        value = collect(answered, **like)
-        write_evals(path, value)
-        return value
+        return write_evals(path, collect(answered, **like))
+
+
+def _of_the_start(found: dict[str, float]) -> dict[str, float]:
+    return {name.replace(EVAL, EVAL_START): value for name, value in found.items() if name.startswith(EVAL)}

@@ -100,12 +100,15 @@ def holds(known: dict[str, Any], wanted: dict[str, Any]) -> bool:
     return all(task in known["tasks"] and known["tasks"][task].get("version") == wanted[task] for task in wanted)
 
 
-def write_evals(path: Path, value: dict[str, Any]) -> None:
+def write_evals(path: Path, value: dict[str, Any]) -> dict[str, Any]:
     """Writes an `evals.json` as a whole file; results of other tasks of the same model, asked alike, stay.
 
     Args:
         path: Where.
         value: As `collect` gives it.
+
+    Returns:
+        What the file holds now.
     """
     known, like = read_evals(path), {key: value[key] for key in ("run", "limit", "chat_template")}
     if known is not None and same_model(known, like):
@@ -113,6 +116,7 @@ def write_evals(path: Path, value: dict[str, Any]) -> None:
         if len(digests) <= 1:  # what was asked on disk has none
             value = {**value, "weights": next(iter(digests), None), "tasks": {**known["tasks"], **value["tasks"]}}
     write_json(path, value)
+    return value
 
 
 def figures(value: dict[str, Any], prefix: str = EVAL) -> dict[str, float]:

@@ -97,25 +97,25 @@ def load(saved: SavedModel, config: dict[str, Any], device: str | None) -> tuple
     from axolotl_spin.training.quantised import compute_as_in_training
 
     remote = {"trust_remote_code": bool(config.get("trust_remote_code"))}
-    how: dict[str, Any] = {**remote, "dtype": "auto"}
-    if config.get("revision_of_model") and not Path(saved.model).exists():
-        how["revision"] = config["revision_of_model"]
+    revision = _revision(saved.model, config)
+    how: dict[str, Any] = {**remote, **revision, "dtype": "auto"}
     if device is None and torch.cuda.is_available():
         how["device_map"] = "auto"
     if saved.iteration is None or saved.adapter is not None:
         if config.get("load_in_4bit"):
-            compute = torch.bfloat16 if config.get("bf16") not in (None, False) else torch.float32
             as_host: dict[str, Any] = {
                 "load_in_4bit": True,
                 "bnb_4bit_quant_type": "nf4",
                 "bnb_4bit_use_double_quant": True,
-                "bnb_4bit_compute_dtype": compute,
+                "bnb_4bit_compute_dtype": _computed_in(config),
             }
             how["quantization_config"] = BitsAndBytesConfig(**as_host | dict(config.get("bnb_config_kwargs") or {}))
         elif config.get("load_in_8bit"):
             how["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
-    tokenizer = AutoTokenizer.from_pretrained(saved.tokenizer, **remote)
-    shape = AutoConfig.from_pretrained(saved.model, **remote, **{key: how[key] for key in ("revision",) if key in how})
+    if device is not None and "quantization_config" in how:  # which is loaded where it stays
+        how["device_map"] = {"": device}
+    tokenizer = AutoTokenizer.from_pretrained(saved.tokenizer, **remote, **_revision(saved.tokenizer, config))
+    shape = AutoConfig.from_pretrained(saved.model, **remote, **revision)
     kind = model_class(shape, multimodal=takes_more_than_text(shape))
     model: Any = kind.from_pretrained(saved.model, **how)
     rows = model.get_input_embeddings().weight.shape[0]
@@ -130,6 +130,26 @@ def load(saved: SavedModel, config: dict[str, Any], device: str | None) -> tuple
         model = model.to(device or "cpu")
     compute_as_in_training(model)  # what the run itself measured was computed so
     return model.eval(), tokenizer
+
+
+def _revision(name: str, config: dict[str, Any]) -> dict[str, str]:
+    """Returns the `revision` of a model or tokenizer of the hub, by the name of its argument; nothing for one on disk."""
+    revision = config.get("revision_of_model")
+    return {"revision": str(revision)} if revision and not Path(name).exists() else {}
+
+
+def _computed_in(config: dict[str, Any]) -> Any:
+    """Returns the `torch.dtype` in which the host has a model compute.
+
+    Args:
+        config: What the user wrote.
+    """
+    from axolotl.utils.config import resolve_dtype
+    from axolotl.utils.dict import DictDefault
+
+    cfg = DictDefault({"bf16": "auto", **config, "use_ray": None})  # with Ray a worker settles `auto`
+    resolve_dtype(cfg)
+    return cfg.torch_dtype
 
 
 def ask_by_vllm(config: dict[str, Any], python: str | None, arguments: dict[str, Any]) -> Ask:
@@ -148,7 +168,9 @@ def ask_by_vllm(config: dict[str, Any], python: str | None, arguments: dict[str,
 
     def ask(saved: SavedModel, benchmarks: Benchmarks) -> dict[str, Any]:
         given: dict[str, Any] = {"pretrained": saved.model, "tokenizer": saved.tokenizer}
-        given |= {"trust_remote_code": bool(config.get("trust_remote_code")), **arguments}
+        given |= {"trust_remote_code": bool(config.get("trust_remote_code")), **_revision(saved.model, config)}
+        given |= {f"tokenizer_{key}": value for key, value in _revision(saved.tokenizer, config).items()}
+        given |= arguments
         if saved.adapter is not None:
             rank = largest_rank(read_json(saved.adapter / "adapter_config.json")) or 16
             given |= {"lora_local_path": str(saved.adapter), "max_lora_rank": served_rank(rank)}

@@ -16,6 +16,9 @@ from typing import Any
 _FEWSHOT_SEED = 1234
 # draws for a standard error that has no closed form (lm-eval's own default of 100,000 takes minutes)
 BOOTSTRAP = 1000
+# lm-eval's names of the most tokens of an answer, the first that is set counts; and what it takes where none is
+_MOST_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_USUAL_TOKENS = 256
 
 
 @dataclass
@@ -72,15 +75,14 @@ class Benchmarks:
 
     def leaves(self) -> Iterator[tuple[str, Any]]:
         """Yields each task, of groups too, with its name."""
+        return ((name, task) for name, task in self._entries(self.tasks) if not isinstance(task, dict))
 
-        def walk(tasks: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
-            for name, task in tasks.items():
-                if isinstance(task, dict):
-                    yield from walk(task)
-                else:
-                    yield str(name), task
-
-        return walk(self.tasks)
+    def _entries(self, tasks: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
+        """Yields each group and each task with its name; a group is a dictionary."""
+        for entry, inside in tasks.items():
+            yield str(getattr(entry, "group", entry)), inside
+            if isinstance(inside, dict):
+                yield from self._entries(inside)
 
     def run(self, lm: Any) -> dict[str, Any]:
         """Runs the loaded tasks on a model as lm-eval sees it.
@@ -124,7 +126,7 @@ class Benchmarks:
         name, slash, metric = (select or "").partition("/")
         if not slash:
             return
-        if name in {getattr(entry, "group", entry) for entry, inside in self.tasks.items() if isinstance(inside, dict)}:
+        if name in {group for group, inside in self._entries(self.tasks) if isinstance(inside, dict)}:
             return  # what a group adds up is known once it is run
         leaves = dict(self.leaves())
         if name not in leaves:
@@ -135,6 +137,32 @@ class Benchmarks:
         known = [key if kind == "none" else f"{key},{kind}" for key in leaves[name].aggregation() for kind in filters]
         if metric not in known:
             raise ValueError(f"`spin.select: {select}`: the figures of {name} are {', '.join(known)}")
+
+    def refuse_unfit(self, config: Any, tokenizer: Any) -> None:
+        """Refuses what a model cannot be asked.
+
+        Args:
+            config: The model's (`transformers.PretrainedConfig`).
+            tokenizer: The host's.
+
+        Raises:
+            ValueError: No chat template to put samples into, or an answer may fill the whole context; names the key.
+        """
+        if self.chat_template and not getattr(tokenizer, "chat_template", None):
+            raise ValueError(
+                "`spin.eval_chat_template: true`, but the tokenizer has no chat template: set `chat_template`, or remove "
+                "the key"
+            )
+        lengths = [getattr(config, name, None) for name in ("n_positions", "max_position_embeddings", "n_ctx")]
+        context = next((length for length in lengths if length), None)  # as lm-eval finds it
+        for name, task in self.leaves():
+            how = task.get_config("generation_kwargs") or {}
+            most = next((int(how[key]) for key in _MOST_TOKENS if how.get(key) is not None), _USUAL_TOKENS)
+            if context and task.OUTPUT_TYPE == "generate_until" and most >= context:
+                raise ValueError(
+                    f"`{self.key}`: answers of {name} may have {most} tokens (`max_gen_toks`), and the model's context is "
+                    f"{context}, question included: remove the task"
+                )
 
     def _add(self, shown: str, loaded: dict[Any, Any]) -> None:
         known = {name for name, _ in self.leaves()}

@@ -154,7 +154,12 @@ def _figure(run: SpinRun, iteration: int | None) -> tuple[Figure, bool | None]:
         return Figure(distance, stderr, None if spread is None else distance_from_half(spread)), None
     task, _, metric = run.select.partition("/")
     found = _json(run.directory.of_model(iteration) / "evals.json")
-    if found.get("run") != (mark if iteration is not None else run.identity.before(0)):  # another run's
+    asked: dict[str, Any] = {
+        "run": mark if iteration is not None else run.identity.before(0),
+        "limit": run.settings.eval_limit,
+        "chat_template": run.settings.eval_chat_template,
+    }
+    if any(found.get(key) != value for key, value in asked.items()):  # another run's, or asked in another way
         return Figure(), None
     try:
         entry = found["tasks"][task]["metrics"][metric]

@@ -53,6 +53,16 @@ def held_by_this_rank(parameter: torch.Tensor) -> torch.Tensor:
     return held.data
 
 
+def _counted_elsewhere(parameter: torch.Tensor) -> bool:
+    """Whether another rank holds the same of a parameter and counts it: with several replicas of FSDP2's shards."""
+    mesh: Any = getattr(parameter, "device_mesh", None)
+    if mesh is None:
+        return False
+    placed: Any = parameter
+    places = mesh.get_coordinate() or [1] * mesh.ndim  # a rank that is not in the mesh holds nothing
+    return any(how.is_replicate() and place for how, place in zip(placed.placements, places, strict=True))
+
+
 def _owner(model: torch.nn.Module, name: str) -> torch.nn.Module:
     return model.get_submodule(name.rpartition(".")[0])
 
@@ -77,7 +87,7 @@ def weights_digest(model: torch.nn.Module, accelerator: Any) -> str:
             held = held.flatten()[: max(0, filled.ds_numel - before)]
         parts = parts or hasattr(parameter, "ds_tensor") or hasattr(parameter, "to_local")
         plain = type(held) is torch.Tensor and held.is_floating_point() and held.dtype.itemsize > 1
-        if plain and not packed(_owner(model, name), parameter):
+        if plain and not _counted_elsewhere(parameter) and not packed(_owner(model, name), parameter):
             for piece in held.flatten().split(1 << 24):  # fp32 holds every half-precision number exactly
                 total += piece.float().view(torch.int32).sum(dtype=torch.int64).to(total.device)
     return f"{(accelerator.reduce(total, 'sum') if parts else total).item():x}"

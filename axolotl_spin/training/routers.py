@@ -31,5 +31,7 @@ def leave_out_router_logits(model: torch.nn.Module) -> bool:
         def without(_: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
             return args, {**kwargs, "output_router_logits": False}
 
-        base.register_forward_pre_hook(without, with_kwargs=True)
+        # an adapter passes keywords on; PEFT 0.20 does so past the base's hooks, and `generate` calls the base alone
+        for part in {model, base}:
+            part.register_forward_pre_hook(without, with_kwargs=True)
     return asked

@@ -19,7 +19,9 @@ from transformers import AutoModelForCausalLM
 from warm import Warm
 
 from axolotl_spin.cli import spin
+from axolotl_spin.commands.eval import saved_models
 from axolotl_spin.disk.directory import RunDirectory
+from axolotl_spin.report.reading import read_run
 
 pytestmark = pytest.mark.host
 
@@ -89,11 +91,46 @@ def test_what_cannot_be_asked_is_left_out_and_said(folder: Path, run: host.Run, 
     figures = json.loads(directory.metrics(1).read_text())
     del figures["spin/training_seconds"]  # as while it is trained
     directory.metrics(1).write_text(json.dumps(figures))
-    done = CliRunner().invoke(spin, ["eval", str(tmp_path), "--tasks", str(folder / "tasks" / "tiny_choices.yaml")])
+    plan = json.loads(directory.plan.read_text())
+    directory.plan.write_text(json.dumps({**plan, "completed_steps": None}))
+    options = ["eval", str(tmp_path), "--tasks", str(folder / "tasks" / "tiny_choices.yaml")]
+    done = CliRunner().invoke(spin, options)
     assert done.exit_code == 0, done.output
     assert "start: tiny_choices acc" in done.stdout and "iteration 0: " not in done.stdout
     assert f"iteration 0 left no {directory.model(0)} (`spin.save_iterations: false`): left out" in done.stdout
     assert "iteration 1 is not over: left out" in done.stdout
+    directory.plan.write_text(json.dumps(plan))  # as where `spin.patience` ended it
+    done = CliRunner().invoke(spin, options)
+    assert "iteration 1 was not run, and the run is complete: left out" in done.stdout, done.output
+
+
+@pytest.mark.once
+def test_what_the_run_measured_itself_is_not_replaced(
+    folder: Path, run: host.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(run.out / "spin", tmp_path / "spin")
+    directory, mark = RunDirectory(tmp_path), saved_models(read_run(tmp_path))[1].mark
+    measured = {"run": mark, "weights": "1f", "limit": 3, "chat_template": True, "tasks": {}}
+    directory.evals(0).write_text(json.dumps(measured))
+    monkeypatch.setattr("axolotl_spin.evals.saved.load", lambda *_: pytest.fail("a model was loaded"))
+    options = ["eval", str(tmp_path), "--tasks", str(folder / "tasks" / "tiny_choices.yaml"), "--limit", "2"]
+    done = CliRunner().invoke(spin, options)
+    assert done.exit_code == 1, done.output
+    assert "holds what the run measured with `--limit 3` and with `--apply-chat-template`" in done.output
+    assert json.loads(directory.evals(0).read_text()) == measured
+
+
+@pytest.mark.once
+def test_a_model_that_does_not_load_is_named(folder: Path, run: host.Run, tmp_path: Path) -> None:
+    """PEFT raises a RuntimeError for an adapter of other sizes."""
+    shutil.copytree(run.out / "spin", tmp_path / "spin")
+    directory = RunDirectory(tmp_path)
+    path = directory.model(0) / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "r": 2}))
+    options = ["eval", str(tmp_path), "--tasks", str(folder / "tasks" / "tiny_choices.yaml"), "--limit", "2"]
+    done = CliRunner().invoke(spin, options)
+    assert done.exit_code == 1 and f"Error: iteration 0 ({directory.model(0)}): " in done.output, done.output
+    assert "size mismatch" in done.output
 
 
 @pytest.mark.parametrize("kind", ["qlora", "qwen2_5_vl"])
@@ -135,10 +172,15 @@ def test_quantised_and_multimodal_models_as_training_asked_them(
             ["--tasks", "gsm8k", "--backend", "vllm"],
             "cannot import lm-eval's vLLM model (ModuleNotFoundError: No module named 'vllm')",
         ),
+        (["--tasks", "./task.yml", "--backend", "vllm"], "rename it to task.yaml"),
         (["--tasks", "gsm8k", "--backend", "vllm", "--python", "/no/python"], "/no/python did not run"),
     ],
 )
-def test_what_is_refused(run: host.Run, options: list[str], message: str) -> None:
+def test_what_is_refused(
+    run: host.Run, options: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("task.yml").touch()
     done = command(run, *options)
     assert done.exit_code == 1 and message in done.output, done.output
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import evaluated
@@ -13,12 +14,15 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from peft import AutoPeftModelForCausalLM
+from accelerate import Accelerator
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 from warm import Ranks, Warm
 
-from axolotl_spin.evals.harness import cut_into_batches
+from axolotl_spin.evals.harness import PolicyLM, _Asked, cut_into_batches
+from axolotl_spin.ranks import main as ranks_main
 
 pytestmark = pytest.mark.host
 
@@ -172,6 +176,47 @@ def test_two_ranks_share_the_work(folder: Path, asked: host.Run, warm_ranks: Ran
     model = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
     evaluated.same(evals(run, "iteration-0"), evaluated.by_lm_eval(folder / "tasks", model, saved))
     assert run.losses() == pytest.approx(asked.losses()[: len(run.losses())], abs=1e-4)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+@torch.no_grad()
+def test_other_ranks_are_told_of_every_forward(adapter: bool) -> None:
+    """Where weights stay sharded each waits for theirs. PEFT 0.20 calls no base model, and so none of its hooks."""
+    policy: Any = tiny.model(len(tiny.tokenizer()))
+    if adapter:
+        policy = get_peft_model(policy, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    told: list[int] = []
+    ranks: Any = SimpleNamespace(check=lambda: told.append(1), device=torch.device("cpu"))
+    asked, ids = _Asked(policy.eval(), ranks, False, 0), torch.tensor([[8, 9]])
+    asked(ids)
+    assert len(told) == 1
+    asked.generate(input_ids=ids, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert len(told) == 1 + 3
+
+
+@torch.no_grad()
+def test_the_windows_of_a_long_text_are_scored_few_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forty tokens in a context of eight are five windows: four and one by `eval_batch_size`, not eight; fewer where memory
+    runs out."""
+    tokenizer, rows, most = tiny.tokenizer(), list[int](), 99
+    policy = tiny.model(len(tokenizer), max_position_embeddings=8).eval()
+
+    def look(_: Any, __: Any, given: dict[str, Any]) -> None:
+        rows.append(len(given["input_ids"]))
+        if rows[-1] > most:
+            raise torch.OutOfMemoryError("planted")
+
+    policy.register_forward_pre_hook(look, with_kwargs=True)
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
+    asked = _Asked(policy, ranks_main.Ranks(Accelerator(cpu=True)), False, 0)
+    lm = PolicyLM(asked, tokenizer, answers=8, sequences=4, bar=tqdm(disable=True))
+    job = "loglikelihood_rolling", [(" ".join(tiny.WORDS),)]
+    found = lm.answer(*job)
+    assert rows == [4, 1]
+    rows.clear()
+    most = 1
+    assert lm.answer(*job) == pytest.approx(found, rel=1e-5)
+    assert rows == [4, 2, 1, 1, 1, 1, 1]
 
 
 def test_batches_do_not_depend_on_who_answers() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from axolotl_spin.disk.atomic import write_json
 from axolotl_spin.disk.directory import RunDirectory
+from axolotl_spin.evals.in_training import PolicyBenchmarks
 from axolotl_spin.evals.results import collect, figures, holds, note_in_metrics, read_evals, same_model, write_evals
 from axolotl_spin.monitor.benchmarks import EVAL_START
 
@@ -123,6 +125,24 @@ def test_later_results_replace_those_in_metrics(tmp_path: Path) -> None:
         "spin/eval_seconds": 3.0,
         "spin/eval_start/y/acc": 1.0,
     }
+
+
+def test_a_run_that_goes_on_keeps_what_was_asked_of_its_models_meanwhile(tmp_path: Path) -> None:
+    """By `axolotl spin eval`: an iteration's end writes `metrics.json` anew, and may come again."""
+    directory = RunDirectory(tmp_path)
+    identity = SimpleNamespace(before=lambda i: f"before {i}", through=lambda i: f"through {i}")
+    run: Any = SimpleNamespace(directory=directory, identity=identity, benchmarks=None)
+    ranks: Any = SimpleNamespace(on_main=lambda work: work())
+    benchmarks = PolicyBenchmarks(run, None, ranks)
+    first, second = (SimpleNamespace(iteration=iteration) for iteration in (0, 1))
+    assert benchmarks.after(first) == {}
+    write_evals(directory.start_evals, results("x", run="before 0"))
+    write_evals(directory.evals(0), results("y", run="through 0"))
+    write_evals(directory.evals(1), results("y", run="another's"))
+    assert benchmarks.after(first) == {"spin/eval/y/acc": 1.0, "spin/eval_start/x/acc": 1.0}
+    assert benchmarks.after(second) == {}
+    write_evals(directory.evals(1), results("y", run="through 1"))
+    assert benchmarks.after(second) == {"spin/eval/y/acc": 1.0}
 
 
 @pytest.mark.parametrize(

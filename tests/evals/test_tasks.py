@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import evaluated
@@ -19,7 +20,7 @@ from axolotl_spin.settings.spin import SpinConfig
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Holds a group of one task, and a task beside it."""
+    """Holds a group of a group of one task, and a task beside it."""
     made = tmp_path_factory.mktemp("tasks")
     evaluated.write_tasks(made / "all", tiny.save(made / "model"), evaluated.ANSWERS, evaluated.CHOICES)
     group = {
@@ -28,10 +29,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "aggregate_metric_list": [{"metric": "acc", "aggregation": "mean", "weight_by_size": True}],
     }
     (made / "all" / "group.yaml").write_text(yaml.safe_dump(group))
+    (made / "all" / "groups.yaml").write_text(yaml.safe_dump({"group": "tiny_groups", "task": ["tiny_group"]}))
     (made / "all" / "template.yaml").write_text("output_type: generate_until\n")
     task = yaml.safe_load((made / "all" / "tiny_answers.yaml").read_text())
     tiny.conversations(made / "data.jsonl", 4)
     (made / "code.yaml").write_text(yaml.safe_dump({**task, "task": "tiny_code", "unsafe_code": True}))
+    long = {**task["generation_kwargs"], "max_gen_toks": 4096}
+    (made / "long.yaml").write_text(yaml.safe_dump({**task, "task": "tiny_long", "generation_kwargs": long}))
     (made / "remote.yaml").write_text(
         yaml.safe_dump({**task, "dataset_path": "nobody/nothing", "dataset_kwargs": None})
     )
@@ -65,12 +69,26 @@ def test_what_selects_the_best_iteration_is_a_figure_of_theirs(folder: Path) -> 
     found = asked(folder / "all").load()
     for select in ("tiny_answers/exact_match,word", "tiny_answers/exact_match", "tiny_choices/acc", "tiny_group/acc"):
         found.refuse_select(select)
+    found.refuse_select("tiny_groups/acc")
     with pytest.raises(
         ValueError, match=r"`spin.select: tiny/acc`: `spin.eval_tasks` brings no task `tiny`; there is tiny_a"
     ):
         found.refuse_select("tiny/acc")
     with pytest.raises(ValueError, match=r"the figures of tiny_answers are exact_match, exact_match,word$"):
         found.refuse_select("tiny_answers/acc")
+
+
+@pytest.mark.once
+def test_what_the_model_cannot_be_asked(folder: Path) -> None:
+    """Answers have three tokens at most, which lm-eval cuts from the context that a question may have."""
+    found, tokenizer = asked(folder / "all").load(), tiny.tokenizer()
+    for config in (SimpleNamespace(max_position_embeddings=4), SimpleNamespace()):
+        found.refuse_unfit(config, tokenizer)
+    with pytest.raises(ValueError, match=r"`spin.eval_tasks`: answers of tiny_answers may have 3 tokens .*context is 3,"):
+        found.refuse_unfit(SimpleNamespace(max_position_embeddings=3), tokenizer)
+    found.chat_template, tokenizer.chat_template = True, None
+    with pytest.raises(ValueError, match=r"`spin.eval_chat_template: true`, but the tokenizer has no chat template"):
+        found.refuse_unfit(SimpleNamespace(), tokenizer)
 
 
 @pytest.mark.once
@@ -129,7 +147,7 @@ def test_keys_that_say_nothing_without_tasks() -> None:
 
 @pytest.mark.host
 def test_a_run_stops_before_its_model_loads(folder: Path, warm: Warm) -> None:
-    spin = {"iterations": 1, "eval_tasks": [str(folder / "code.yaml")]}
+    spin = {"iterations": 1, "eval_tasks": [str(folder / "long.yaml")]}
     run = host.train(host.config(folder, spin=spin), by=warm, fails=True)
-    assert "code.yaml runs what the model writes as code" in run.output
+    assert "answers of tiny_long may have 4096 tokens (`max_gen_toks`), and the model's context is 256" in run.output
     assert not host.loaded_a_model(run.out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +58,36 @@ def test_a_base_is_quantised_as_the_config_says(given: dict[str, Any], expected:
     assert states and {(state.quant_type, state.nested) for state in states} == {expected}
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="looks at what there is on a CPU")
+def test_a_quantised_base_computes_as_in_training_and_where_it_is_told_to(tmp_path: Path) -> None:
+    tiny.save(tmp_path)
+    for written, expected in (
+        ({}, torch.float16),  # `bf16: auto` where there is no GPU
+        ({"bf16": True}, torch.bfloat16),
+        ({"bf16": False, "bfloat16": True}, torch.bfloat16),
+        ({"bf16": "auto", "fp16": True}, torch.float16),
+        ({"bf16": False, "float16": True}, torch.float16),
+        ({"bf16": False}, torch.float32),
+    ):
+        model, _ = load(start(tmp_path), {"load_in_4bit": True, **written}, None)
+        assert {part.compute_dtype for part in model.modules() if isinstance(part, Linear4bit)} == {expected}, written
+    with pytest.raises((AssertionError, RuntimeError), match="(?i)cuda|nvidia"):
+        load(start(tmp_path), {"load_in_4bit": True}, "cuda:1")
+
+
 @pytest.mark.parametrize(("ranks", "expected"), [({"r": 20}, 32), ({"r": 8, "rank_pattern": {"q_proj": 64}}, 64)])
-def test_vllm_makes_room_for_the_largest_rank(ranks: dict[str, Any], expected: int, tmp_path: Path) -> None:
-    """A Python that keeps its job and does nothing stands for one with vLLM and lm-eval."""
+def test_what_vllm_is_given(ranks: dict[str, Any], expected: int, tmp_path: Path) -> None:
+    """Room for the largest rank, and the revision of what is no folder. A Python that keeps its job and does nothing stands
+    for one with vLLM and lm-eval."""
     LoraConfig(target_modules=["q_proj"], **ranks).save_pretrained(tmp_path / "adapter")
     program = tmp_path / "python"
     program.write_text(f'#!/bin/sh\n[ "$1" = -c ] || cp "$2" {tmp_path}/job.json\n')
     program.chmod(0o755)
     tasks = evaluated.write_tasks(tmp_path / "tasks", tiny.save(tmp_path / "model"), evaluated.CHOICES)
     asked = asked_benchmarks([str(tasks)], limit=4, chat_template=False, unsafe_code=False, key="--tasks").load()
+    saved = replace(start(tmp_path / "model", tmp_path / "adapter"), model="someone/model")
     with pytest.raises(ValueError, match=r"vllm in .* ended with status 0"):
-        ask_by_vllm({}, str(program), {})(start(tmp_path / "model", tmp_path / "adapter"), asked)
+        ask_by_vllm({"revision_of_model": "v2"}, str(program), {})(saved, asked)
     given = json.loads((tmp_path / "job.json").read_text())["model"]
     assert given["max_lora_rank"] == expected and given["lora_local_path"] == str(tmp_path / "adapter")
+    assert given["revision"] == "v2" and "tokenizer_revision" not in given

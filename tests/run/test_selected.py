@@ -95,13 +95,14 @@ def run_in(folder: Path, select: str, iterations: int = 3, **spin: Any) -> Any:
 
 def test_a_tasks_metric_from_evals(tmp_path: Path) -> None:
     """More is better; 0.02 and 0.02 make 0.028, so that 0.06 is beyond noise and 0.05 is not."""
-    run = run_in(tmp_path, ACCURACY, patience=1)
+    run = run_in(tmp_path, ACCURACY, patience=1, eval_tasks=["gsm8k"], eval_limit=9)
     task, metric = ACCURACY.split("/")
     marks = {"start": "mark before 0", **{f"iteration-{index}": f"mark {index}" for index in range(3)}}
     for name, value in (("start", 0.2), ("iteration-0", 0.26), ("iteration-1", 0.31), ("iteration-2", None)):
         found = {metric: {"value": value, "stderr": 0.02, "higher_is_better": True}}
         tasks = {"other": {"metrics": {}}} if value is None else {task: {"version": 3, "samples": 9, "metrics": found}}
-        write_json(run.directory.root / name / "evals.json", {"run": marks[name], "limit": 9, "tasks": tasks})
+        asked = {"run": marks[name], "limit": 9, "chat_template": False}
+        write_json(run.directory.root / name / "evals.json", {**asked, "tasks": tasks})
     known: Known = {}
     for through in range(2):  # as iterations end
         stand(run, through, known)
@@ -114,9 +115,11 @@ def test_a_tasks_metric_from_evals(tmp_path: Path) -> None:
     assert [bool(ended_at(run, step)) for step in range(7)] == [False, False, False, False, True, False, True]
     run.settings.patience = None
     assert ended_at(run, 4) is None
-    write_json(run.directory.evals(0), {**read_json(run.directory.evals(0)), "run": "another"})
-    standing = stand(run, 1)
-    assert standing is not None and [one.verdict for one in standing.judged] == ["missing", "better"]
+    measured = read_json(run.directory.evals(0))
+    for change in ({"run": "another"}, {"limit": None}, {"chat_template": True}):  # which does not compare
+        write_json(run.directory.evals(0), {**measured, **change})
+        standing = stand(run, 1)
+        assert standing is not None and [one.verdict for one in standing.judged] == ["missing", "better"]
 
 
 def test_eval_loss_from_rows_and_metrics(tmp_path: Path) -> None:

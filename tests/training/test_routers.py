@@ -9,6 +9,7 @@ from typing import Any
 import host
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from rows import PAIR
 from transformers import (
     AutoModelForCausalLM,
@@ -66,12 +67,15 @@ def test_answers_and_log_probs_are_those_without_router_logits(name: str) -> Non
         batch = PairCollator(0, layout)([PAIR, PAIR])
         assert torch.equal(completion_logps(model, batch), completion_logps(plain, batch))
     assert model(input_ids=torch.tensor([[5, 6]])).aux_loss is None
+    adapted = get_peft_model(made(CONFIGS[name]), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).eval()
+    assert leave_out_router_logits(adapted)
+    assert answers(adapted) == answers(plain)  # an adapter begins as nothing
 
 
 @pytest.mark.host
-@pytest.mark.parametrize("name", ["Mixtral", "Qwen2-MoE"])
-def test_mixtures_play_through_the_host(name: str, tmp_path: Path, warm: Warm) -> None:
-    settings = host.config(tmp_path, rows=8, experts_implementation="eager")
+@pytest.mark.parametrize(("name", "adapter"), [("Mixtral", {}), ("Qwen2-MoE", host.LORA)], ids=["whole", "adapter"])
+def test_mixtures_play_through_the_host(name: str, adapter: dict[str, Any], tmp_path: Path, warm: Warm) -> None:
+    settings = host.config(tmp_path, rows=8, experts_implementation="eager", **adapter)
     made(CONFIGS[name]).save_pretrained(tmp_path / "model")
     run = host.train(settings, by=warm)
     assert run.output.count("the auxiliary loss that balances experts is no part of SPIN's") == 1
