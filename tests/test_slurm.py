@@ -23,13 +23,13 @@ STANDINS = {
 }
 
 
-def submit(folder: Path) -> subprocess.Popen[str]:
+def submit(folder: Path, srun: str = STANDINS["srun"], **more: str) -> subprocess.Popen[str]:
     """Starts the job as Slurm would on one node, with one rank."""
-    for name, body in STANDINS.items():
+    for name, body in {**STANDINS, "srun": srun}.items():
         (folder / name).write_text(f"#!/bin/bash\n{body}\n")
         (folder / name).chmod(0o755)
     job = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "localhost", "SLURM_GPUS_ON_NODE": "1"}
-    env = host.environment(**job, ACCELERATE_USE_CPU="true", SPIN_PORT="0")
+    env = host.environment(**job, ACCELERATE_USE_CPU="true", SPIN_PORT="0", **more)
     env["PATH"] = os.pathsep.join([str(folder), env["PATH"]])
     log = (folder / "log").open("a")
     return subprocess.Popen(
@@ -61,3 +61,38 @@ def test_before_its_time_is_over_a_job_saves_and_comes_back(tmp_path: Path) -> N
     assert submit(tmp_path).wait(200) == 0, (tmp_path / "log").read_text()[-4000:]
     assert f"going on from out/{saved[0]} " in (tmp_path / "log").read_text()
     assert yaml.safe_load((tmp_path / "out/spin/plan.json").read_text())["completed_steps"] == 48
+
+
+# a run that saves a checkpoint where it is asked for one, and goes on until the job is put back
+RUN = """touch started
+until [[ -e "my out/axolotl_checkpoint.save" || -e requeued ]]; do sleep 0.05; done
+if [[ ! -e requeued ]]; then mkdir "my out/checkpoint-1"; echo '"complete": true' > "my out/checkpoint-1/spin.json"; fi
+until [[ -e requeued ]]; do sleep 0.05; done"""
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_job_comes_back_however_its_folder_is_written(there: bool, tmp_path: Path) -> None:
+    """In quotes, with a comment, and with the line ends of another system; also before the run has made its folder."""
+    (tmp_path / "run.yml").write_bytes(b'rl: spin\r\noutput_dir: "my out" # on the large disk\r\n')
+    if there:
+        (tmp_path / "my out").mkdir()
+    job = submit(tmp_path, RUN, SPIN_SAVE_SECONDS="20" if there else "1")
+    try:
+        until = time.monotonic() + 20
+        while not (tmp_path / "started").exists():
+            assert job.poll() is None and time.monotonic() < until, (tmp_path / "log").read_text()
+            time.sleep(0.05)
+        job.send_signal(signal.SIGUSR1)
+        assert job.wait(30) == 0, (tmp_path / "log").read_text()
+    finally:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+    assert (tmp_path / "my out" / "checkpoint-1").exists() == there
+    assert not (tmp_path / "my out" / "axolotl_checkpoint.save").exists()
+
+
+def test_a_job_without_a_folder_is_not_started(tmp_path: Path) -> None:
+    (tmp_path / "run.yml").write_text("rl: spin\n")
+    assert submit(tmp_path, RUN).wait(20) == 1
+    assert "run.yml: set `output_dir`" in (tmp_path / "log").read_text() and not (tmp_path / "started").exists()

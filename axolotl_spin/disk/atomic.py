@@ -18,7 +18,7 @@ from axolotl_spin.disk.printable import printable
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Says what to do where a full disk or a read-only folder stops a write, by whichever library.
+    """Says what to do where a full disk, a read-only folder or a mount stops a write, by whichever library.
 
     Args:
         path: What is being written.
@@ -37,6 +37,13 @@ def explained(path: Path) -> Iterator[None]:
             why = "no space is left for it: free some, or have the quota raised, and start again"
         elif number in (errno.EROFS, errno.EACCES, errno.EPERM):
             why = "the folder cannot be written to: choose another `output_dir`, or change its permissions"
+        elif number in (errno.ENOSYS, errno.ENOTSUP):
+            why = "this mount cannot do that (an object store's cannot rename): choose an `output_dir` on another disk"
+        elif number == errno.EMFILE:
+            why = (
+                "too many files are open (raise `ulimit -n`), or an object store's mount cannot rename a folder of so many "
+                "(choose an `output_dir` on another disk)"
+            )
         else:
             raise
         message = f"{path} could not be written, because {why}. Everything finished is kept ({os.strerror(number)})"

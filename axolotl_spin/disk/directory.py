@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import suppress
@@ -157,24 +158,31 @@ def _foreign(path: Path) -> Iterator[Path]:
 
 
 def check_output_dir(output_dir: str) -> None:
-    """Checks that a run can write to its folder, before anything else is done.
+    """Checks that a run can write to its folder and rename in it, before anything else is done.
 
     Args:
         output_dir: The host's key.
 
     Raises:
-        OSError: It cannot be made or written to; names the key.
+        OSError: It cannot be made or written to, or what is in it cannot be renamed; names the key.
     """
-    probe = path_aside(Path(output_dir) / "probe")
+    probe, moved = (path_aside(Path(output_dir) / "probe") for _ in range(2))
+    fault, way = "cannot be written to", "choose another folder"
     try:
         probe.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        probe.mkdir()
+        (probe / "aside").touch()
+        # mounts of object stores rename no files, or no folders that have something in them
+        fault = "is on a mount that cannot rename files and folders, by which all appears whole"
+        way = "write to a local disk or a POSIX filesystem, and copy from there"
+        os.replace(probe / "aside", probe / "file")
+        os.replace(probe, moved)
     except OSError as error:
-        message = (
-            f"`output_dir: {output_dir}` cannot be written to ({os.strerror(error.errno or 0)}): choose another folder"
-        )
+        message = f"`output_dir: {output_dir}` {fault} ({os.strerror(error.errno or 0)}): {way}"
         raise OSError(error.errno, message) from error
+    finally:
+        for path in (probe, moved):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def describe_upload(hub_model_id: str | None) -> str | None:

@@ -91,13 +91,7 @@ class TransformersBackend:
                 # where the ranks' forwards are one, a rank cannot start again by itself
                 if coupled or self.batch_size == 1:
                     raise
-            self.batch_size //= 2
-            torch.accelerator.empty_cache()
-            LOG.warning(
-                f"out of memory while answering: going on with {self.batch_size} answers at once; a lower "
-                "`spin.generation.batch_size` avoids the second try",
-                main_process_only=False,
-            )
+            self._halve()
 
     def _generate(self, policy: Any, chunk: Chunk, coupled: bool) -> list[Completion]:
         """Answers by `generate`, a batch at a time: for models whose cache has no plain keys and values."""
@@ -114,10 +108,26 @@ class TransformersBackend:
         hook = base.register_forward_pre_hook(lambda *_: self._before_forward(coupled), prepend=True)
         try:
             with _generation_config(policy), without(policy, "generate"):
-                parts = self._batches(chunk, alike=not takes_padding(policy))
-                return [completion for part in parts for completion in self._generate_batch(policy, part)]
+                while True:
+                    try:
+                        parts = self._batches(chunk, alike=not takes_padding(policy))
+                        return [completion for part in parts for completion in self._generate_batch(policy, part)]
+                    except torch.OutOfMemoryError:  # as in `_decode`
+                        if coupled or self.batch_size == 1:
+                            raise
+                    self._halve()
         finally:
             hook.remove()
+
+    def _halve(self) -> None:
+        """Goes on with fewer answers at once; to be called when nothing holds the failed ones any longer."""
+        self.batch_size //= 2
+        torch.accelerator.empty_cache()
+        LOG.warning(
+            f"out of memory while answering: going on with {self.batch_size} answers at once; a lower "
+            "`spin.generation.batch_size` avoids the second try",
+            main_process_only=False,
+        )
 
     def _batches(self, chunk: Chunk, alike: bool) -> list[Chunk]:
         """Cuts a chunk into what `generate` answers at once: prompts of one length, where none may be padded."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -12,6 +11,8 @@ import torch
 from accelerate.utils import DistributedType
 from axolotl.utils.logging import get_logger
 from torch import nn
+
+from axolotl_spin.ranks.nodes import ranks_here
 
 LOG = get_logger(__name__)
 
@@ -75,8 +76,7 @@ def _free_bytes(accelerator: Any) -> float:
     """Returns the memory that this rank may take: its accelerator's, or its part of the machine's."""
     device = accelerator.device
     if device.type == "cpu":
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-        return psutil.virtual_memory().available / ranks_here
+        return psutil.virtual_memory().available / ranks_here(otherwise=accelerator.num_processes)
     try:
         free, _ = torch.accelerator.get_memory_info(device)
         return free + torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)

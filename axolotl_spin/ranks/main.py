@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -68,6 +68,9 @@ class Ranks:
         self.meet_again()  # the broadcast is a collective, whose time-out may be shorter than the work
         broadcast_object_list(box)
         if box[1] is not None:
+            with suppress(Exception):  # what stops this is told by the rank that it stopped
+                self.meet_again()  # every rank has the error before one of them ends by it
+            self._peers.common = box[1]
             raise box[1]
         return box[0]
 

@@ -10,15 +10,23 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from axolotl.utils.logging import get_logger
+
+LOG = get_logger(__name__)
+
 # one node may prepare its data while another waits
 _PATIENCE = timedelta(days=2)
+# seconds until a wait is said; then after twice as many, and so on, up to ten times as many
+_SAID_AFTER = 60.0
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,8 @@ class Meeting:
         from torch.distributed import PrefixStore, rendezvous
 
         # rank 0 may hold the store; the process group's is then another client of the same
-        found, self.rank, self.count = next(iter(rendezvous("env://", timeout=_PATIENCE)))
+        with _waiting(lambda: "all ranks to connect"):
+            found, self.rank, self.count = next(iter(rendezvous("env://", timeout=_PATIENCE)))
         # torchrun keeps its store when it restarts the ranks, with all that those before have left there
         self.launch = _greet(PrefixStore("axolotl_spin/greetings", found), self.rank, self.count)
         self._store = PrefixStore(f"axolotl_spin/start-{self.launch}", found)
@@ -69,18 +78,29 @@ class Meeting:
         """Returns on every rank what rank 0 has to say, as plain JSON."""
         if self.rank == 0:
             self._store.set(name, json.dumps(value()))
-        said = json.loads(self._store.get(name))
+        with _waiting(lambda: "rank 0"):
+            said = json.loads(self._store.get(name))
         heard = self._store.add(f"{name}/heard", 1)
-        while self.rank == 0 and heard < self.count:  # it may hold the store, and end by what it has said
-            time.sleep(0.01)
-            heard = self._store.add(f"{name}/heard", 0)
+        if self.rank == 0:  # it may hold the store, and end by what it has said
+            with _waiting(lambda: f"{self.count - heard} of {self.count} ranks") as check:
+                while heard < self.count:
+                    check()
+                    time.sleep(0.01)
+                    heard = self._store.add(f"{name}/heard", 0)
         return said
 
     def together(self, name: str, value: Any, make: Callable[[list[Any]], Any]) -> Any:
         """Has every rank say something, and returns on every rank what rank 0 makes of it, all as plain JSON."""
         self._store.set(f"{name}/{self.rank}", json.dumps(value))
-        said = (json.loads(self._store.get(f"{name}/{rank}")) for rank in range(self.count))
-        return self.from_main(name, lambda: make(list(said)))
+
+        def said() -> list[Any]:
+            found: list[Any] = []
+            with _waiting(lambda: f"rank {len(found)}"):
+                for rank in range(self.count):
+                    found.append(json.loads(self._store.get(f"{name}/{rank}")))
+            return found
+
+        return self.from_main(name, lambda: make(said()))
 
     def agree(self, name: str, fault: str) -> None:
         """Raises on every rank where one has found a fault.
@@ -101,20 +121,69 @@ def _greet(store: Any, rank: int, count: int) -> str:
     mine = secrets.token_hex(8)
     if rank:
         store.set(f"hello/{rank}", mine)
-        launch = store.get(f"welcome/{rank}/{mine}").decode()
+        with _waiting(lambda: "rank 0"):
+            launch = store.get(f"welcome/{rank}/{mine}").decode()
         store.set(f"thanks/{launch}/{rank}", "")
         return launch
     greeted: dict[int, bytes] = {}
     waiting = set(range(1, count))
-    while waiting:
-        for other in sorted(waiting):
-            if store.check([f"thanks/{mine}/{other}"]):
-                waiting.remove(other)
-            elif store.check([f"hello/{other}"]) and greeted.get(other) != (word := store.get(f"hello/{other}")):
-                greeted[other] = word  # that of a rank which is no more is followed by another
-                store.set(f"welcome/{other}/{word.decode()}", mine)
-        time.sleep(0.02)
+    with _waiting(lambda: _some(waiting)) as check:
+        while waiting:
+            check()
+            for other in sorted(waiting):
+                if store.check([f"thanks/{mine}/{other}"]):
+                    waiting.remove(other)
+                elif store.check([f"hello/{other}"]) and greeted.get(other) != (word := store.get(f"hello/{other}")):
+                    greeted[other] = word  # that of a rank which is no more is followed by another
+                    store.set(f"welcome/{other}/{word.decode()}", mine)
+            time.sleep(0.02)
     return mine
+
+
+@contextmanager
+def _waiting(whom: Callable[[], str]) -> Iterator[Callable[[], None]]:
+    """Says from time to time whom this node waits for, from a thread of its own: the store waits in silence.
+
+    A node that fails before it meets the others cannot tell them, and their launchers may not know of it.
+
+    Args:
+        whom: Asked each time.
+
+    Yields:
+        For waits that go by turns: raises after as long as the store waits.
+    """
+    over, since = threading.Event(), time.monotonic()
+
+    def say() -> None:
+        pause = _SAID_AFTER
+        while not over.wait(pause):
+            LOG.warning(
+                f"waiting for {whom()}, {time.monotonic() - since:.0f} s so far: another node may be preparing its "
+                "data still, or may have failed, of which its own log tells",
+                main_process_only=False,
+            )
+            pause = min(2 * pause, 10 * _SAID_AFTER)
+
+    def check() -> None:
+        if time.monotonic() - since > _PATIENCE.total_seconds():
+            raise TimeoutError(f"waited in vain for {whom()} ({_PATIENCE})")
+
+    thread = threading.Thread(target=say, name="axolotl-spin-meeting", daemon=True)
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # one rank of a node is enough
+        thread.start()
+    try:
+        yield check
+    finally:
+        over.set()
+        if thread.ident is not None:
+            thread.join()
+
+
+def _some(ranks: Collection[int], most: int = 8) -> str:
+    """Names ranks, the first of them where there are many."""
+    first = sorted(ranks)
+    more = f" and {len(first) - most} more" if len(first) > most else ""
+    return f"rank {', '.join(map(str, first[:most]))}{more}"
 
 
 # a store goes with its object, and rank 0 may hold the one that the others are about to use
@@ -128,6 +197,16 @@ def meeting_of_nodes() -> Meeting | None:
         return None
     _meetings.append(Meeting())
     return _meetings[-1]
+
+
+def ranks_here(otherwise: int) -> int:
+    """Returns how many ranks of the launch are on this node, as its launcher says.
+
+    Args:
+        otherwise: Where it says nothing.
+    """
+    said = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")  # the latter alone by DeepSpeed's launcher
+    return int(said or otherwise)
 
 
 def find_nodes(meeting: Meeting, output_dir: Path, patience: float = 3.0) -> Nodes:

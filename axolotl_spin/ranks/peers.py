@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import traceback
+from logging import ERROR, WARNING
 from types import TracebackType
 from typing import Any
 
@@ -36,18 +37,26 @@ class Peers:
     Args:
         interval: Seconds between two looks.
         grace: Seconds that the main thread has to notice a failure by itself before its process is ended.
+
+    Attributes:
+        failure: What another rank failed with; None while none has.
+        common: An error that every rank raises, so that none has to be told.
     """
 
     def __init__(self, interval: float = 1.0, grace: float = 5.0):
         self.interval, self.grace = interval, grace
         self.failure: str | None = None
+        self.common: BaseException | None = None
         self._store: Any = None
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
         self._alone: dict[str, int] = {}
+        self._rank, self._count = 0, 1
 
     def __enter__(self) -> Peers:
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            # kept, since the host's handler of Ctrl-C destroys the process group before it ends the process
+            self._rank, self._count, self.common = dist.get_rank(), dist.get_world_size(), None
             # a connection of its own: the process group's may be held by a blocking wait of the main thread
             if self._store is None:
                 store: Any = distributed_c10d._get_default_store()
@@ -63,11 +72,13 @@ class Peers:
             return
         self._thread.join(timeout=2 * self.interval)
         self._thread = None
-        if error is None or isinstance(error, PeerFailedError):
+        if error is None or error is self.common or isinstance(error, PeerFailedError):
             return
-        if self.failure is not None:  # a collective broke because the rank that failed has gone
+        stopped = isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and not error.code)
+        if self.failure is None:
+            self._tell(error, stopped)
+        elif not stopped:  # a collective broke because the rank that failed has gone
             raise PeerFailedError(self.failure) from error
-        self._tell(error)
 
     def check(self) -> None:
         """Raises what another rank failed with; costs nothing.
@@ -109,17 +120,17 @@ class Peers:
             pause = min(2 * pause, self.interval / 4)  # at once where the others are near, seldom where they are far
             arrived = self.add(f"meet/{name}", 0)
 
-    def _tell(self, error: BaseException) -> None:
-        rank = dist.get_rank()
+    def _tell(self, error: BaseException, stopped: bool) -> None:
         last = traceback.extract_tb(error.__traceback__)[-1:]
         where = f" ({last[0].filename}:{last[0].lineno})" if last else ""
-        message = f"rank {rank} failed: {type(error).__name__}: {error}{where}"
-        LOG.error(f"{message}; telling the other ranks", main_process_only=False)
+        what = "was stopped" if stopped else f"failed: {type(error).__name__}: {error}{where}"
+        message = f"rank {self._rank} {what}"
+        LOG.log(WARNING if stopped else ERROR, f"{message}; telling the other ranks", main_process_only=False)
         try:
             self._store.set(_KEY, message)
             # this process may hold the store: leave the others time to read it
             deadline = time.monotonic() + 5 * self.interval
-            while self._store.add(_SEEN, 0) < dist.get_world_size() - 1 and time.monotonic() < deadline:
+            while self._store.add(_SEEN, 0) < self._count - 1 and time.monotonic() < deadline:
                 time.sleep(self.interval / 10)
         except Exception as lost:
             LOG.error(f"the other ranks could not be told: {lost}", main_process_only=False)

@@ -59,9 +59,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         files = {path.name for path in folder.iterdir()}
     except FileNotFoundError:  # another rank has just removed it
         files = set()
-    if not (folder / _MARK).exists():
+    if _MARK not in files:
         # killed between making the folder and marking it, a save leaves nothing but what it wrote aside
-        found.finished = any(not name.startswith(".") for name in files)
+        found.finished = folder.exists() and any(not name.startswith(".") for name in files)
         found.ours = not found.finished
         found.fault = f"it has no {_MARK}, so no run with `rl: spin` saved it"
         return found
@@ -70,6 +70,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         found.step = int(found.mark["step"])
         found.finished = bool(found.mark["complete"])
         sizes = dict(found.mark["files"])
+    except FileNotFoundError:  # another rank has renamed the folder away since it was listed
+        found.finished, found.fault = folder.exists(), f"its {_MARK} is gone"
+        return found
     except (DamagedFileError, KeyError, TypeError, ValueError) as error:
         found.fault = f"its {_MARK} is damaged ({error})"
         return found

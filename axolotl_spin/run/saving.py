@@ -29,8 +29,9 @@ def save_whole(trainer: Any, folder: Path, *, private: bool = False) -> None:
     Raises:
         OSError: The disk is full or the folder cannot be written to; nothing is left where the model was to appear.
     """
-    main = trainer.accelerator.is_main_process
-    present = [folder.exists()]
+    main, ranks = trainer.accelerator.is_main_process, trainer.loop.ranks
+    # the others do not look: on a network's filesystem they would keep for a while that nothing is there
+    present = [main and folder.exists()]
     broadcast_object_list(present)
     if present[0]:
         return
@@ -50,6 +51,7 @@ def save_whole(trainer: Any, folder: Path, *, private: bool = False) -> None:
     finally:
         if plugin:
             plugin.set_state_dict_type(kept)
+    ranks.meet_again()  # what rank 0 writes alone may take longer than a collective waits
     trainer.accelerator.wait_for_everyone()
     if main:
         config_path = aside / "config.json"
@@ -62,6 +64,7 @@ def save_whole(trainer: Any, folder: Path, *, private: bool = False) -> None:
         for path in Path(trainer.args.output_dir).glob("*processor_config.json"):
             shutil.copy(path, aside)  # of a model that takes more than text: the host saves them at its start, once
         publish_folder(aside, folder)
+    ranks.meet_again()
     trainer.accelerator.wait_for_everyone()
 
 
@@ -83,7 +86,7 @@ def saving(
             where it cannot save it (some under FSDP2), and only warns.
         ferry: Brings what ranks of other nodes save to rank 0's folder.
     """
-    accelerator, arguments = trainer.accelerator, trainer.args
+    accelerator, arguments, ranks = trainer.accelerator, trainer.args, trainer.loop.ranks
     limit, arguments.save_total_limit = arguments.save_total_limit, None
     try:
         if ferry.keeps:
@@ -94,11 +97,13 @@ def saving(
         accelerator.wait_for_everyone()
         with explained(folder):
             yield
+        ranks.meet_again()  # as in `save_whole`
         accelerator.wait_for_everyone()
         ferry.fetch(folder)
         if accelerator.is_main_process:
             _complete(folder, {**mark, "resumable": mark["resumable"] and (restarts or _has_optimizer(folder))})
             _rotate(folder.parent, root, limit, trainer.state.best_model_checkpoint)
+        ranks.meet_again()  # the next collective is training's
     finally:
         arguments.save_total_limit = limit
 

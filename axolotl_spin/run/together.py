@@ -42,7 +42,7 @@ def settle_together(run: SpinRun, cfg: Any, settle: Settle) -> None:
     output_dir = run.directory.root.parent
     run.nodes = find_nodes(meeting, output_dir)
     if run.nodes.shared:
-        return settle(run, cfg)
+        return _settle_alike(meeting, run, cfg, settle)
     if meeting.rank == 0:
         LOG.info(
             f"`output_dir: {output_dir}` is not one folder for all nodes, but {len(run.nodes.keepers)}: rank 0's is the "
@@ -62,6 +62,22 @@ def _agree_on_run(meeting: Meeting, run: SpinRun) -> None:
         fault += "start all nodes with the same config, and give them the same data"
     meeting.agree("same run", fault)
     run.identity = run.identity.like(main)
+
+
+def _settle_alike(meeting: Meeting, run: SpinRun, cfg: Any, settle: Settle) -> None:
+    """Settles the start on every rank, and raises on every rank what one refuses: rank 0 alone takes the folder."""
+    ended: Exception | SystemExit | None = None
+    try:
+        settle(run, cfg)
+    except (Exception, SystemExit) as error:
+        ended = error
+    try:
+        meeting.agree("start", (str(ended) or repr(ended)) if isinstance(ended, Exception) else "")
+    except ValueError:
+        if not isinstance(ended, Exception):
+            raise
+    if ended is not None:
+        raise ended
 
 
 def _clear_own(run: SpinRun, rank: int) -> str:

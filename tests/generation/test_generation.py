@@ -386,7 +386,10 @@ def test_an_adapter_answers() -> None:
         assert completion.ids == greedy_by_the_definition(adapted, prompt, 12)
 
 
-def test_too_large_a_batch_is_halved(model, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("by_generate", [False, True])
+def test_too_large_a_batch_is_halved(model, by_generate: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if by_generate:
+        monkeypatch.setattr("axolotl_spin.generation.transformers.can_decode", lambda _: False)
     expected = answers(model, MANY)
     whole = type(model).forward
 

@@ -124,6 +124,14 @@ def test_an_adapter_is_served_over_the_base_model(rank: int, expected: int) -> N
     assert arguments["max_lora_rank"] == expected and arguments["dtype"] == "float32"
 
 
+@pytest.mark.parametrize(
+    ("keys", "expected"), [({"bfloat16": True}, "bfloat16"), ({"float16": True}, "float16"), ({"fp16": True}, "float16")]
+)
+def test_an_engine_computes_in_the_policys_type(keys: dict[str, bool], expected: str) -> None:
+    """The host has two keys for each."""
+    assert served_model(cfg(bf16=None, **keys), settings(), LENGTHS).dtype == expected
+
+
 def test_weights_that_training_quantises_on_the_fly_are_not_served() -> None:
     with pytest.raises(ValueError, match=r"`qat`: vLLM serves the weights as they are"):
         served_model(cfg(qat={"weight_dtype": "int4"}), settings(), LENGTHS)
@@ -260,11 +268,16 @@ def test_prompts_must_fit_into_the_engine() -> None:
     assert served_model(cfg(), settings(), np.array([10, 60])).longest == 80
 
 
+@pytest.mark.parametrize("variable", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])
 @pytest.mark.parametrize(("here", "size", "fits"), [("4", 3, False), ("2", 4, False), (None, 2, False), ("4", 2, True)])
-def test_ranks_are_grouped_whole(here: str | None, size: int, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+def test_ranks_are_grouped_whole(
+    here: str | None, size: int, fits: bool, variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second variable is that of DeepSpeed's own launcher."""
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
     if here:
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+        monkeypatch.setenv(variable, here)
     monkeypatch.setattr("axolotl_spin.generation.vllm.served.check_environment", lambda *_, **__: "0.32.0")
     served, engine = served_model(cfg(), settings(), LENGTHS), VllmConfig(tensor_parallel_size=size)
     if fits:

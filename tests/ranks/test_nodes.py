@@ -18,6 +18,8 @@ import yaml
 from recovery import CHANGES, differences, outcome
 from warm import Ranks
 
+from axolotl_spin.disk.directory import RunDirectory
+from axolotl_spin.disk.lock import hold_directory
 from axolotl_spin.ranks.nodes import first_to_see
 
 pytestmark = [pytest.mark.ranks, pytest.mark.once]
@@ -94,6 +96,18 @@ def _refusals(ranks: Ranks, first: Path, second: Path) -> None:
     code, output = start(ranks, [first, second])
     assert code != 0 and "rank 1 has other settings or data than rank 0" in output, output[-3000:]
     assert "data (prompts and human answers as token ids)" in output
+
+
+@pytest.mark.host
+def test_what_rank_0_refuses_on_a_shared_folder_every_node_learns(warm_ranks: Ranks, tmp_path: Path) -> None:
+    """The nodes' launchers know nothing of each other: the second would wait for a process group without rank 0."""
+    folder = node(tmp_path)
+    hold_directory(RunDirectory(folder / "out"))
+    env, logs = host.environment(**host.rank_environment("ddp")), [tmp_path / f"rank{rank}.log" for rank in range(2)]
+    ranks = warm_ranks.start("axolotl.cli.train", "run.yml", env=env, cwd=[folder, folder], logs=logs)
+    codes = [rank.wait(timeout=120) for rank in ranks]
+    for code, log in zip(codes, logs, strict=True):
+        assert code == 1 and "another run is writing to `output_dir: out`" in log.read_text(), log.read_text()[-4000:]
 
 
 SCRIPT = """

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +14,10 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from torch.distributed import HashStore
 from torch.utils.file_baton import FileBaton
 
+from axolotl_spin.ranks import nodes
 from axolotl_spin.ranks.build_lock import watch
 from axolotl_spin.ranks.gather import _free_bytes
 
@@ -69,3 +73,46 @@ def test_free_memory_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch, capl
     monkeypatch.undo()
     assert _free_bytes(on("xpu", 0)) == 0.0
     assert "xpu:0 does not tell how much of its memory is free" in caplog.text
+
+
+def test_a_node_says_whom_it_waits_for(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Three ranks at one store, of which each comes when it has been waited for: nothing else tells of a node that failed."""
+    monkeypatch.setattr(nodes, "_SAID_AFTER", 0.2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    store, until = HashStore(), time.monotonic() + 20
+
+    def said(text: str) -> None:
+        while text not in caplog.text:
+            assert time.monotonic() < until, caplog.text
+            time.sleep(0.01)
+
+    with caplog.at_level(logging.WARNING), ThreadPoolExecutor(3) as pool:
+        ranks = [pool.submit(nodes._greet, store, 1, 3)]
+        said("waiting for rank 0, ")
+        ranks.append(pool.submit(nodes._greet, store, 0, 3))
+        said("waiting for rank 2, ")
+        ranks.append(pool.submit(nodes._greet, store, 2, 3))
+        assert len({rank.result(timeout=20) for rank in ranks}) == 1
+    assert not [thread for thread in threading.enumerate() if thread.name == "axolotl-spin-meeting"]
+    assert nodes._some(range(3, 14)) == "rank 3, 4, 5, 6, 7, 8, 9, 10 and 3 more"
+    monkeypatch.setattr(nodes, "_PATIENCE", timedelta(seconds=0.1))
+    with pytest.raises(TimeoutError, match="waited in vain for rank 1 "):
+        nodes._greet(HashStore(), 0, 2)
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, 16),
+        ({"LOCAL_SIZE": "8"}, 8),  # DeepSpeed's own launcher
+        ({"LOCAL_WORLD_SIZE": "4", "LOCAL_SIZE": "8"}, 4),
+    ],
+)
+def test_how_many_ranks_a_node_has(
+    variables: dict[str, str], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert nodes.ranks_here(otherwise=16) == expected

@@ -17,7 +17,8 @@ from recovery import CHANGES, differences, outcome, settings_in
 from warm import Warm
 
 from axolotl_spin.cli import spin as spin_command
-from axolotl_spin.disk.atomic import read_json, write_json
+from axolotl_spin.disk.atomic import read_json, remove_folder, write_json
+from axolotl_spin.run import checkpoints
 from axolotl_spin.run.checkpoints import Checkpoint, read_checkpoint
 from axolotl_spin.run.identity import Identity
 from axolotl_spin.run.prepare import Launch
@@ -330,3 +331,28 @@ def test_what_a_folder_without_a_mark_is(tmp_path: Path) -> None:
     assert (read_checkpoint(folder).ours, read_checkpoint(folder).finished) == (False, True)
     write_json(folder / "spin.json", {"step": 3, "complete": True, "files": {"model.safetensors": 0}, "run": "a"})
     assert (read_checkpoint(folder).step, read_checkpoint(folder).fault) == (3, "")
+    (folder / "spin.json").unlink()
+    (folder / "spin.json").symlink_to("nowhere")  # nothing that a run has left, and so nothing to remove
+    found = read_checkpoint(folder)
+    assert (found.finished, found.fault) == (True, "its spin.json is gone")
+
+
+@pytest.mark.parametrize("moment", ["listed", "about to be read"])
+def test_what_rank_0_removes_meanwhile_is_no_other_trainers(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every rank reads the checkpoints of a start, while rank 0 removes what a stopped save has left."""
+    folder = tmp_path / "checkpoint-3"
+    write_json(folder / "spin.json", {"step": 3, "complete": False, "files": {}})
+    (folder / "model.safetensors").touch()
+    owner, name = (Path, "iterdir") if moment == "listed" else (checkpoints, "read_json")
+    whole: Any = getattr(owner, name)
+
+    def meanwhile(path: Path) -> Any:
+        listed = list(whole(path)) if moment == "listed" else None
+        remove_folder(folder, tmp_path / "spin")
+        return whole(path) if listed is None else iter(listed)
+
+    monkeypatch.setattr(owner, name, meanwhile)
+    found = read_checkpoint(folder)
+    assert (found.ours, found.finished, folder.exists()) == (True, False, False)

@@ -28,6 +28,7 @@ from axolotl_spin.generation.vllm.engine import KEY, Engine, EngineError
 from axolotl_spin.generation.vllm.offload import offloaded
 from axolotl_spin.generation.vllm.served import ServedModel
 from axolotl_spin.ranks.main import Ranks
+from axolotl_spin.ranks.nodes import ranks_here
 from axolotl_spin.settings.generation import VllmConfig
 
 LOG = get_logger(__name__)
@@ -163,7 +164,7 @@ class VllmBackend:
     def _fit(self, arguments: dict[str, Any]) -> dict[str, str]:
         """Gives the engine the memory that training leaves; returns the environment variables that name its devices."""
         device = self.ranks.device
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks.count))
+        here = ranks_here(otherwise=self.ranks.count)
         engines = max(1, here // self.settings.tensor_parallel_size)
         if device.type == "cpu":
             sized = {"kv_cache_memory_bytes", "gpu_memory_utilization", "num_gpu_blocks_override"} & set(arguments)

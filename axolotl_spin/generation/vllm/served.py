@@ -17,6 +17,7 @@ from axolotl_spin.compat import text_config
 from axolotl_spin.generation.adapter import LORA_RANKS, Adapter, adapter_of, largest_rank, served_rank
 from axolotl_spin.generation.chunks import token_limit
 from axolotl_spin.generation.vllm.preflight import check_environment
+from axolotl_spin.ranks.nodes import ranks_here
 from axolotl_spin.settings.generation import VllmConfig
 from axolotl_spin.settings.spin import SpinConfig
 
@@ -159,7 +160,7 @@ def served_model(
         base_model=str(cfg.base_model),
         revision=cfg.revision_of_model,
         trust_remote_code=bool(cfg.trust_remote_code),
-        dtype="bfloat16" if cfg.bf16 else "float16" if cfg.fp16 else "float32",
+        dtype="bfloat16" if cfg.bf16 or cfg.bfloat16 else "float16" if cfg.fp16 or cfg.float16 else "float32",
         lora_rank=largest_rank(adapter.settings) if adapter else None,
         quantized=quantized,
         longest=longest,
@@ -226,7 +227,7 @@ def check_serving(served: ServedModel, settings: VllmConfig) -> None:
     """
     if int(os.environ.get("LOCAL_RANK", "0")) != 0:
         return
-    here, group = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), settings.tensor_parallel_size
+    here, group = ranks_here(otherwise=1), settings.tensor_parallel_size
     if here % group:
         raise ValueError(
             f"`spin.generation.vllm.tensor_parallel_size: {group}` does not divide the {here} rank(s) of this node, each "
