@@ -233,6 +233,20 @@ def test_an_empty_answer_is_not_left_to_dpo_readers(tmp_path: Path) -> None:
     assert load_dataset(str(tmp_path / "set"), split="train")[0]["rejected"] == " <|end|>"
 
 
+def test_pairs_kept_from_earlier_iterations_are_no_test_split(tmp_path: Path) -> None:
+    """They are the last in the file, and their prompts are among the new ones."""
+    tokenizer = tiny.tokenizer()
+    new = [pair(tokenizer, [ASK], f"w{index}", "w9") for index in range(3)]
+    out = run_with(tmp_path, tokenizer, [*new, *({**made, "generated_in": 0} for made in new)], iteration=1)
+    options = ("--test-rows", "1")
+    said = refused(export(out, "dpo", tmp_path / "set", *options, iteration=1))
+    assert "the last 3 pairs" in said and "add --only-new" in said
+    done(export(out, "dpo", tmp_path / "set", *options, "--only-new", iteration=1))
+    rows = [load_dataset(str(tmp_path / "set"), split=split)["prompt"] for split in ("train", "test")]
+    assert [len(found) for found in rows] == [2, 1]
+    done(export(out, "dpo", tmp_path / "all", iteration=1))
+
+
 def test_what_cannot_be_written_is_said_at_once(tmp_path: Path) -> None:
     tokenizer = tiny.tokenizer()
     out = run_with(tmp_path, tokenizer, [pair(tokenizer, [ASK], "w1", "w2")], iteration=1)

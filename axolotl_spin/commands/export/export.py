@@ -133,6 +133,11 @@ def _schema(path: Path, asked: Export) -> pa.Schema:
     if found not in (SCHEMA, PICTURED):
         raise ValueError(f"{path} does not hold the columns of a pairs file")
     pictured = found == PICTURED
+    if asked.test_rows and not asked.only_new and (kept := _kept(path, asked.iteration)):
+        raise ValueError(
+            f"the last {kept} pairs of {path} were kept from earlier iterations, and their prompts and human answers stand "
+            f"among the others too, so that --test-rows {asked.test_rows} would split off what is trained on: add --only-new"
+        )
     if asked.config and not (pictured and asked.kind == "dpo"):
         raise ValueError("--config is for --format dpo of a run on pictures: leave it out")
     if asked.kind == "parquet":
@@ -153,6 +158,11 @@ def _schema(path: Path, asked: Export) -> pa.Schema:
     if asked.tokenizer:
         raise ValueError("--tokenizer does not go with pictures, whose processor is that of --config: leave it out")
     return pictured_schema()
+
+
+def _kept(path: Path, iteration: int) -> int:
+    made_in = pq.read_table(path, columns=["generated_in"])["generated_in"]
+    return pc.sum(pc.not_equal(made_in, iteration)).as_py() or 0
 
 
 def _read(path: Path, asked: Export) -> Iterator[pa.RecordBatch]:
@@ -186,6 +196,8 @@ def _write(folder: Path, asked: Export, schema: pa.Schema, pairs: Iterator[pa.Re
             f"{tally.unwritable} pairs cannot be written at all, since {UNREAD}: leave such pairs out with --inexact "
             "drop, or name the tokenizer that the run used with --tokenizer"
         )
+    if not tally.written:
+        raise ValueError("no pair is left to write")
     if tally.written <= asked.test_rows:
         raise ValueError(
             f"{tally.written} pairs are left to write, so --test-rows {asked.test_rows} leaves none to train on"
