@@ -136,7 +136,7 @@ def _schema(path: Path, asked: Export) -> pa.Schema:
     if asked.test_rows and not asked.only_new and (kept := _kept(path, asked.iteration)):
         raise ValueError(
             f"the last {kept} pairs of {path} were kept from earlier iterations, and their prompts and human answers stand "
-            f"among the others too, so that --test-rows {asked.test_rows} would split off what is trained on: add --only-new"
+            f"among the others too: --test-rows {asked.test_rows} would split off what is trained on; add --only-new"
         )
     if asked.config and not (pictured and asked.kind == "dpo"):
         raise ValueError("--config is for --format dpo of a run on pictures: leave it out")
