@@ -90,10 +90,13 @@ def naming_data_keys(cfg: Any) -> Iterator[None]:
         if not isinstance(error, ValueError) or not words:
             words = f"{type(error).__name__}: {words}".removesuffix(": ")
         hint = " (a file without a row?)" if isinstance(error, StopIteration) else _preferences(cfg)
-        raise ValueError(
+        told = ValueError(
             f"the host could not prepare the data: {words}{hint}\nLook at `path`, `type` and the fields under `datasets:` "
-            f"and `test_datasets:`; the traceback is in {cfg.output_dir}/debug.log"
-        ) from error
+            "and `test_datasets:`"
+        )
+        # a note: commands that only look have no log
+        told.add_note(f"the traceback is in {cfg.output_dir}/debug.log")
+        raise told from error
 
 
 def _preferences(cfg: Any) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +12,21 @@ import click
 import yaml
 from axolotl.cli.config import load_cfg
 from axolotl.integrations.base import PluginManager
+from axolotl.utils.dict import DictDefault
+from axolotl.utils.tee import close_debug_log, prepare_debug_log
 
 from axolotl_spin.args import is_on
 from axolotl_spin.monitor.ending import plain_message
 from axolotl_spin.plugin import SpinPlugin
 
 
-def load_config(path: str) -> tuple[Any, SpinPlugin]:
+def load_config(path: str, *, logged: bool = True) -> tuple[Any, SpinPlugin]:
     """Loads and validates a config.
 
     Args:
         path: The YAML.
+        logged: Whether the host begins `OUTPUT_DIR/debug.log` anew, as a start does. A command that only looks must not: the
+            log is that of the folder's run, which may be going on.
 
     Returns:
         The host's normalized config, and the plugin that the host has registered for it.
@@ -28,13 +35,26 @@ def load_config(path: str) -> tuple[Any, SpinPlugin]:
         click.ClickException: It is not valid, or does not say `rl: spin`.
     """
     try:
-        cfg = load_cfg(path)
+        with nullcontext() if logged else _log_elsewhere():
+            cfg = load_cfg(path)
     except ValueError as error:
         raise click.ClickException(f"{path}: {_why(path, error)}") from error
     plugin = next((p for p in PluginManager.get_instance().plugins.values() if isinstance(p, SpinPlugin)), None)
     if plugin is None or not is_on(cfg):
         raise click.ClickException(f"{path} does not say `rl: spin`")
     return cfg, plugin
+
+
+@contextmanager
+def _log_elsewhere() -> Iterator[None]:
+    """Has the host log into a folder that goes away: where a log is open it begins no other."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(prepare_debug_log(DictDefault(output_dir=folder)))
+        try:
+            yield
+        finally:
+            if log.parent == Path(folder):  # else it was open before
+                close_debug_log()
 
 
 def _why(path: str, error: ValueError) -> str:

@@ -39,7 +39,7 @@ def plain_message(error: BaseException) -> str | None:
     if type(error).__name__ == "ValidationError" and str(getattr(error, "title", "")).startswith("Axolotl"):
         return "the config is refused:\n" + "\n".join(_refused(error))
     if isinstance(error, Exception) and not isinstance(error, AssertionError) and _raised_here(error):
-        return str(getattr(error, "strerror", None) or error)
+        return "\n".join([str(getattr(error, "strerror", None) or error), *getattr(error, "__notes__", [])])
     return None
 
 

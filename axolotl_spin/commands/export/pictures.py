@@ -46,7 +46,7 @@ class PicturedRows:
         from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
         try:
-            cfg, plugin = load_config(config)
+            cfg, plugin = load_config(config, logged=False)
         except click.ClickException as error:
             raise ValueError(error.message) from error
         cfg.world_size = 1

@@ -63,7 +63,7 @@ def plan_run(config: str, given: Given) -> tuple[SpinRun, dict[str, Any]]:
     Raises:
         click.ClickException: The config or its data is not valid.
     """
-    cfg, plugin = load_config(config)
+    cfg, plugin = load_config(config, logged=False)
     cfg.world_size = given.ranks
     try:
         plugin.load_datasets(cfg, preprocess=True)
