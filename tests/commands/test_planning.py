@@ -14,14 +14,17 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
+from axolotl.loaders import ModelLoader
+from axolotl.utils.dict import DictDefault
 from datasets import Dataset
+from optimi import StableAdamW
 from rows import PAIR, ids_file, load
 from warm import Warm
 
 from axolotl_spin.commands.plan.advice import Facts, advise
-from axolotl_spin.commands.plan.estimate import _pure_half, _tokens
-from axolotl_spin.commands.plan.lengths import describe_lengths, limits, repeated
-from axolotl_spin.commands.plan.memory import Load, estimate_memory
+from axolotl_spin.commands.plan.estimate import _disk, _pure_half, _tokens
+from axolotl_spin.commands.plan.lengths import describe_lengths, heaviest, limits, repeated
+from axolotl_spin.commands.plan.memory import Load, estimate_memory, saved_bytes
 from axolotl_spin.commands.plan.size import ModelSize, model_size
 from axolotl_spin.commands.plan.timing import Rate, Tokens, estimate_time, measure
 from axolotl_spin.data.prompts import token_counts
@@ -30,7 +33,7 @@ from axolotl_spin.disk.atomic import write_json
 from axolotl_spin.disk.directory import RunDirectory
 from axolotl_spin.run.plan import make_plan
 from axolotl_spin.settings.spin import SpinConfig
-from axolotl_spin.training.layouts import shared_mask_size
+from axolotl_spin.training.layouts import PairCollator, shared_mask_size
 
 ENV = host.environment(ACCELERATE_USE_CPU="true")
 DATA = host.SHARED / "data"
@@ -220,6 +223,24 @@ def test_lengths_by_hand() -> None:
     assert limits(np.array([5]), max_new_tokens=None, sequence_len=2048).tolist() == [512]
 
 
+@pytest.mark.parametrize(
+    ("layout", "longest", "both"),
+    # 10 + 3 + 5 tokens and 4 + 9 + 2; a prompt more each; rows of 10 + 5 and of 4 + 9, as wide as the first
+    [("shared", 18, 18 + 15), ("packed", 28, 28 + 19), ("padded", 2 * 15, 4 * 15)],
+)
+def test_tokens_of_a_micro_batch_are_those_of_its_layout(layout: Any, longest: int, both: int) -> None:
+    prompts, answers, most = np.array([4, 10]), np.array([9, 3]), np.array([2, 5])
+    first, tokens = heaviest(prompts, answers, most, layout=layout, pairs=1)
+    assert (first.tolist(), tokens) == ([1], longest)
+    assert heaviest(prompts, answers, most, layout=layout, pairs=2)[1] == both
+    pairs = [
+        {"prompt_ids": [1] * asked, "chosen_ids": [2] * human, "rejected_ids": [3] * own}
+        for asked, human, own in zip(prompts, answers, most, strict=True)
+    ]
+    collate = PairCollator(0, layout, hidden_size=10**6)
+    assert [collate(rows)["input_ids"].numel() for rows in (pairs[1:], pairs)] == [longest, both]
+
+
 def test_what_repeats() -> None:
     """Lists of the same tokens cut elsewhere are others."""
     rows = [([5, 6], [7]), ([5], [6, 7]), ([5, 6], [7]), ([5, 6], [8]), ([5, 6, 7], [])]
@@ -245,12 +266,67 @@ def test_models_are_counted_from_their_config_alone(tmp_path: Path) -> None:
     base = Cfg(base_model=str(folder), base_model_config=str(folder), torch_dtype=torch.float32)
     size = model_size(base)
     count = 2 * 47 * 32 + 2 * layer + 32
-    assert size == ModelSize(count, count, 0, 2, 32, 47, 2 * 2 * 2 * 8, inner=64, outside=2 * 47 * 32, head=47 * 32)
+    both = dict.fromkeys(("outside", "trained_outside", "upcast", "trained_upcast"), 2 * 47 * 32)
+    assert size == ModelSize(count, count, 0, 2, 32, 47, 2 * 2 * 2 * 8, 64, head=47 * 32, embedding=47 * 32, **both)
     lora = model_size(Cfg(base, **host.LORA))
     assert lora.trainable == 2 * 4 * (64 + 48 + 48 + 64 + 3 * 96) == 4096
     assert lora.parameters == size.parameters + 4096
     quantised = model_size(Cfg(base, **{**host.LORA, "adapter": "qlora", "load_in_4bit": True}))
     assert quantised.quantised == 2 * (layer - 2 * 32)
+    # of all that is not named nothing is trained; an adapter's weights have names of their own
+    part = model_size(Cfg(base, unfrozen_parameters=["^lm_head.weight$", "model.layers.1"]))
+    assert (part.parameters, part.trainable, part.trained_outside) == (count, 47 * 32 + layer, 47 * 32)
+    assert (part.upcast, part.trained_upcast, part.embedding) == (2 * 47 * 32, 47 * 32, 0)
+    mixed = model_size(Cfg(base, **host.LORA, unfrozen_parameters=["base_model.model.model.layers.0"]))
+    assert (mixed.parameters, mixed.trainable) == (count + 4096, layer + 2048)
+    layouts = {"eager": "shared", "fp8": "shared", "flash_attention_2": "packed", "xformers": "padded"}
+    assert {name: model_size(Cfg(base, attn_implementation=name)).layout for name in layouts} == layouts
+    assert model_size(Cfg(base, sample_packing=False)).layout == "padded"
+
+
+@pytest.mark.parametrize(
+    ("changes", "width"),
+    [({}, 4), ({"attn_needs_dtype_cast": True}, 2), ({"cut_cross_entropy": True}, 2), ({"fsdp_config": {}}, 2)],
+)
+def test_embeddings_are_as_wide_as_the_host_loads_them(changes: dict[str, Any], width: int, tmp_path: Path) -> None:
+    """In bf16 its loader takes them to fp32, and back where something asks for it. Norms too, which are not counted."""
+    folder = tiny.save(tmp_path / "model")
+    base = {"base_model": str(folder), "base_model_config": str(folder), "torch_dtype": torch.bfloat16, "bf16": True}
+    loader: Any = ModelLoader.__new__(ModelLoader)
+    loader.cfg, loader.model = DictDefault({**base, **changes}), tiny.model(47).bfloat16()
+    loader.model_config = loader.model.config
+    loader._configure_embedding_dtypes()
+    assert loader.model.lm_head.weight.itemsize == loader.model.model.embed_tokens.weight.itemsize == width
+    held = {name: weight.numel() * weight.itemsize for name, weight in loader.model.named_parameters()}
+    norms = {name: weight.numel() * 2 for name, weight in loader.model.named_parameters() if "norm" in name}
+    expected = sum({**held, **norms}.values())
+    sharding = "FSDP2" if "fsdp_config" in changes else None
+    found = estimate_memory(model_size(loader.cfg), loader.cfg, Load(1, sharding, 10, 4, 6))
+    assert found["weights"] == found["gradients"] == expected == saved_bytes(model_size(loader.cfg), loader.cfg, sharding)
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "deepseek_v3", "gemma3n_text"])
+def test_the_cache_of_keys_and_values_is_counted_as_it_is_kept(name: str, tmp_path: Path) -> None:
+    """By one layer of two, the other's being linear; as latent vectors; by two layers of four, which share theirs."""
+    if why := architectures.lacking(name):
+        pytest.skip(why)
+    model = architectures.save(name, tmp_path)
+    cache = model(input_ids=torch.tensor([[7, 8, 9]]), use_cache=True).past_key_values
+    kept = [getattr(layer, part, None) for layer in cache.layers for part in ("keys", "values")]
+    numbers = sum(part.numel() for part in kept if isinstance(part, torch.Tensor))
+    base = Cfg(base_model=str(tmp_path), base_model_config=str(tmp_path), is_multimodal=name == "qwen3_5")
+    assert model_size(base).kv_per_token * 3 == numbers > 0
+
+
+def test_experts_are_quantised_where_that_is_asked_for(tmp_path: Path) -> None:
+    """Two layers of four experts, each 2 x 32 x 32 and 32 x 32, in tensors of their own, which no linear layer is."""
+    if why := architectures.lacking("qwen3_moe"):
+        pytest.skip(why)
+    architectures.save("qwen3_moe", tmp_path)
+    base = Cfg(base_model=str(tmp_path), base_model_config=str(tmp_path), **host.LORA, load_in_4bit=True)
+    plain, packed = model_size(base), model_size(Cfg(base, quantize_moe_experts=True))
+    assert plain.experts == packed.experts == 2 * 4 * 3 * 32 * 32
+    assert packed.quantised == plain.quantised + plain.experts
 
 
 @pytest.mark.parametrize("name", ["gemma3", "mistral3"])
@@ -262,14 +338,21 @@ def test_of_a_model_that_takes_more_the_language_model_is_trained(name: str, tmp
     size = model_size(base)
     assert (size.parameters, size.trainable) == (model.num_parameters(), sum(text.values()))
     assert size.parameters > size.trainable and (size.layers, size.hidden, size.vocabulary) == (2, 32, 47)
+    longer = model_size(Cfg(base, sequence_len=64)).layout  # a window of 8 tokens in the one, none in the other
+    assert (size.layout, longer) == ("shared", {"gemma3": "padded", "mistral3": "shared"}[name])
 
 
 @pytest.mark.parametrize(
-    ("name", "make"),
-    [("adamw_torch", torch.optim.AdamW), ("rmsprop", torch.optim.RMSprop), ("sgd", torch.optim.SGD)],
+    ("name", "make", "kind"),
+    [
+        ("adamw_torch", torch.optim.AdamW, torch.float32),
+        ("rmsprop", torch.optim.RMSprop, torch.float32),
+        ("sgd", torch.optim.SGD, torch.float32),
+        ("stable_adamw", StableAdamW, torch.bfloat16),
+    ],
 )
-def test_optimizer_state_is_what_torch_keeps(name: str, make: Any) -> None:
-    model = tiny.model(47)
+def test_optimizer_state_is_what_is_kept(name: str, make: Any, kind: torch.dtype) -> None:
+    model = tiny.model(47).to(kind)
     optimizer = make(model.parameters(), lr=1e-3)
     model(torch.tensor([[1, 2]]), labels=torch.tensor([[1, 2]])).loss.backward()
     optimizer.step()
@@ -278,33 +361,87 @@ def test_optimizer_state_is_what_torch_keeps(name: str, make: Any) -> None:
     weights = sum(value.numel() * value.element_size() for value in model.parameters())
     count = sum(weight.numel() for weight in model.parameters())
     size = ModelSize(count, count, 0, 2, 32, 47, 64)
-    found = estimate_memory(size, Cfg(optimizer=name, torch_dtype=torch.float32), Load(1, None, 100, 40, 80))
+    found = estimate_memory(size, Cfg(optimizer=name, torch_dtype=kind), Load(1, None, 100, 40, 80))
     assert (found["optimizer"], found["weights"], found["gradients"]) == (expected, weights, weights)
+
+
+@pytest.mark.parametrize(
+    ("cfg", "expected"),
+    [
+        # 1000 weights in bf16, of which 150 are an embedding; bitsandbytes keeps 32 bits of that
+        ({"optimizer": "adamw_bnb_8bit"}, 2 * (850 + 4 * 150)),
+        ({"optimizer": "lion_8bit"}, 850 + 4 * 150),
+        ({"optimizer": "adamw_torch_8bit"}, 2 * 1000),
+        ({"optimizer": "ao_adamw_8bit"}, 2 * 1000),
+        # and 32 bits of all where the name says so, or nothing
+        ({"optimizer": "paged_adamw_32bit"}, 2 * 4 * 1000),
+        ({"optimizer": "lion_32bit"}, 4 * 1000),
+        ({"optimizer": "rmsprop_bnb"}, 4 * 1000),
+        ({"optimizer": "rmsprop"}, 2 * 1000),
+        ({"optimizer": "rmsprop", "optim_args": "momentum=0.9, centered=true"}, 3 * 2 * 1000),
+        ({"optimizer": "sgd", "optim_args": {"momentum": 0.9}}, 2 * 1000),
+        ({"optimizer": "sgd", "optim_args": {"momentum": 0}}, 0),
+        ({"optimizer": "came_pytorch"}, 4 * 1000),
+        ({"optimizer": "adafactor"}, 0),
+        ({"optimizer": "grokadamw"}, 0),
+        # two moments, and what rounding took
+        ({"optimizer": "stable_adamw"}, 3 * 2 * 1000),
+        ({"optimizer": "optimi_adamw", "optim_args": {"kahan_sum": False}}, 2 * 2 * 1000),
+        ({"optimizer": "stable_adamw", "torch_dtype": torch.float32}, 2 * 4 * 1000),
+        ({"optimizer": "flash_adamw"}, None),
+        ({"optimizer": "ademamix_8bit"}, None),
+    ],
+)
+def test_optimizer_state_by_hand(cfg: dict[str, Any], expected: int | None) -> None:
+    size = ModelSize(1000, 1000, 0, 2, 10, 50, 40, embedding=150)
+    found = estimate_memory(size, Cfg({"torch_dtype": torch.bfloat16, **cfg}), Load(1, None, 10, 4, 6))
+    assert found["optimizer"] == expected
 
 
 SIZE = ModelSize(1000, 1000, 0, 2, 10, 50, 40)
 ADAPTED = ModelSize(1000, 100, 800, 2, 10, 50, 40)
+TOWER = ModelSize(1000, 600, 0, 2, 10, 50, 40, towers=400)
+ENDS = {"outside": 300, "trained_outside": 300, "upcast": 300, "trained_upcast": 300}
+EXPERTS = ModelSize(1000, 100, 200, 2, 10, 50, 40, experts=600)
+QLORA = {"adapter": "qlora", "load_in_4bit": True}
 OFFLOADED = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+AWAY = {"fsdp_config": {"offload_params": True}}
 
 
 @pytest.mark.parametrize(
     ("size", "sharding", "cfg", "expected", "beside"),
     [
-        # bf16 weights, gradients and state, on every rank
-        (SIZE, None, {}, (2000, 2000, 4000), 13000),
+        # bf16 weights, gradients and state, on every rank; DDP's buckets hold the gradients once more
+        (SIZE, None, {}, (2000, 2 * 2000, 4000), 13000 + 2000),
+        # a frozen tower of 400 is held, and nothing of it but the weights
+        (TOWER, None, {}, (2000, 2 * 1200, 2400), 13000 + 1200),
+        # 300 of embeddings and head in fp32, unless something casts them back
+        (ModelSize(1000, 1000, 0, 2, 10, 50, 40, **ENDS), None, {}, (2600, 2 * 2600, 5200), 13000 + 2600),
+        (ModelSize(1000, 1000, 0, 2, 10, 50, 40, **ENDS), "ZeRO-2", {}, (2000, 500, 3000), 13000),
         # 2 bytes of weights and gradients, 12 of copy and moments; ZeRO-1 shares the last, 2 the gradients, 3 all
         (SIZE, "ZeRO-1", {}, (2000, 2000, 3000), 13000),
         (SIZE, "ZeRO-2", {}, (2000, 500, 3000), 13000),
         (SIZE, "ZeRO-3", {}, (500, 500, 3000), 13000),
         # three layers' weights and gradients of 500, and the first of 10 x 40 in the MLP
         (SIZE, "FSDP2", {}, (500, 500, 1000), 13000 + 2 * (3 * 500 + 400)),
+        # shared by two ranks, of which there are two pairs
+        (SIZE, "FSDP2", {"dp_shard_size": 2}, (1000, 1000, 2000), 13000 + 2 * (3 * 500 + 400)),
+        (SIZE, "FSDP2", {"dp_replicate_size": 2}, (1000, 1000, 2000), 13000 + 2 * (3 * 500 + 400)),
         # and of several micro-batches the whole gradients, of the earlier ones, beside all that
         (SIZE, "FSDP2", {"gradient_accumulation_steps": 2}, (500, 2000, 1000), 13000 + 2 * (3 * 500 + 400) + 2000),
-        (SIZE, None, {"optimizer": "adamw_bnb_8bit"}, (2000, 2000, 2000), 13000),
-        (SIZE, None, {"optimizer": "muon"}, (2000, 2000, None), 13000),
-        (SIZE, "ZeRO-2", {"deepspeed": OFFLOADED}, (2000, 500, 0), 13000),
+        (SIZE, None, {"optimizer": "adamw_bnb_8bit"}, (2000, 2 * 2000, 2000), 13000 + 2000),
+        (SIZE, None, {"optimizer": "muon"}, (2000, 2 * 2000, None), 13000 + 2000),
+        # gradients are where the optimizer takes its step
+        (SIZE, "ZeRO-1", {"deepspeed": OFFLOADED}, (2000, 2000, 0), 13000),
+        (SIZE, "ZeRO-2", {"deepspeed": OFFLOADED}, (2000, 0, 0), 13000),
+        (SIZE, "ZeRO-3", {"deepspeed": OFFLOADED}, (500, 0, 0), 13000),
+        (SIZE, "FSDP2", AWAY, (0, 0, 0), 13000 + 2 * (3 * 500 + 400)),
+        (SIZE, "FSDP2", {**AWAY, "gradient_accumulation_steps": 2}, (0, 2000, 0), 13000 + 2 * (3 * 500 + 400) + 2000),
         # 100 frozen in bf16, 800 in 4 bits, 100 trained in fp32; two numbers less of each norm
-        (ADAPTED, None, {"adapter": "qlora", "load_in_4bit": True}, (200 + 412 + 400, 400, 800), 13000 - 2 * 2 * 200),
+        (ADAPTED, None, QLORA, (200 + 412 + 400, 2 * 400, 800), 13000 - 2 * 2 * 200 + 400),
+        # 100 frozen in bf16, 200 in 4 bits, 100 trained and 600 of experts in fp32; in bf16 where PEFT does not cast them
+        (EXPERTS, None, QLORA, (200 + 103 + 400 + 2400, 2 * 400, 800), 13000 - 2 * 2 * 200 + 400),
+        (EXPERTS, "ZeRO-3", QLORA, ((200 + 103 + 400 + 1200) // 4, 50, 300), 13000 - 2 * 2 * 200),
     ],
 )  # fmt: skip
 def test_memory_of_each_layout_by_hand(
@@ -317,8 +454,61 @@ def test_memory_of_each_layout_by_hand(
     assert (found["weights"], found["gradients"], found["optimizer"]) == tuple(expected)
     assert found["activations"] + found["gradients"] == beside
     assert (found["training"] is None) == (expected[2] is None)
-    whole = {"ZeRO-3": 2000, "FSDP2": 2000}.get(sharding or "", 0)
+    whole = 0 if sharding not in ("ZeRO-3", "FSDP2") else 2000 if size is SIZE else 200 + 103 + 400 + 1200
     assert found["answering"] == 6 * 40 * 2 + whole
+    by_engine = estimate_memory(size, settings, Load(4, sharding, 10, 4, None))
+    assert by_engine["answering"] is None and by_engine["training"] == found["training"]
+
+
+def test_weights_that_stay_gathered_by_hand() -> None:
+    """Four layers of 250: 4 x 5600 bytes are kept and 1800 made, beside three weights of a layer and 400 in the MLP.
+
+    Two of the four layers' weights are among those; the others', 2 x 250, stay without resharding.
+    """
+    size = ModelSize(1000, 1000, 0, 4, 10, 50, 40)
+    for reshard, stay in ((True, 0), (None, 0), (False, 2 * 2 * 250)):
+        settings = Cfg(torch_dtype=torch.bfloat16, bf16=True, fsdp_config={"reshard_after_forward": reshard})
+        found = estimate_memory(size, settings, Load(4, "FSDP2", 10, 4, 6))
+        assert found["activations"] + found["gradients"] == 4 * 5600 + 1800 + 2 * (3 * 250 + 400) + stay
+
+
+@pytest.mark.parametrize(
+    ("stage", "ranks", "beside"),
+    # beside 2 bytes of its part, 4; ZeRO-1 has let go of the other half then, which is counted with the gradients
+    [(1, 1, 4000), (2, 1, 4000), (2, 4, 1000), (1, 2, (2 + 4) * 500 - 2000)],
+)
+def test_zeros_step_by_hand(stage: int, ranks: int, beside: int) -> None:
+    """A token in a layer of one number: next to nothing is kept, but a step has its part of the gradients in fp32 too."""
+    size = ModelSize(1000, 1000, 0, 1, 1, 2, 4, inner=1)
+    settings = Cfg(optimizer="adamw_torch", torch_dtype=torch.bfloat16, bf16=True)
+    assert estimate_memory(size, settings, Load(ranks, f"ZeRO-{stage}", 1, 1, 6))["activations"] == beside
+    offloaded = estimate_memory(size, Cfg(settings, deepspeed=OFFLOADED), Load(ranks, f"ZeRO-{stage}", 1, 1, 6))
+    assert offloaded["activations"] < 100
+
+
+def test_numbers_are_as_wide_as_the_forward_has_them() -> None:
+    """`bfloat16: true` is bf16 without autocast. In fp32 all takes twice as much, but for norms, which are fp32 anyway."""
+    found = [
+        estimate_memory(SIZE, Cfg(torch_dtype=kind, **asked), Load(1, None, 10, 4, 6))
+        for kind, asked in ((torch.bfloat16, {"bf16": True}), (torch.bfloat16, {"bfloat16": True}), (torch.float32, {}))
+    ]
+    assert found[0]["activations"] == found[1]["activations"] == 13000 - 2000
+    assert found[2]["activations"] == 2 * (800 + 2 * 4800) + 2 * 1800 - 4000
+    assert [part["answering"] for part in found] == [480, 480, 960]
+
+
+def test_what_iterations_take_on_disk(tmp_path: Path) -> None:
+    """Two iterations, of which the first is on disk: as wide as the weights are, or an adapter's fp32."""
+    run = load(tmp_path)[0]
+    size = ModelSize(1000, 100, 0, 2, 10, 50, 40, upcast=300)
+    cast = Cfg(torch_dtype=torch.bfloat16, attn_needs_dtype_cast=True)
+    for cfg, each in (
+        (cast, 2000), (Cfg(torch_dtype=torch.bfloat16), 2600), (Cfg(torch_dtype=torch.float32), 4000),
+        (Cfg(cast, adapter="lora"), 400),
+    ):  # fmt: skip
+        assert _disk(run, cfg, size)[0] == 2 * each  # type: ignore[index]
+    run.directory.model(0).mkdir(parents=True)
+    assert _disk(run, cast, size)[0] == 2000  # type: ignore[index]
 
 
 def test_checkpointing_keeps_what_enters_a_layer() -> None:
@@ -389,7 +579,14 @@ def test_a_run_in_the_folder_is_measured_as_far_as_it_got(tmp_path: Path) -> Non
     found = measure(directory, plan)
     assert (found.generation.value, found.scoring.value, found.training.value) == (6.0, 10 / 2, 3 * 10 / 5)
     assert "iteration 1" in found.generation.source and "iteration 0" in found.training.source
-    assert found.answer_tokens == 2.5
+    assert found.answer_tokens == 2.5 and "rank" not in found.training.source
+    # whatever is planned now: a trial of one of an epoch's two steps, on a rank and then on two
+    trial = make_plan(2, global_batch=1, num_epochs=1, history=0, betas=[0.1], learning_rates=[1e-3], max_steps=1)
+    write_json(directory.plan, trial.to_json())
+    write_json(directory.about, {"starts": [{"ranks": 2}, {"ranks": 1}]})
+    found = measure(directory, plan)
+    assert (found.scoring.value, found.training.value) == (10 / 2, 10 / 2 / 5)
+    assert found.training.source.endswith(" on 1 or 2 rank(s)")
 
 
 def facts(rows: int = 1000, **changes: Any) -> Facts:

@@ -26,7 +26,7 @@ class Facts:
         pure_half: Whether trained weights are kept in half precision, with no fp32 copy.
         trained_for: Numbers of tokens in the model's context, or None where its config does not say.
         sequence_len: The host's.
-        disk: Bytes that the iterations' models take, and bytes that are free; None where unknown.
+        disk: Bytes that models of iterations take which are still to come, and bytes that are free; None where unknown.
         thoughts: What is wrong with the thoughts in the newest pairs on disk; empty where nothing is.
     """
 

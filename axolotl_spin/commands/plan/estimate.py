@@ -12,11 +12,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from axolotl.utils.config import resolve_dtype
 
 from axolotl_spin.commands.config import load_config
 from axolotl_spin.commands.plan.advice import Facts, advise
-from axolotl_spin.commands.plan.lengths import describe_lengths, limits, repeated
-from axolotl_spin.commands.plan.memory import Load, estimate_memory
+from axolotl_spin.commands.plan.lengths import describe_lengths, heaviest, limits, repeated
+from axolotl_spin.commands.plan.memory import Load, estimate_memory, saved_bytes
 from axolotl_spin.commands.plan.size import ModelSize, model_size
 from axolotl_spin.commands.plan.timing import Measured, Rate, Tokens, estimate_time, measure
 from axolotl_spin.compat import text_config
@@ -28,7 +29,7 @@ from axolotl_spin.generation.rows import ROOM
 from axolotl_spin.run.prepare import SpinRun
 from axolotl_spin.run.resume import is_complete
 from axolotl_spin.settings.generation import DEFAULT_MAX_NEW_TOKENS
-from axolotl_spin.training.layouts import shared_mask_size
+from axolotl_spin.training.layouts import Layout, shared_mask_size
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ def plan_run(config: str, given: Given) -> tuple[SpinRun, dict[str, Any]]:
     """
     cfg, plugin = load_config(config, logged=False)
     cfg.world_size = given.ranks
+    if cfg.torch_dtype is None:  # with `use_ray` the host leaves it to its workers
+        resolve_dtype(cfg)
     try:
         plugin.load_datasets(cfg, preprocess=True)
     except ValueError as error:
@@ -107,7 +110,7 @@ def plan_run(config: str, given: Given) -> tuple[SpinRun, dict[str, Any]]:
         pure_half=_pure_half(cfg),
         trained_for=_trained_for(cfg),
         sequence_len=run.sequence_len,
-        disk=_disk(run, cfg.adapter, size),
+        disk=_disk(run, cfg, size),
         thoughts=_thoughts(run),
     )
     return run, {**figures, "advice": advise(facts)}
@@ -176,24 +179,29 @@ def _tokens(
 def _memory(
     cfg: Any, run: SpinRun, prompts: np.ndarray, answers: np.ndarray, longest: np.ndarray
 ) -> tuple[ModelSize | None, dict[str, Any]]:
-    micro, at_once = int(cfg.micro_batch_size), min(run.settings.generation.batch_size, len(prompts))
-    # rows of pictures are padded: a prompt stands before each answer
-    whole = prompts + answers + longest if run.images is None else 2 * (prompts + np.maximum(answers, longest))
-    rows = np.argsort(whole, kind="stable")[::-1][:micro]
-    heaviest = whole[rows]
+    at_once = min(run.settings.generation.batch_size, len(prompts))
+
+    def largest(layout: Layout) -> tuple[np.ndarray, int]:
+        return heaviest(prompts, answers, longest, layout=layout, pairs=int(cfg.micro_batch_size))
+
     try:
-        size = model_size(cfg, _pictures(run, rows))
+        # pictures count as in padded rows, where a prompt stands before each answer
+        size = model_size(cfg, _pictures(run, largest("padded")[0]))
     except ValueError as error:
         return None, {"missing": str(error)}
+    layout = size.layout if run.images is None else "padded"
+    rows, tokens = largest(layout)
+    whole = (prompts + answers + longest)[rows].tolist()
     load = Load(
         ranks=run.launch.ranks,
         sharding=run.launch.sharding,
-        training_tokens=int(heaviest.sum()),
-        answer_tokens=int(np.sort(answers + longest)[::-1][:micro].sum()),
+        training_tokens=tokens,
+        answer_tokens=int(np.sort(answers + longest)[::-1][: len(rows)].sum()),
         # every row of the cache is as wide as the widest
-        generation_tokens=at_once * (int((prompts + longest).max()) + ROOM),
-        pairs=len(heaviest),
-        mask=shared_mask_size(heaviest.tolist(), size.hidden or 1024) if run.images is None else 0,
+        generation_tokens=None if run.served else at_once * (int((prompts + longest).max()) + ROOM),
+        pairs=len(rows),
+        mask=shared_mask_size(whole, size.hidden or 1024) if layout == "shared" else 0,
+        layout=layout,
     )
     return size, estimate_memory(size, cfg, load)
 
@@ -218,12 +226,13 @@ def _trained_for(cfg: Any) -> int | None:
     return getattr(text, "max_position_embeddings", None)
 
 
-def _disk(run: SpinRun, adapter: str | None, size: ModelSize | None) -> tuple[int, int] | None:
+def _disk(run: SpinRun, cfg: Any, size: ModelSize | None) -> tuple[int, int] | None:
+    """Returns the bytes that models of iterations take which are not on disk yet, and the bytes that are free."""
     if size is None or not run.settings.save_iterations:
         return None
     there = next(path for path in [run.directory.root, *run.directory.root.absolute().parents] if Path(path).exists())
-    saved = (4 * size.trainable if adapter else 2 * size.parameters) * len(run.plan.iterations)
-    return saved, shutil.disk_usage(there).free
+    coming = [entry for entry in run.plan.iterations if not run.directory.model(entry.iteration).exists()]
+    return saved_bytes(size, cfg, run.launch.sharding) * len(coming), shutil.disk_usage(there).free
 
 
 def _folder(run: SpinRun) -> dict[str, Any]:

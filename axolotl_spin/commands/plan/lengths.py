@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from axolotl_spin.settings.generation import DEFAULT_MAX_NEW_TOKENS
+from axolotl_spin.training.layouts import Layout
 
 
 def describe_lengths(lengths: np.ndarray) -> dict[str, Any]:
@@ -42,6 +43,28 @@ def limits(prompts: np.ndarray, *, max_new_tokens: int | None, sequence_len: int
         sequence_len: The host's.
     """
     return np.maximum(1, np.minimum(sequence_len - prompts, max_new_tokens or DEFAULT_MAX_NEW_TOKENS))
+
+
+def heaviest(
+    prompts: np.ndarray, answers: np.ndarray, limits: np.ndarray, *, layout: Layout, pairs: int
+) -> tuple[np.ndarray, int]:
+    """Returns which pairs make the micro-batch with the most tokens where all own answers are cut, and how many it has.
+
+    Args:
+        prompts: (rows,) tokens in each prompt.
+        answers: (rows,) tokens in each human answer.
+        limits: (rows,) most tokens that the own answer may have.
+        layout: See `training.layouts`; tokens of padding count.
+        pairs: In a micro-batch.
+
+    Returns:
+        The rows of those pairs, the longest first; and tokens.
+    """
+    longer = prompts + np.maximum(answers, limits)
+    whole = {"shared": prompts + answers + limits, "packed": 2 * prompts + answers + limits, "padded": longer}[layout]
+    rows = np.argsort(whole, kind="stable")[::-1][:pairs]
+    # padded rows are as wide as the widest, and a pair has two
+    return rows, int(2 * len(rows) * whole.max() if layout == "padded" else whole[rows].sum())
 
 
 def repeated(prompts: Any) -> tuple[int, int]:

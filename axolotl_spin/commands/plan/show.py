@@ -86,12 +86,13 @@ def _memory(memory: dict[str, Any]) -> list[str]:
         return [f"memory: unknown, {memory['missing']}"]
     names = ("weights", "gradients", "optimizer", "activations")
     parts = ", ".join(f"{name} {gib(memory[name], 2)}" for name in names)
+    answering = [f"  answering, beside the weights: {gib(memory['answering'], 2)} at the most"]
     layout = f"{memory['ranks']} rank(s), {memory['sharding'] or 'no sharding'}"
     return [
         f"memory on each rank, estimated ({layout}; {memory['parameters']:,} parameters, {memory['trainable']:,} trained):",
         f"  training {gib(memory['training'], 2)}: {parts}",
         *_pictures(memory),
-        f"  answering, beside the weights: {gib(memory['answering'], 2)} at the most",
+        *(answering if memory["answering"] is not None else []),
         *(f"  {note}" for note in memory["notes"]),
     ]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,14 @@ from axolotl.utils.dict import DictDefault
 from axolotl_spin.commands.plan.towers import Pictures, count_pictures
 from axolotl_spin.compat import empty_model, text_config
 from axolotl_spin.generation.adapter import saved_adapter
+from axolotl_spin.training.layouts import Layout
+from axolotl_spin.training.preferred_layout import preferred_layout
 from axolotl_spin.training.towers import freeze_towers
+
+# what the host loads a model with where it puts another attention in its place
+_LOADED_WITH = {"fp8": "sdpa", "varlen": "eager"}
+# layers that leave a state instead of keys and values, or nothing
+_WITHOUT_KEYS = ("linear_attention", "conv", "mamba", "recurrent", "moe", "mlp")
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,12 @@ class ModelSize:
         head: Parameters of the LM head.
         towers, trained_towers: Parameters beside the language model, and those of them that are trained.
         pictures: What the pictures of a micro-batch hold; why that is not known; None on text.
+        trained_outside: Those of `outside` that are trained.
+        upcast, trained_upcast: Parameters of embeddings and head by the names that the host knows, which may be in fp32 (see
+            `memory`), and those of them that are trained.
+        embedding: Those of embeddings that are trained.
+        experts: Parameters of experts that are no linear layers, but lie in one tensor.
+        layout: Of a micro-batch of text, as a start will ask of the model.
     """
 
     parameters: int
@@ -45,6 +59,12 @@ class ModelSize:
     towers: int = 0
     trained_towers: int = 0
     pictures: Pictures | str | None = None
+    trained_outside: int = 0
+    upcast: int = 0
+    trained_upcast: int = 0
+    embedding: int = 0
+    experts: int = 0
+    layout: Layout = "shared"
 
 
 def model_size(cfg: Any, pictures: Mapping[str, torch.Tensor] | None = None) -> ModelSize:
@@ -58,6 +78,7 @@ def model_size(cfg: Any, pictures: Mapping[str, torch.Tensor] | None = None) -> 
         ValueError: The model's config cannot be read or built.
     """
     from axolotl.loaders.utils import load_model_config
+    from axolotl.utils.freeze import freeze_layers_except
 
     try:
         config = load_model_config(cfg)
@@ -68,40 +89,89 @@ def model_size(cfg: Any, pictures: Mapping[str, torch.Tensor] | None = None) -> 
             f"the model of `base_model: {cfg.base_model}` cannot be built from its config: {error}"
         ) from error
     text = text_config(config)
-    parameters = sum(weight.numel() for weight in model.parameters())
     head = model.get_output_embeddings()
-    ends = [part.weight for part in (model.get_input_embeddings(), head) if getattr(part, "weight", None) is not None]
-    outside = sum(weight.numel() for weight in {id(weight): weight for weight in ends}.values())
-    quantised = 0
-    if cfg.load_in_4bit or cfg.load_in_8bit:
-        linear = [part for part in model.modules() if isinstance(part, torch.nn.Linear) and part is not head]
-        quantised = sum(part.weight.numel() for part in linear)
-    if cfg.adapter:
-        trainable = _adapter_parameters(model, cfg)
-        parameters += trainable
-    else:
-        if not cfg.processor_type or cfg.freeze_mm_modules:  # else pictures train them
-            freeze_towers(model)
-        trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    heads = int(getattr(text, "num_attention_heads", 0) or 0)
-    kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
+    ends = [model.get_input_embeddings(), head]
+    outside = [part.weight for part in ends if getattr(part, "weight", None) is not None]
+    upcast = _upcast(model, cfg)
+    experts = [weight for name, weight in model.named_parameters() if weight.dim() > 2 and "expert" in name.lower()]
+    linear = [part.weight for part in model.modules() if isinstance(part, torch.nn.Linear) and part is not head]
+    packed = [*linear, *(experts if cfg.quantize_moe_experts else [])]
+    quantised = _count(packed) if cfg.load_in_4bit or cfg.load_in_8bit else 0
+    embeddings = [part.weight for part in model.modules() if isinstance(part, torch.nn.Embedding)]
+    stacked = _count(experts)
+    policy = _adapted(model, cfg) if cfg.adapter else model
+    if cfg.unfrozen_parameters:
+        freeze_layers_except(policy, cfg.unfrozen_parameters)
+    if not cfg.processor_type or cfg.freeze_mm_modules:  # else pictures train them
+        freeze_towers(policy)
     hidden = int(getattr(text, "hidden_size", 0) or 0)
-    layers = int(getattr(text, "num_hidden_layers", 0) or 0)
-    head_dim = int(getattr(text, "head_dim", None) or (hidden // heads if heads else 0))
+    towers, trained_towers = _towers(model)
     return ModelSize(
-        parameters,
-        trainable,
-        quantised,
-        layers,
-        hidden,
-        int(getattr(text, "vocab_size", 0)),
-        2 * layers * kv_heads * head_dim,
-        _inner(text, hidden),
-        outside,
-        head.weight.numel() if getattr(head, "weight", None) is not None else 0,
-        *_towers(model),
-        _pictures(model, cfg, pictures) if pictures else None,
+        parameters=_count(policy.parameters()),
+        trainable=_trained(policy.parameters()),
+        quantised=quantised,
+        layers=int(getattr(text, "num_hidden_layers", 0) or 0),
+        hidden=hidden,
+        vocabulary=int(getattr(text, "vocab_size", 0)),
+        kv_per_token=_kv_per_token(text, hidden),
+        inner=_inner(text, hidden),
+        outside=_count(outside),
+        head=head.weight.numel() if getattr(head, "weight", None) is not None else 0,
+        towers=towers,
+        trained_towers=trained_towers,
+        pictures=_pictures(model, cfg, pictures) if pictures else None,
+        trained_outside=_trained(outside),
+        upcast=_count(upcast),
+        trained_upcast=_trained(upcast),
+        embedding=_trained(embeddings),
+        experts=stacked,
+        layout=_layout(model.config, cfg),
     )
+
+
+def _count(weights: Iterable[torch.Tensor]) -> int:
+    """Returns how many numbers are in weights, each of which counts once."""
+    return sum(weight.numel() for weight in {id(weight): weight for weight in weights}.values())
+
+
+def _trained(weights: Iterable[torch.Tensor]) -> int:
+    return _count(weight for weight in weights if weight.requires_grad)
+
+
+def _upcast(model: Any, cfg: Any) -> list[torch.Tensor]:
+    """Returns the weights that the host takes for embeddings and head, by the names of their modules."""
+    from axolotl.loaders.utils import get_linear_embedding_layers
+
+    names = get_linear_embedding_layers(cfg.model_config_type)
+    parts = [part for name, part in model.named_modules() if any(word in name for word in names)]
+    found = [getattr(part, "weight", None) for part in parts]
+    return [weight for weight in found if isinstance(weight, torch.nn.Parameter)]
+
+
+def _layout(config: Any, cfg: Any) -> Layout:
+    """Returns the layout that a model's attention should take; a start tries whether it does."""
+    if cfg.attn_implementation:
+        asked = str(getattr(cfg.attn_implementation, "value", cfg.attn_implementation))
+        config = copy.deepcopy(config)  # the model runs over pictures here, where that attention may be missing
+        config._attn_implementation = _LOADED_WITH.get(asked, asked)
+    return preferred_layout(config, sample_packing=cfg.sample_packing, longest=int(cfg.sequence_len or 0))[0]
+
+
+def _kv_per_token(text: Any, hidden: int) -> int:
+    """Returns how many numbers a token leaves in the cache, over all layers that keep keys and values of their own."""
+
+    def of(name: str) -> int:
+        return int(getattr(text, name, 0) or 0)
+
+    heads, layers = of("num_attention_heads"), of("num_hidden_layers")
+    each = 2 * (of("num_key_value_heads") or heads) * (of("head_dim") or (hidden // heads if heads else 0))
+    if of("kv_lora_rank"):  # keys and values come out of what lies in the cache
+        each = of("kv_lora_rank") + of("qk_rope_head_dim")
+        if of("index_topk"):  # but for sparse attention, which keeps them, and the keys by which it chooses
+            each = heads * (of("qk_nope_head_dim") + of("qk_rope_head_dim") + of("v_head_dim")) + of("index_head_dim")
+    kinds = list(getattr(text, "layer_types", None) or ["full_attention"] * layers)
+    own = kinds[: len(kinds) - of("num_kv_shared_layers")]
+    return each * sum(kind not in _WITHOUT_KEYS for kind in own)
 
 
 def _towers(model: Any) -> tuple[int, int]:
@@ -136,7 +206,8 @@ def _inner(text: Any, hidden: int) -> int:
     return int(experts or 1) * int(max(width) if isinstance(width, (list, tuple)) else width)
 
 
-def _adapter_parameters(model: Any, cfg: Any) -> int:
+def _adapted(model: Any, cfg: Any) -> Any:
+    """Returns a model with the adapter that the host would add; layers are replaced in the model itself."""
     from axolotl.loaders.adapter import load_lora
     from peft import get_peft_model
 
@@ -146,8 +217,7 @@ def _adapter_parameters(model: Any, cfg: Any) -> int:
     else:
         _, settings = load_lora(model, DictDefault(cfg), config_only=True)
     with torch.device("meta"):
-        model = get_peft_model(model, settings, autocast_adapter_dtype=False)
-    return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+        return get_peft_model(model, settings, autocast_adapter_dtype=False)
 
 
 def checkpointed(cfg: Any) -> bool:

@@ -8,9 +8,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from axolotl_spin.disk.atomic import DamagedFileError, read_json
 from axolotl_spin.disk.directory import RunDirectory
 from axolotl_spin.monitor.tables import read_metrics
-from axolotl_spin.run.plan import Plan
+from axolotl_spin.run.plan import Plan, read_iterations
 
 
 @dataclass(frozen=True)
@@ -48,23 +49,43 @@ def measure(directory: RunDirectory, plan: Plan) -> Measured:
 
     Args:
         directory: Its files.
-        plan: For the number of epochs.
+        plan: For what the folder's own plan does not say.
     """
+    passes, ranks = _passes(directory, plan), _ranks(directory)
     rates = {"generation": Rate(None, "neither given nor measured")} | {
         kind: Rate(None, "neither given nor measured") for kind in ("scoring", "training")
     }
     answer_tokens = None
     for entry in plan.iterations:
         [found] = read_metrics([directory.metrics(entry.iteration)]) or [{}]
-        where = f"measured in iteration {entry.iteration} of {directory.root.parent}"
+        where = f"measured in iteration {entry.iteration} of {directory.root.parent}{ranks}"
         answer_tokens = found.get("spin/rejected_length", answer_tokens)
         if speed := found.get("spin/generation_tokens_per_second"):
             rates["generation"] = Rate(speed, where)
         tokens = _tokens(directory, entry.iteration)
-        for kind, passes in (("scoring", 1), ("training", entry.epochs)):
+        for kind, times in (("scoring", 1.0), ("training", passes[entry.iteration])):
             if tokens and (seconds := found.get(f"spin/{kind}_seconds")):
-                rates[kind] = Rate(tokens * passes / seconds, where)
+                rates[kind] = Rate(tokens * times / seconds, where)
     return Measured(**rates, answer_tokens=answer_tokens)
+
+
+def _passes(directory: RunDirectory, plan: Plan) -> dict[int, float]:
+    """Returns how often each iteration goes over its pairs: by the plan in the folder, which was another one perhaps."""
+    entries = list(plan.iterations)
+    try:
+        entries += read_iterations(read_json(directory.plan))
+    except (FileNotFoundError, ValueError, TypeError):
+        pass  # what is wrong with the folder is told elsewhere
+    return {entry.iteration: entry.steps / max(1, entry.steps_per_epoch) for entry in entries}
+
+
+def _ranks(directory: RunDirectory) -> str:
+    """Says on how many ranks the run in the folder was started; nothing where that is not known."""
+    try:
+        counts = sorted({int(start["ranks"]) for start in read_json(directory.about)["starts"]})
+    except (FileNotFoundError, DamagedFileError, KeyError, TypeError, ValueError):
+        return ""
+    return f" on {' or '.join(map(str, counts))} rank(s)" if counts else ""
 
 
 def _tokens(directory: RunDirectory, iteration: int) -> int | None:
