@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,9 @@ def load_config(path: str, *, logged: bool = True) -> tuple[Any, SpinPlugin]:
     Raises:
         click.ClickException: It is not valid, or does not say `rl: spin`.
     """
+    log: AbstractContextManager[None] = nullcontext() if logged else _log_elsewhere()
     try:
-        with nullcontext() if logged else _log_elsewhere():
+        with log:
             cfg = load_cfg(path)
     except ValueError as error:
         raise click.ClickException(f"{path}: {_why(path, error)}") from error

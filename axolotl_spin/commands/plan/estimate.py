@@ -189,7 +189,7 @@ def _memory(
         size = model_size(cfg, _pictures(run, largest("padded")[0]))
     except ValueError as error:
         return None, {"missing": str(error)}
-    layout = size.layout if run.images is None else "padded"
+    layout: Layout = size.layout if run.images is None else "padded"
     rows, tokens = largest(layout)
     whole = (prompts + answers + longest)[rows].tolist()
     load = Load(
