@@ -323,7 +323,7 @@ def test_experts_are_quantised_where_that_is_asked_for(tmp_path: Path) -> None:
     if why := architectures.lacking("qwen3_moe"):
         pytest.skip(why)
     architectures.save("qwen3_moe", tmp_path)
-    base = Cfg(base_model=str(tmp_path), base_model_config=str(tmp_path), **host.LORA, load_in_4bit=True)
+    base = Cfg(base_model=str(tmp_path), base_model_config=str(tmp_path), load_in_4bit=True)
     plain, packed = model_size(base), model_size(Cfg(base, quantize_moe_experts=True))
     assert plain.experts == packed.experts == 2 * 4 * 3 * 32 * 32
     assert packed.quantised == plain.quantised + plain.experts
