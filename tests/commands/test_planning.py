@@ -519,24 +519,27 @@ def test_checkpointing_keeps_what_enters_a_layer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cfg", "mask", "expected"),
+    ("layout", "cfg", "mask", "expected"),
     [
         # a bool a token, and its copy in bf16 that each of two layers keeps
-        ({}, 2**20, 2**20 * (1 + 2 * 2)),
-        ({"gradient_checkpointing": True}, 2**20, 2**20 * (1 + 2)),
+        ("shared", {}, 2**20, 2**20 * (1 + 2 * 2)),
+        ("shared", {"gradient_checkpointing": True}, 2**20, 2**20 * (1 + 2)),
+        ("shared", {"fsdp_config": {"activation_checkpointing": True}}, 2**20, 2**20 * (1 + 2)),
         # computed in parts from there on
-        ({}, 2**20 + 1, 0),
-        ({"attn_implementation": "sdpa", "torch_compile": True}, 2**21, 2**21 * (1 + 2 * 2)),
-        ({"attn_implementation": "eager"}, 2**21, 2**21 * (1 + 2)),
-        ({"attn_implementation": "flex_attention"}, 2**20, 0),
-        ({"attn_implementation": "flash_attention_2"}, 2**20, 0),
-        ({"sample_packing": False}, 2**20, 0),
+        ("shared", {}, 2**20 + 1, 0),
+        ("shared", {"attn_implementation": "sdpa", "torch_compile": True}, 2**21, 2**21 * (1 + 2 * 2)),
+        ("shared", {"attn_implementation": "eager"}, 2**21, 2**21 * (1 + 2)),
+        ("shared", {"attn_implementation": "flex_attention"}, 2**20, 0),
+        ("packed", {"attn_implementation": "flash_attention_2"}, 2**20, 0),
+        # padding always needs one
+        ("padded", {"sample_packing": False}, 2**21, 2**21 * (1 + 2 * 2)),
+        ("padded", {"attn_implementation": "flash_attention_2"}, 2**21, 0),
     ],
 )
-def test_the_mask_of_shared_rows_by_hand(cfg: dict[str, Any], mask: int, expected: int) -> None:
+def test_the_mask_of_a_layout_by_hand(layout: Any, cfg: dict[str, Any], mask: int, expected: int) -> None:
     settings = Cfg({"optimizer": "adamw_torch", "torch_dtype": torch.bfloat16, "bf16": True, **cfg})
     found, without = (
-        estimate_memory(SIZE, settings, Load(1, None, 10, 4, 6, pairs=8, mask=size))["activations"]
+        estimate_memory(SIZE, settings, Load(1, None, 10, 4, 6, pairs=8, mask=size, layout=layout))["activations"]
         for size in (mask, 0)
     )
     assert found - without == expected

@@ -191,7 +191,11 @@ def _memory(
         return None, {"missing": str(error)}
     layout: Layout = size.layout if run.images is None else "padded"
     rows, tokens = largest(layout)
-    whole = (prompts + answers + longest)[rows].tolist()
+    masks = {
+        "shared": shared_mask_size((prompts + answers + longest)[rows].tolist(), size.hidden or 1024),
+        "packed": 0,
+        "padded": tokens**2 // (2 * len(rows)),  # of each row, its tokens squared
+    }
     load = Load(
         ranks=run.launch.ranks,
         sharding=run.launch.sharding,
@@ -200,7 +204,7 @@ def _memory(
         # every row of the cache is as wide as the widest
         generation_tokens=None if run.served else at_once * (int((prompts + longest).max()) + ROOM),
         pairs=len(rows),
-        mask=shared_mask_size(whole, size.hidden or 1024) if layout == "shared" else 0,
+        mask=masks[layout],
         layout=layout,
     )
     return size, estimate_memory(size, cfg, load)

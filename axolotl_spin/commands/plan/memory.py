@@ -31,7 +31,7 @@ class Load:
         generation_tokens: That the cache of keys and values has room for: prompts and answers that are written at once; None
             where an engine answers.
         pairs: In that micro-batch.
-        mask: Bytes of its mask of tokens x tokens in the shared layout.
+        mask: Bytes of its mask of tokens x tokens, where its layout has one.
         layout: Of that micro-batch.
     """
 
@@ -236,11 +236,12 @@ def _offloaded(cfg: Any) -> set[str]:
 def _mask(size: ModelSize, cfg: Any, load: Load, width: int) -> int:
     """Returns the bytes of the mask, where one is made, with the copy that each layer's kernel keeps of it."""
     attention = _attention(cfg)
-    if cfg.sample_packing is False or attention not in ("sdpa", "eager"):
+    if attention not in ("sdpa", "eager"):
         return 0
-    if attention == "sdpa" and not cfg.torch_compile and masks_in_parts(load.mask, load.pairs):
+    shared = load.layout == "shared"
+    if shared and attention == "sdpa" and not cfg.torch_compile and masks_in_parts(load.mask, load.pairs):
         return 0
-    return load.mask * (1 + width * (1 if attention == "eager" or cfg.gradient_checkpointing else size.layers))
+    return load.mask * (1 + width * (1 if attention == "eager" or checkpointed(cfg) else size.layers))
 
 
 def _attention(cfg: Any) -> str:
