@@ -403,6 +403,8 @@ def check_spin_key(name: str) -> None:
 OTHER_NAMES = {
     # of DeepSpeed's config, of FSDP's
     *("gather_16bit_weights_on_model_save", "stage3_gather_16bit_weights_on_model_save", "forward_prefetch"),
+    "reshard_after_forward",
+    "max_gen_toks",  # of lm-eval's tasks
     *("field_chosen", "chat_template", "input_output", "tokenizer_default"),
     "max_num_seqs",  # of vLLM's engine
     # of a model's config, of libraries' optimizers

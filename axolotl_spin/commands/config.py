@@ -25,8 +25,8 @@ def load_config(path: str, *, logged: bool = True) -> tuple[Any, SpinPlugin]:
 
     Args:
         path: The YAML.
-        logged: Whether the host begins `OUTPUT_DIR/debug.log` anew, as a start does. A command that only looks must not: the
-            log is that of the folder's run, which may be going on.
+        logged: Whether the host begins `OUTPUT_DIR/debug.log` anew, as a start does. A command that only looks must not,
+            since the log is that of the folder's run, which may be going on.
 
     Returns:
         The host's normalized config, and the plugin that the host has registered for it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -302,7 +303,9 @@ def test_embeddings_are_as_wide_as_the_host_loads_them(changes: dict[str, Any], 
     expected = sum({**held, **norms}.values())
     sharding = "FSDP2" if "fsdp_config" in changes else None
     found = estimate_memory(model_size(loader.cfg), loader.cfg, Load(1, sharding, 10, 4, 6))
-    assert found["weights"] == found["gradients"] == expected == saved_bytes(model_size(loader.cfg), loader.cfg, sharding)
+    assert (
+        found["weights"] == found["gradients"] == expected == saved_bytes(model_size(loader.cfg), loader.cfg, sharding)
+    )
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "deepseek_v3", "gemma3n_text"])
@@ -348,7 +351,7 @@ def test_of_a_model_that_takes_more_the_language_model_is_trained(name: str, tmp
         ("adamw_torch", torch.optim.AdamW, torch.float32),
         ("rmsprop", torch.optim.RMSprop, torch.float32),
         ("sgd", torch.optim.SGD, torch.float32),
-        ("stable_adamw", StableAdamW, torch.bfloat16),
+        ("stable_adamw", partial(StableAdamW, triton=False), torch.bfloat16),
     ],
 )
 def test_optimizer_state_is_what_is_kept(name: str, make: Any, kind: torch.dtype) -> None:

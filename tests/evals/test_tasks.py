@@ -84,7 +84,9 @@ def test_what_the_model_cannot_be_asked(folder: Path) -> None:
     found, tokenizer = asked(folder / "all").load(), tiny.tokenizer()
     for config in (SimpleNamespace(max_position_embeddings=4), SimpleNamespace()):
         found.refuse_unfit(config, tokenizer)
-    with pytest.raises(ValueError, match=r"`spin.eval_tasks`: answers of tiny_answers may have 3 tokens .*context is 3,"):
+    with pytest.raises(
+        ValueError, match=r"`spin.eval_tasks`: answers of tiny_answers may have 3 tokens .*context is 3,"
+    ):
         found.refuse_unfit(SimpleNamespace(max_position_embeddings=3), tokenizer)
     found.chat_template, tokenizer.chat_template = True, None
     with pytest.raises(ValueError, match=r"`spin.eval_chat_template: true`, but the tokenizer has no chat template"):

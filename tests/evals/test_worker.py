@@ -71,7 +71,7 @@ def test_a_quantised_base_computes_as_in_training_and_where_it_is_told_to(tmp_pa
     ):
         model, _ = load(start(tmp_path), {"load_in_4bit": True, **written}, None)
         assert {part.compute_dtype for part in model.modules() if isinstance(part, Linear4bit)} == {expected}, written
-    with pytest.raises((AssertionError, RuntimeError), match="(?i)cuda|nvidia"):
+    with pytest.raises((AssertionError, RuntimeError), match=r"(?i)cuda|nvidia"):
         load(start(tmp_path), {"load_in_4bit": True}, "cuda:1")
 
 

@@ -89,6 +89,7 @@ def test_benchmarks_do_not_change_the_result(tmp_path: Path) -> None:
         "doc_to_text": "{{question}}",
         "doc_to_target": "{{answer}}",
         "metric_list": [{"metric": "exact_match"}],
+        "generation_kwargs": {"max_gen_toks": 8},
     }
     path = tmp_path / "one.yaml"
     path.write_text(json.dumps(task))

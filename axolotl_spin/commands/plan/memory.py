@@ -28,8 +28,8 @@ class Load:
         sharding: See `Launch`.
         training_tokens: Of the largest micro-batch of pairs, padding included.
         answer_tokens: Among them, those of answers.
-        generation_tokens: That the cache of keys and values has room for: prompts and answers that are written at once; None
-            where an engine answers.
+        generation_tokens: That the cache of keys and values has room for: prompts and answers that are written at once.
+            None where an engine answers.
         pairs: In that micro-batch.
         mask: Bytes of its mask of tokens x tokens, where its layout has one.
         layout: Of that micro-batch.

@@ -39,8 +39,8 @@ class ModelSize:
         towers, trained_towers: Parameters beside the language model, and those of them that are trained.
         pictures: What the pictures of a micro-batch hold; why that is not known; None on text.
         trained_outside: Those of `outside` that are trained.
-        upcast, trained_upcast: Parameters of embeddings and head by the names that the host knows, which may be in fp32 (see
-            `memory`), and those of them that are trained.
+        upcast, trained_upcast: Parameters of embeddings and head by the names that the host knows, which may be in fp32
+            (see `memory`), and those of them that are trained.
         embedding: Those of embeddings that are trained.
         experts: Parameters of experts that are no linear layers, but lie in one tensor.
         layout: Of a micro-batch of text, as a start will ask of the model.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,10 +73,8 @@ def measure(directory: RunDirectory, plan: Plan) -> Measured:
 def _passes(directory: RunDirectory, plan: Plan) -> dict[int, float]:
     """Returns how often each iteration goes over its pairs: by the plan in the folder, which was another one perhaps."""
     entries = list(plan.iterations)
-    try:
+    with suppress(FileNotFoundError, ValueError, TypeError):  # what is wrong with the folder is told elsewhere
         entries += read_iterations(read_json(directory.plan))
-    except (FileNotFoundError, ValueError, TypeError):
-        pass  # what is wrong with the folder is told elsewhere
     return {entry.iteration: entry.steps / max(1, entry.steps_per_epoch) for entry in entries}
 
 
