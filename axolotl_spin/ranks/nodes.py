@@ -205,7 +205,9 @@ def ranks_here(otherwise: int) -> int:
     Args:
         otherwise: Where it says nothing.
     """
-    said = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")  # the latter alone by DeepSpeed's launcher
+    said = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get(
+        "LOCAL_SIZE"
+    )  # the latter alone by DeepSpeed's launcher
     return int(said or otherwise)
 
 

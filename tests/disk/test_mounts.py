@@ -29,11 +29,16 @@ def test_a_mount_that_cannot_rename_is_refused(
         whole(source, target)
 
     monkeypatch.setattr(os, "replace", replace)
-    expected = rf"`output_dir: {out}` is on a mount that cannot rename .*\({os.strerror(number)}\): write to a local disk"
+    expected = (
+        rf"`output_dir: {out}` is on a mount that cannot rename .*\({os.strerror(number)}\): write to a local disk"
+    )
     with pytest.raises(OSError, match=expected):
         check_output_dir(str(out))
     assert list(out.iterdir()) == []
-    with pytest.raises(OSError, match="could not be written, because .* an object store's .*another disk"), explained(out):
+    with (
+        pytest.raises(OSError, match=r"could not be written, because .*an object store's .*another disk"),
+        explained(out),
+    ):
         replace(out / "x" if kind == "file" else tmp_path, out / "y")
     monkeypatch.undo()
     check_output_dir(str(out))

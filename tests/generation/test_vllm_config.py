@@ -125,7 +125,8 @@ def test_an_adapter_is_served_over_the_base_model(rank: int, expected: int) -> N
 
 
 @pytest.mark.parametrize(
-    ("keys", "expected"), [({"bfloat16": True}, "bfloat16"), ({"float16": True}, "float16"), ({"fp16": True}, "float16")]
+    ("keys", "expected"),
+    [({"bfloat16": True}, "bfloat16"), ({"float16": True}, "float16"), ({"fp16": True}, "float16")],
 )
 def test_an_engine_computes_in_the_policys_type(keys: dict[str, bool], expected: str) -> None:
     """The host has two keys for each."""

@@ -108,9 +108,7 @@ def test_a_node_says_whom_it_waits_for(monkeypatch: pytest.MonkeyPatch, caplog: 
         ({"LOCAL_WORLD_SIZE": "4", "LOCAL_SIZE": "8"}, 4),
     ],
 )
-def test_how_many_ranks_a_node_has(
-    variables: dict[str, str], expected: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_how_many_ranks_a_node_has(variables: dict[str, str], expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
