@@ -46,6 +46,7 @@ from axolotl.integrations.base import BasePlugin, PluginManager
 from axolotl.integrations.config import merge_input_args
 from axolotl.loaders import ModelLoader, load_processor, load_tokenizer
 from axolotl.prompt_strategies import load as load_strategy
+from axolotl.train import setup_signal_handler
 from axolotl.utils.chat_templates import get_chat_template
 from axolotl.utils.collators.mm_chat import MultiModalChatDataCollator
 from axolotl.utils.config import prepare_plugins, validate_config
@@ -492,6 +493,20 @@ def test_ranks_and_device_map(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     plugins.load_datasets(cfg, preprocess=True)
     assert plugins.plugins[SPIN].run.plan.global_batch == 2 * 2 * 2
     assert cfg.device_map is None or torch.cuda.is_available()
+
+
+def test_deepspeeds_launcher_has_a_variable_of_its_own_for_the_ranks_of_a_node() -> None:
+    """Where it starts them no other says how many a node has (`ranks_here`)."""
+    from deepspeed.launcher import launch
+
+    source = inspect.getsource(launch.main)
+    assert 'current_env["LOCAL_SIZE"] = str(num_local_procs)' in source and "LOCAL_WORLD_SIZE" not in source
+
+
+def test_the_host_ends_a_process_at_ctrl_c_without_its_process_group() -> None:
+    """So `Peers` keeps rank and count, and a rank that ends by this is not called failed."""
+    source = inspect.getsource(setup_signal_handler)
+    assert source.index("cleanup_distributed()") < source.index("sys.exit(0)") and "signal.SIGINT" in source
 
 
 @pytest.mark.parametrize("steps", [1, 40, 200, 5000])

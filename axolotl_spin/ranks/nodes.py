@@ -205,9 +205,8 @@ def ranks_here(otherwise: int) -> int:
     Args:
         otherwise: Where it says nothing.
     """
-    said = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get(
-        "LOCAL_SIZE"
-    )  # the latter alone by DeepSpeed's launcher
+    # the latter alone by DeepSpeed's launcher
+    said = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
     return int(said or otherwise)
 
 

@@ -76,7 +76,7 @@ def test_free_memory_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch, capl
 
 
 def test_a_node_says_whom_it_waits_for(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """Three ranks at one store, of which each comes when it has been waited for: nothing else tells of a node that failed."""
+    """Three ranks at one store, of which each comes when it has been waited for: a node that failed tells nothing."""
     monkeypatch.setattr(nodes, "_SAID_AFTER", 0.2)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     store, until = HashStore(), time.monotonic() + 20
