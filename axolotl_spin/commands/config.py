@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -49,11 +50,18 @@ def load_config(path: str, *, logged: bool = True) -> tuple[Any, SpinPlugin]:
 @contextmanager
 def _log_elsewhere() -> Iterator[None]:
     """Has the host log into a folder that goes away: where a log is open it begins no other."""
+    name = "AXOLOTL_TEE_STDOUT"
+    kept = os.environ.get(name)
     with tempfile.TemporaryDirectory() as folder:
-        log = Path(prepare_debug_log(DictDefault(output_dir=folder)))
+        # without what copies standard output to the log: closing the log then waits for itself (hosts 0.19 to 0.21)
+        os.environ[name] = "0"
         try:
+            log = Path(prepare_debug_log(DictDefault(output_dir=folder)))
             yield
         finally:
+            os.environ.pop(name)
+            if kept is not None:
+                os.environ[name] = kept
             if log.parent == Path(folder):  # else it was open before
                 close_debug_log()
 

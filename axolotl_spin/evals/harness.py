@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from axolotl_spin.evals.tasks import Benchmarks
 from axolotl_spin.evals.unmoved import quiet, unmoved
-from axolotl_spin.generation.transformers import without
+from axolotl_spin.generation.transformers import generating, without
 from axolotl_spin.ranks.bare import bare
 from axolotl_spin.ranks.gather import Gather, whole_weights
 from axolotl_spin.ranks.main import Ranks
@@ -114,18 +114,22 @@ class _Asked:
     def generate(self, **arguments: Any) -> torch.Tensor:
         # its forwards are calls of the base model, which a forward of the policy need not be: PEFT 0.20 passes the base's
         # hooks by. Ahead of what gathers shards: ranks that have ended ask first, too
-        base = self.policy.get_base_model() if hasattr(self.policy, "get_base_model") else self.policy
-        hook = base.register_forward_pre_hook(lambda *_: self._before_forward(), prepend=True)
+        hook = generating(self.policy).register_forward_pre_hook(lambda *_: self._before_forward(), prepend=True)
         try:
             # under ZeRO-3 it would ask all ranks before each token whether one goes on; the hook does where they are one
             return self.policy.generate(**arguments, synced_gpus=False)
         finally:
             hook.remove()
 
-    def go_along(self) -> None:
-        """Makes the forwards that ranks which are not through need of this one, which is."""
+    def go_along(self, kind: str) -> None:
+        """Makes the forwards that ranks which are not through need of this one, which is.
+
+        Args:
+            kind: Of the requests.
+        """
+        called = generating(self.policy) if kind == "generate_until" else self.policy
         while self.coupled and self._any_goes_on(False):
-            self.policy(input_ids=torch.full((1, 1), self.pad_token_id, device=self.device))
+            called(input_ids=torch.full((1, 1), self.pad_token_id, device=self.device))
 
     def _before_forward(self) -> None:
         self.ranks.check()
@@ -185,7 +189,7 @@ class PolicyLM(HFLM):
             batch = [Instance(kind, {}, arguments[place], place) for place in batches[index]]  # type: ignore[arg-type]
             found += zip(batches[index], self._halved(kind, batch), strict=True)
             self.bar.update(len(batch))
-        self.asked.go_along()
+        self.asked.go_along(kind)
         PolicyLM.turns += 1
         ranks.meet(f"benchmarks/{PolicyLM.turns}")  # ranks may be far apart, farther than a collective waits
         answers = dict(gather_object(found))

@@ -59,14 +59,16 @@ class TransformersBackend:
                     "`spin.generation.gather_weights`: ranks that gather weights for each forward together cannot answer "
                     "prompts with pictures, whose towers not every forward needs: set it to `true`"
                 )
-            answer = self._decode if can_decode(policy) and not pictured else self._generate
+            decodes = can_decode(policy) and not pictured
+            answer = self._decode if decodes else self._generate
             for position in range(ranks.rank, len(chunks), ranks.count):
                 chunk = chunks[position]
                 completions = answer(policy, chunk, coupled)
                 ranks.made(len(completions), sum(len(completion.ids) for completion in completions))
                 keep(chunk, completions)
+            called = policy if decodes else generating(policy)  # as those ranks do that go on
             while coupled and self._any_rank_goes_on(False):
-                policy(input_ids=torch.full((1, 1), self.pad_token_id, device=ranks.device))
+                called(input_ids=torch.full((1, 1), self.pad_token_id, device=ranks.device))
         if ranks.device.type != "cpu":
             torch.accelerator.empty_cache()  # the keys' and values' memory is training's again
         return {}
@@ -103,9 +105,8 @@ class TransformersBackend:
                     f"where answers by `generate` cannot go on, and a prompt and its answer may have {longest}: "
                     f"set it to at most {most}, or lower `spin.generation.max_new_tokens`"
                 )
-        base = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
         # ahead of what gathers shards: ranks that have ended ask first, too
-        hook = base.register_forward_pre_hook(lambda *_: self._before_forward(coupled), prepend=True)
+        hook = generating(policy).register_forward_pre_hook(lambda *_: self._before_forward(coupled), prepend=True)
         try:
             with _generation_config(policy), without(policy, "generate"):
                 while True:
@@ -190,6 +191,14 @@ class _Drawing(LogitsProcessor):
         count = input_ids.shape[1] - self.width
         tokens = self.draw(scores, range(len(scores)), [count] * len(scores))
         return torch.full_like(scores, -torch.inf).scatter_(-1, tokens[:, None], 0.0)
+
+
+def generating(policy: Any) -> Any:
+    """Returns the module of which `generate` calls the forwards: past an adapter, so that no hook of that one runs.
+
+    DeepSpeed's, at the root, compare the ranks: where forwards are one, all ranks have to call the same module.
+    """
+    return policy.get_base_model() if hasattr(policy, "get_base_model") else policy
 
 
 @contextmanager

@@ -23,8 +23,11 @@ def spin(gather: str | bool) -> dict:
     return {"iterations": 1, "generation": {"max_new_tokens": 6, "batch_size": 8, "gather_weights": gather}}
 
 
+ONCE = [pytest.param(name, marks=pytest.mark.once) for name in ("fsdp2", "zero3-lora")]
+
+
 @pytest.mark.parametrize("gather", [pytest.param(True, marks=pytest.mark.once), False])
-@pytest.mark.parametrize("layout", ["zero3", pytest.param("fsdp2", marks=pytest.mark.once), "fsdp2-lora"])
+@pytest.mark.parametrize("layout", ["zero3", *ONCE, "fsdp2-lora"])
 def test_ranks_with_unequal_chunks_answer_and_end(
     layout: str, gather: bool, alone: tuple[Path, list[list[int]]], warm_ranks: Ranks
 ) -> None:
