@@ -51,17 +51,18 @@ def load_config(path: str, *, logged: bool = True) -> tuple[Any, SpinPlugin]:
 def _log_elsewhere() -> Iterator[None]:
     """Has the host log into a folder that goes away: where a log is open it begins no other."""
     name = "AXOLOTL_TEE_STDOUT"
-    kept = os.environ.get(name)
     with tempfile.TemporaryDirectory() as folder:
-        # without what copies standard output to the log: closing the log then waits for itself (hosts 0.19 to 0.21)
-        os.environ[name] = "0"
+        kept, os.environ[name] = os.environ.get(name), "0"
         try:
+            # without what copies standard output into it: closing a log with that waits for itself (hosts 0.19 to 0.21)
             log = Path(prepare_debug_log(DictDefault(output_dir=folder)))
-            yield
         finally:
             os.environ.pop(name)
             if kept is not None:
                 os.environ[name] = kept
+        try:
+            yield
+        finally:
             if log.parent == Path(folder):  # else it was open before
                 close_debug_log()
 
