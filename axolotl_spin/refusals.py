@@ -80,13 +80,11 @@ REFUSED: tuple[tuple[str, Test, str], ...] = (
     ("trainer_cls", _truthy, "the plugin brings its own trainer; remove it"),
     ("use_pose", _truthy, "training would skip positions, which an answer being written cannot; remove it"),
     (
-        "attn_implementation",
+        "attn_implementation",  # into which the host turns `xformers_attention` and `sage_attention`
         _one_of("xformers", "sage"),
         "the host's code for it takes packed rows alone, and answers begin with padded ones; use flash_attention_2, sdpa "
         "or flex_attention",
     ),
-    ("xformers_attention", _truthy, "the host's code for it takes packed rows alone; use `attn_implementation: sdpa`"),
-    ("sage_attention", _truthy, "the host's code for it takes packed rows alone; use `attn_implementation: sdpa`"),
     (
         "scaling_softmax",
         _truthy,

@@ -104,8 +104,8 @@ def test_wrong_blocks_are_refused(block, message: str) -> None:
 
 # one offending value per refused key; the keys must cover the table
 OFFENDING = {
-    "streaming": True, "pretraining_dataset": "x", "attn_implementation": "xformers", "xformers_attention": True,
-    "sage_attention": True, "scaling_softmax": True, "diffusion_lm": {"noise_schedule": "linear"},
+    "streaming": True, "pretraining_dataset": "x", "attn_implementation": "xformers",
+    "scaling_softmax": True, "diffusion_lm": {"noise_schedule": "linear"},
     "reward_model": True, "process_reward_model": True, "context_parallel_size": 2,
     "sequence_parallel_degree": 2, "tensor_parallel_size": 2, "expert_parallel_size": 2, "relora": True,
     "peft_init_lora_weights": "pissa_niter_16", "use_pose": True,

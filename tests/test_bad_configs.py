@@ -183,6 +183,7 @@ DATA: dict[str, tuple[Change, str]] = {
 CASES: dict[str, tuple[Change, str]] = {
     **{f"spin: {name}": ({"spin": block}, message) for name, (block, message) in SPIN.items()},
     **{f"refused: {key}": ({key: value}, f"`{key}: ") for key, value in OFFENDING.items()},
+    "refused: the former key of xformers": ({"xformers_attention": True}, "`attn_implementation: xformers`"),
     **{f"host: {name}": case for name, case in HOST.items()},
     **{f"data: {name}": case for name, case in DATA.items()},
 }
