@@ -175,7 +175,7 @@ def report(output_dirs: tuple[Path, ...], output: Path | None, result: TextIO) -
     if output is None:
         output = RunDirectory(output_dirs[0]).report if len(output_dirs) == 1 else Path("spin-comparison.html")
     elif output.exists() and not output.is_file():  # a pipe or a device would be replaced by a file
-        raise click.ClickException(f"--output: {output} is there and no file")
+        raise click.ClickException(f"--output: {output} is no plain file: name another place")
     try:
         size = write_report(output_dirs, output)
     except ImportError as error:

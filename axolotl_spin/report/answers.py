@@ -23,6 +23,7 @@ from axolotl_spin.report.reading import RunData
 
 # prompts in the page: spread evenly, and for each iteration the first and the last by each of the measures below
 SPREAD, EXTREMES = 240, 6
+# what reading a damaged file raises
 _DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)
 # bytes of texts in the page, whatever their number; a text longer than the limit is cut
 TEXT_BYTES, TEXT_CHARACTERS = 1_500_000, 4000

@@ -81,8 +81,10 @@ def saturated(figures: Iterations) -> list[Figures]:
     """The loss is used up although the policy has hardly moved."""
     hits = []
     for found in figures:
-        loss, move = found.get("loss_last"), found.per_token("rewards/margins")
-        if loss is not None and move is not None and loss < SATURATED_LOSS * found.first_loss and move < SATURATED_MOVE:
+        loss, moved = found.get("loss_last"), found.per_token("rewards/margins")
+        if loss is None or moved is None:
+            continue
+        if loss < SATURATED_LOSS * found.first_loss and moved < SATURATED_MOVE:
             hits.append(found)
     return hits
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -43,8 +44,9 @@ def test_folders_without_a_run_are_refused(tmp_path: Path) -> None:
     ):
         done = CliRunner().invoke(spin, ["report", *arguments])
         assert done.exit_code != 0 and message in done.output, done.output
-    done = CliRunner().invoke(spin, ["report", str(tmp_path / "run"), "--output", "/dev/null"])
-    assert done.exit_code == 1 and "/dev/null is there and no file" in done.output
+    os.mkfifo(pipe := tmp_path / "pipe")
+    done = CliRunner().invoke(spin, ["report", str(tmp_path / "run"), "--output", str(pipe)])
+    assert done.exit_code == 1 and "pipe is no plain file: name another place" in done.output and pipe.is_fifo()
     RunDirectory(tmp_path / "run").log.unlink()
     RunDirectory(tmp_path / "run").log.mkdir()
     done = CliRunner().invoke(spin, ["report", str(tmp_path / "run")])
