@@ -31,9 +31,10 @@ from axolotl_spin.generation.rows import Rows
 
 Forward = Callable[..., Any]
 
-# rows join when they are at least this share of the batch, since a forward over few prompts costs almost as much as one
-# over more; and leave when they are, since what the others have in the cache is then copied
-_WORTH_IT = 0.25
+# of the batch, rows that are free at most before new ones join
+_MOST_FREE = 0.5
+# of the rows, those that leave at once at the least: what the others have in the cache is then copied
+_WORTH_A_COPY = 0.25
 
 
 class Draw:
@@ -171,6 +172,7 @@ def decode(
     draw, stops = Draw(sampling, chunk), set(sampling.stop_token_ids)
     drawn: list[list[int]] = [[] for _ in chunk.prompts]
     waiting: deque[int] = deque()
+    places = range(len(chunk.prompts))
     rows: Rows | None = None
     most: float = math.inf  # tokens of a row in this pass
 
@@ -203,13 +205,13 @@ def decode(
         return Rows(places, cache, lengths, take(places, out.logits[:, -1]))
 
     for most in (*switches, math.inf):  # noqa: B007 (`rests` reads it)
-        left = [place for place in range(len(chunk.prompts)) if not rests(place)]
+        left = [place for place in places if not rests(place)]
         waiting, rows = deque(sorted(left, key=length, reverse=True)), None
         while waiting or rows:
             staying: list[int] = [row for row, place in enumerate(rows.places) if not rests(place)] if rows else []
             room = batch_size - len(staying)
             gone = len(rows.places) - len(staying) if rows else 0
-            if waiting and room >= _WORTH_IT * batch_size:
+            if waiting and room and room >= batch_size * worth_joining(sum(map(len, drawn)), sum(map(ended, places))):
                 new = prefill([waiting.popleft() for _ in range(min(room, len(waiting)))])
                 if rows and staying:
                     rows.join(staying, new)
@@ -219,7 +221,7 @@ def decode(
             if not staying:
                 break
             assert rows is not None
-            if gone and gone >= _WORTH_IT * len(rows.places):
+            if gone and gone >= _WORTH_A_COPY * len(rows.places):
                 rows.leave(staying)
                 staying = list(range(len(staying)))
             lengths = rows.step(staying)
@@ -231,6 +233,20 @@ def decode(
             )
             rows.tokens = take(rows.places, out.logits[:, -1])
     return [Completion(ids, "stop" if ids[-1] in stops else "length") for ids in drawn]
+
+
+def worth_joining(tokens: int, ended: int) -> float:
+    """Returns of which share of a batch on rows join at once.
+
+    A forward over their prompts costs about as much as one over the batch, and a row that is free its share of each. Where
+    n of B rows join at once, answers of L tokens on average cost, at each token, B / (L n) forwards of the one and n / 2B
+    of the other: least at n = B sqrt(2 / L).
+
+    Args:
+        tokens: Drawn so far, of all answers.
+        ended: Answers that have ended.
+    """
+    return min(_MOST_FREE, math.sqrt(2 * max(1, ended) / max(1, tokens)))
 
 
 def _inputs(ids: Tensor, lengths: list[int]) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from axolotl_spin.generation import rows
 from axolotl_spin.generation.backend import Sampling, cut
 from axolotl_spin.generation.chunks import Chunk, chunk_rows, chunk_size, iteration_seed, token_limit
-from axolotl_spin.generation.decoding import Draw, can_decode
+from axolotl_spin.generation.decoding import Draw, can_decode, worth_joining
 from axolotl_spin.generation.frequencies import switch_lengths
 from axolotl_spin.generation.grouped import NAME, grouped, grouped_attention
 from axolotl_spin.generation.transformers import TransformersBackend
@@ -175,6 +175,14 @@ def test_ended_answers_make_room_and_are_not_computed(model) -> None:
     assert [len(completion.ids) for completion in completions] == [9, 1, 1, 1, 1, 1]
     # prefill of two, then one beside the long answer at a time; what remains is written alone
     assert counts == [2, 1, 1, 1, 1] + [1] * 8
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ended", "share"), [(0, 0, 0.5), (20, 10, 0.5), (320, 10, 0.25), (20_000, 10, 0.0316)]
+)
+def test_rows_join_sooner_where_answers_are_longer(tokens: int, ended: int, share: float) -> None:
+    """At sqrt(2 / L) of the batch, and at most a half; before one has ended L is all that was drawn."""
+    assert worth_joining(tokens, ended) == pytest.approx(share, rel=1e-3)
 
 
 def test_a_token_is_written_into_memory_that_is_there(model, monkeypatch: pytest.MonkeyPatch) -> None:
