@@ -45,11 +45,12 @@ class SpinPlugin(BasePlugin):
             from axolotl_spin.disk.directory import check_base_model, check_output_dir
             from axolotl_spin.monitor.about import plain_config
             from axolotl_spin.ranks.build_lock import watch_builds
-            from axolotl_spin.ranks.restarts import warn_of_shared_store
+            from axolotl_spin.ranks.restarts import warn_of_going_back, warn_of_shared_store
 
             check_host_version()
             watch_builds()  # DeepSpeed's extensions, from here on
             warn_of_shared_store()
+            warn_of_going_back(cfg)
             self._written = plain_config(cfg)
             if isinstance(cfg.get("output_dir"), str):
                 check_output_dir(cfg["output_dir"])
@@ -159,7 +160,8 @@ class SpinPlugin(BasePlugin):
         arguments["max_steps"] = plan.total_steps
         for setting, per_epoch in (("save_steps", cfg.saves_per_epoch), ("eval_steps", cfg.evals_per_epoch)):
             if per_epoch and cfg.get(setting):  # a fraction of the run, which the host took to be one iteration
-                arguments[setting] = 1.0 / (per_epoch * plan.total_epochs)
+                share = 1.0 / (per_epoch * plan.total_epochs)
+                arguments[setting] = share if share < 1 else plan.total_steps  # 1 is a step, no fraction
         return arguments
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list:

@@ -97,6 +97,8 @@ class SpinTrainer(TokenLoss, AxolotlTrainer, PairTrainer):
         if self.loop is None:
             return epochs, batches
         run = self.loop.run
+        # the Trainer goes by the state, which it has replaced by a checkpoint's: `save_steps` and the like may be others
+        self.state.compute_steps(self.args, run.plan.total_steps)
         folder = self.resume_folder(args, kwargs)
         self._resumed = read_checkpoint(Path(folder)).state if folder else None
         position = run.plan.locate(self.state.global_step)

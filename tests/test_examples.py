@@ -84,6 +84,8 @@ def test_70b_on_64_gpus(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     normalize_config(cfg)
     assert cfg.world_size == 64 and cfg.batch_size == 64
     assert spin_config(cfg).generation.vllm.tensor_parallel_size == 8
+    # held-out play would have the sharded model answer, gathering 70B parameters for each token
+    assert spin_config(cfg).eval_prompts == 0 and spin_config(cfg).select in (None, "eval_loss") and cfg.val_set_size
     cfg.torch_dtype = torch.bfloat16 if cfg.bf16 else torch.float32
     size, page = model_size(cfg), (host.ROOT / "docs" / "clusters.md").read_text()
     for gpus in (16, 64):

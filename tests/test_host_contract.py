@@ -483,6 +483,19 @@ def test_saves_and_evaluations_per_epoch_become_fractions_of_the_run(folder: Pat
     assert (arguments["max_steps"], arguments["num_train_epochs"]) == (meta.total_num_steps, 4)
 
 
+def test_once_in_a_run_that_ends_within_its_first_epoch_is_at_its_end(folder: Path) -> None:
+    """transformers takes less than 1 for a fraction of the run, and 1 for every step."""
+    cfg = loaded(settings(folder, num_epochs=2, saves_per_epoch=1, evals_per_epoch=1, val_set_size=2, max_steps=2))
+    assert cfg.eval_steps == 0.5
+    plugins = PluginManager.get_instance()
+    plugins.load_datasets(cfg)
+    arguments = plugins.get_training_args(cfg)
+    assert (arguments["save_steps"], arguments["eval_steps"], arguments["max_steps"]) == (2, 2, 2)
+    state = TrainerState()
+    state.compute_steps(SimpleNamespace(logging_steps=1, eval_steps=1.0, save_steps=0.5), 2)
+    assert (state.eval_steps, state.save_steps) == (1, 1)
+
+
 def test_ranks_and_device_map(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The plan counts ranks by the launcher's variable; without an accelerator the host's device map names none."""
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda *devices: True)  # 0.20 asks, also without a driver

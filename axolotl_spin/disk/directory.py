@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -178,11 +180,38 @@ def check_output_dir(output_dir: str) -> None:
         os.replace(probe / "aside", probe / "file")
         os.replace(probe, moved)
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            fault = "has no space left"
+            way = (
+                "free some, or have the quota raised, and start again: a run goes on from its last complete checkpoint. "
+                f"What a stopped one can spare is {output_dir}/spin/iteration-*/.model, {output_dir}/spin/replaced-*, "
+                'and a checkpoint whose spin.json says `"complete": false`'
+            )
         message = f"`output_dir: {output_dir}` {fault} ({os.strerror(error.errno or 0)}): {way}"
         raise OSError(error.errno, message) from error
     finally:
         for path in (probe, moved):
             shutil.rmtree(path, ignore_errors=True)
+
+
+# of `check_output_dir`, and of `find_nodes` (`ranks/nodes.py`)
+_SIGN = re.compile(r"\.probe\.[0-9a-f]{8}|\.spin-[0-9a-f]{16}-\d+")
+# seconds after which no start is still at it; another rank's, or another node's, may be
+_OVER = 3600.0
+
+
+def remove_signs(output_dir: Path) -> None:
+    """Removes what starts that were killed left in a folder while they tried it, or looked who sees it.
+
+    Args:
+        output_dir: The host's.
+    """
+    for path in output_dir.glob(".*"):
+        if _SIGN.fullmatch(path.name):
+            with suppress(OSError):  # another start has just removed its own
+                found = path.lstat()
+                if time.time() - found.st_mtime > _OVER:
+                    (shutil.rmtree if stat.S_ISDIR(found.st_mode) else os.unlink)(path)
 
 
 def describe_upload(hub_model_id: str | None) -> str | None:

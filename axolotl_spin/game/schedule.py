@@ -72,9 +72,16 @@ class IterationSchedule(LRScheduler):
             group["lr"] = rate
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state without the table, which the plan gives again."""
-        state = super().state_dict()
-        return {key: value for key, value in state.items() if key not in ("_rates", "_base_rate")}
+        """Returns the state without the table and what its rates refer to, which each start gives anew."""
+        return {key: value for key, value in super().state_dict().items() if key not in _OF_A_START}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up where a checkpoint was; its rates were those of a `learning_rate` that this start need not have."""
+        super().load_state_dict({key: value for key, value in state_dict.items() if key not in _OF_A_START})
+
+
+# of a schedule: the table, and the rates to which it refers, the host's and the groups' (torch's name)
+_OF_A_START = ("_rates", "_base_rate", "base_lrs")
 
 
 class OptimizerStart:

@@ -33,7 +33,7 @@ def keep_thumbnails(run: SpinRun) -> None:
     """
     path = run.directory.thumbnails
     try:
-        # as a complete one, since asking whether it goes on would close its lock
+        # as a complete one, since asking whether it goes on would close its lock where that is a POSIX one
         wanted = shown_pictures(sample([read_answers(read_run(run.directory.root.parent, complete=True))]).prompts)
         kept = _read(path)
         made = {name: kept[name] for name in wanted if name in kept}

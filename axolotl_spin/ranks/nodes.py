@@ -246,7 +246,9 @@ def first_to_see(seen: Sequence[Iterable[int]]) -> list[int]:
         seen: The ranks whose files each rank sees. One that has looked too early may miss a rank that sees its own.
     """
     first = [min(others, default=rank) for rank, others in enumerate(seen)]
-    for _ in first:  # the least rank spreads by one look at each turn
+    before: list[int] = []
+    while first != before:  # the least rank spreads by one look at each turn
+        before = first.copy()
         for rank, others in enumerate(seen):
             for other in others:
                 first[rank] = first[other] = min(first[rank], first[other])

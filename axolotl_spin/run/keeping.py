@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from axolotl_spin.disk.atomic import DamagedFileError, explained, flush, path_aside, read_json, remove_folder
+from axolotl_spin.disk.directory import remove_signs
 from axolotl_spin.run.prepare import SpinRun
 from axolotl_spin.run.selected import stand, write_best
 from axolotl_spin.run.selection import Standing
@@ -81,10 +82,11 @@ def replace_weights(model: Path, output_dir: Path) -> None:
 
 
 def remove_asides(output_dir: Path) -> None:
-    """Removes what a killed `replace_weights` left half copied."""
+    """Removes what a killed `replace_weights` left half copied, and what killed starts left of finding their folder."""
     for pattern in _WEIGHTS:
         for path in output_dir.glob(f".{pattern}.????????"):
             path.unlink(missing_ok=True)
+    remove_signs(output_dir)
 
 
 def alone(run: SpinRun) -> int | None:

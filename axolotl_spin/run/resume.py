@@ -23,7 +23,7 @@ from axolotl_spin.run.checkpoints import Checkpoint, lost_pairs, read_checkpoint
 from axolotl_spin.run.keeping import alone, remove_asides
 from axolotl_spin.run.plan import IterationPlan, Plan
 from axolotl_spin.run.prepare import SpinRun
-from axolotl_spin.run.regrouping import why_not_regrouped
+from axolotl_spin.run.regrouping import remove_universal, why_not_regrouped
 from axolotl_spin.run.selected import ended_at
 
 LOG = get_logger(__name__)
@@ -71,6 +71,8 @@ def settle_start(run: SpinRun, cfg: Any) -> None:
             if not checkpoint.finished:
                 LOG.info(f"removing {checkpoint.folder}: {checkpoint.fault}")
                 remove_folder(checkpoint.folder, run.directory.root)
+            else:
+                remove_universal(checkpoint.folder)  # of a start that was killed
     if asked:
         chosen: Checkpoint | None = _asked_for(Path(asked), run)
     elif cfg.get("auto_resume_from_checkpoints") is False:

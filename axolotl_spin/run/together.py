@@ -1,7 +1,7 @@
 """A start on several nodes: all have the same run before them, and where rank 0 begins, all do.
 
-Where every rank sees the run's folder each finds its start there by itself, as on one node. Else rank 0's folder is the
-run's: it alone decides, and what the others need of it is brought to them.
+Where every rank sees the run's folder each finds its start there by itself, as on one node, and all compare what they find.
+Else rank 0's folder is the run's: it alone decides, and what the others need of it is brought to them.
 """
 
 from __future__ import annotations
@@ -65,7 +65,10 @@ def _agree_on_run(meeting: Meeting, run: SpinRun) -> None:
 
 
 def _settle_alike(meeting: Meeting, run: SpinRun, cfg: Any, settle: Settle) -> None:
-    """Settles the start on every rank, and raises on every rank what one refuses: rank 0 alone takes the folder."""
+    """Settles the start on every rank, and raises on every rank what one refuses: rank 0 alone takes the folder.
+
+    A network's filesystem may show a node for some time what another has replaced since, so that ranks find another start.
+    """
     ended: Exception | SystemExit | None = None
     try:
         settle(run, cfg)
@@ -76,8 +79,26 @@ def _settle_alike(meeting: Meeting, run: SpinRun, cfg: Any, settle: Settle) -> N
     except ValueError:
         if not isinstance(ended, Exception):
             raise
+    if not isinstance(ended, Exception):
+        begins = _begins(run, cfg, complete=ended is not None)
+        main = meeting.from_main("begins", lambda: begins)
+        fault = (
+            f"rank {meeting.rank} finds {begins} in `output_dir: {run.directory.root.parent}`, and rank 0 {main}: a "
+        )
+        fault += "network's filesystem may show a node for a minute or so what is there no more; start again"
+        meeting.agree("one start", "" if begins == main else fault)
     if ended is not None:
         raise ended
+
+
+def _begins(run: SpinRun, cfg: Any, complete: bool) -> str:
+    """Returns where a rank that has settled the start would go on, in words."""
+    if complete:
+        return "a complete run"
+    checkpoint = cfg.resume_from_checkpoint
+    if not checkpoint:
+        return "no checkpoint to go on from"
+    return f"{Path(checkpoint).name}{', of another number of ranks' if run.regrouped else ''} to go on from"
 
 
 def _clear_own(run: SpinRun, rank: int) -> str:

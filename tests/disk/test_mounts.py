@@ -43,3 +43,18 @@ def test_a_mount_that_cannot_rename_is_refused(
     monkeypatch.undo()
     check_output_dir(str(out))
     assert list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_to_be_freed_and_not_another_folder_to_be_chosen(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that a full disk has stopped goes on in its folder alone."""
+
+    def mkdir(path: Path, *arguments: Any, **named: Any) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with pytest.raises(OSError, match=rf"`output_dir: {tmp_path}` has no space left .*: free some, .*\.model") as found:
+        check_output_dir(str(tmp_path))
+    assert "choose another" not in str(found.value) and found.value.errno == number

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import finished
@@ -12,8 +13,8 @@ from click.testing import CliRunner
 
 from axolotl_spin.cli import spin
 from axolotl_spin.disk.atomic import DamagedFileError, path_aside, read_json, remove_folder, remove_leftovers
-from axolotl_spin.disk.directory import ForeignFolderError, RunDirectory, check_own
-from axolotl_spin.disk.lock import hold_directory
+from axolotl_spin.disk.directory import ForeignFolderError, RunDirectory, check_own, remove_signs
+from axolotl_spin.disk.lock import hold_directory, kind_of_mount
 from axolotl_spin.disk.printable import printable
 
 pytestmark = pytest.mark.once
@@ -110,6 +111,21 @@ def test_leftovers_are_those_that_this_package_makes(tmp_path: Path, victim: Pat
     assert (victim / ".opponent").exists()
 
 
+def test_signs_of_killed_starts_go_once_no_start_can_be_at_it(tmp_path: Path) -> None:
+    """Another rank may be trying the folder at this moment, and another node looking for who sees it."""
+    probe, sign = tmp_path / ".probe.0123abcd", tmp_path / ".spin-0123456789abcdef-8"
+    others = [tmp_path / ".probe", tmp_path / ".spin-8", tmp_path / "probe.0123abcd"]
+    (probe / "aside").mkdir(parents=True)
+    for path in (sign, *others):
+        path.touch()
+    remove_signs(tmp_path)
+    assert probe.exists() and sign.exists()
+    for path in (probe, sign, *others):
+        os.utime(path, (0, 0))
+    remove_signs(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted(others)
+
+
 def test_a_linked_checkpoint_is_let_go_and_not_what_it_stands_for(tmp_path: Path, victim: Path) -> None:
     checkpoint = tmp_path / "checkpoint-3"
     checkpoint.symlink_to(victim)
@@ -125,6 +141,19 @@ def test_the_lock_is_not_written_through_a_link(tmp_path: Path, victim: Path) ->
     with pytest.raises(OSError, match="Too many levels"):
         hold_directory(directory)
     assert (victim / ".profile").read_text() == "precious"
+
+
+def test_the_kind_of_a_mount_is_told_by_its_device(tmp_path: Path) -> None:
+    """On FUSE an open file's lock may outlast its process."""
+    mounts = (
+        "27 1 254:0 / / rw,relatime - ext4 /dev/vda rw\n"
+        "90 27 0:51 / /mnt/my\\040bucket rw,nosuid shared:7 master:1 - fuse.juicefs JuiceFS:a rw,user_id=0\n"
+    )
+    found = [kind_of_mount(os.makedev(*numbers), mounts) for numbers in ((254, 0), (0, 51), (0, 5))]
+    assert found == ["ext4", "fuse.juicefs", ""]
+    if sys.platform == "linux":
+        here = Path("/proc/self/mountinfo").read_text()
+        assert kind_of_mount(os.stat("/proc").st_dev, here) == "proc"
 
 
 @pytest.mark.parametrize("text", ["[" * 200_000, '{"step": ' + "9" * 5000 + "}", "\x80", '{"a": \ud800}', "[]", "null"])

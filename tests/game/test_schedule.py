@@ -56,11 +56,31 @@ def test_groups_keep_their_ratio_and_state_is_the_step_alone() -> None:
         optimizer.step()
         schedule.step()
     assert seen == [[1.0, 2.0], [0.5, 1.0], [0.25, 0.5], [0.25, 0.5]]
-    assert "_rates" not in schedule.state_dict()
+    assert not {"_rates", "_base_rate", "base_lrs"} & schedule.state_dict().keys()
     resumed = IterationSchedule(optimizer, [1.0, 0.5, 0.25], base_rate=2.0)
     resumed.load_state_dict({**schedule.state_dict(), "last_epoch": 0})
     resumed.step()
     assert [group["lr"] for group in optimizer.param_groups] == [0.5, 1.0]
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_resumed_schedule_refers_to_the_rates_of_its_own_start(older: bool) -> None:
+    """The host's `learning_rate` may change where iterations are appended; earlier versions kept the groups' old rates."""
+
+    def made(base_rate: float) -> tuple[torch.optim.Optimizer, IterationSchedule]:
+        weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+        groups = [{"params": [weights[0]]}, {"params": [weights[1]], "lr": 4.0 * base_rate}]
+        optimizer = torch.optim.SGD(groups, lr=base_rate)
+        return optimizer, IterationSchedule(optimizer, [1.0, 0.5, 0.25], base_rate)
+
+    first, schedule = made(2.0)
+    second, resumed = made(0.5)
+    second.load_state_dict(first.state_dict())  # whose groups have the first start's rates, as the Trainer loads them
+    resumed.load_state_dict({**schedule.state_dict(), **({"base_lrs": schedule.base_lrs} if older else {})})
+    resumed.at(1)
+    assert [group["lr"] for group in second.param_groups] == [0.5, 2.0]
+    resumed.step()
+    assert [group["lr"] for group in second.param_groups] == [0.25, 1.0]
 
 
 def test_after_steps_that_the_trainer_skipped_an_iteration_takes_its_own_rates() -> None:

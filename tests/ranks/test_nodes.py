@@ -5,10 +5,14 @@ Two ranks are two nodes here: each has a working folder of its own, in which all
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import host
@@ -16,11 +20,13 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from recovery import CHANGES, differences, outcome
+from torch.distributed import HashStore
 from warm import Ranks
 
 from axolotl_spin.disk.directory import RunDirectory
 from axolotl_spin.disk.lock import hold_directory
-from axolotl_spin.ranks.nodes import first_to_see
+from axolotl_spin.ranks.nodes import Meeting, first_to_see
+from axolotl_spin.run.together import _settle_alike
 
 pytestmark = [pytest.mark.ranks, pytest.mark.once]
 
@@ -192,6 +198,39 @@ def test_files_go_to_and_from_rank_0_in_pieces(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
 
 
+def test_ranks_that_find_other_starts_in_one_folder_do_not_begin(tmp_path: Path) -> None:
+    """As where a network's filesystem shows one of them what is there no more; two threads are the ranks here."""
+    run: Any = SimpleNamespace(directory=RunDirectory(tmp_path), regrouped=None)
+
+    def settled(finds: list[str | None]) -> list[str]:
+        store = HashStore()
+
+        def settle(run: Any, cfg: Any) -> None:
+            if cfg.resume_from_checkpoint == "complete":
+                raise SystemExit(0)
+
+        def rank(index: int) -> str:
+            meeting = Meeting.__new__(Meeting)  # at a store of these two's own
+            meeting.rank, meeting.count, meeting._store = index, 2, store
+            try:
+                _settle_alike(meeting, run, SimpleNamespace(resume_from_checkpoint=finds[index]), settle)
+            except (ValueError, SystemExit) as error:
+                return str(error)
+            return "begins"
+
+        with ThreadPoolExecutor() as ranks:
+            return list(ranks.map(rank, range(2)))
+
+    assert settled(["a/checkpoint-8", "b/checkpoint-8"]) == ["begins"] * 2
+    assert settled([None, None]) == ["begins"] * 2 and settled(["complete"] * 2) == ["0"] * 2
+    for finds, said in (
+        (["checkpoint-8", "checkpoint-4"], "rank 1 finds checkpoint-4 to go on from in .*, and rank 0 checkpoint-8"),
+        (["checkpoint-8", None], "rank 1 finds no checkpoint to go on from in"),
+        (["checkpoint-8", "complete"], "rank 1 finds a complete run in"),
+    ):
+        assert all(re.search(said, found) for found in settled(finds)), said
+
+
 @pytest.mark.parametrize(
     ("seen", "first"),
     [
@@ -204,3 +243,18 @@ def test_files_go_to_and_from_rank_0_in_pieces(tmp_path: Path) -> None:
 )
 def test_who_keeps_a_folder(seen: list[list[int]], first: list[int]) -> None:
     assert first_to_see(seen) == first
+
+
+def test_many_ranks_with_one_folder_are_looked_at_few_times() -> None:
+    """Not as many times as they are: each look goes through what each rank sees."""
+    looks = 0
+
+    class Seen(list[int]):
+        def __iter__(self) -> Iterator[int]:
+            nonlocal looks
+            looks += 1
+            return super().__iter__()
+
+    count = 64
+    assert first_to_see([Seen(range(count)) for _ in range(count)]) == [0] * count
+    assert looks <= 4 * count

@@ -13,7 +13,7 @@ from recovery import settings_in
 from safetensors.torch import load_file
 from warm import Ranks
 
-from axolotl_spin.ranks.restarts import warn_of_shared_store
+from axolotl_spin.ranks.restarts import warn_of_going_back, warn_of_shared_store
 
 # as docs/clusters.md has it; PyTorch's agent else keeps the store with the addresses of the dead
 ELASTIC = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
@@ -97,3 +97,33 @@ def test_restarts_that_would_share_a_store_are_warned_of(
     with caplog.at_level(logging.WARNING):
         warn_of_shared_store()
     assert ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in caplog.text) == warned
+
+
+@pytest.mark.parametrize(
+    ("environment", "cfg", "said"),
+    [
+        (
+            {"TORCHELASTIC_MAX_RESTARTS": "3"},
+            {"resume_from_checkpoint": "a/checkpoint-6"},
+            "`resume_from_checkpoint: a/ch",
+        ),
+        (
+            {"SLURM_RESTART_COUNT": "1"},
+            {"auto_resume_from_checkpoints": False},
+            "`auto_resume_from_checkpoints: false`",
+        ),
+        ({"TORCHELASTIC_MAX_RESTARTS": "3"}, {"auto_resume_from_checkpoints": None}, ""),
+        ({"TORCHELASTIC_MAX_RESTARTS": "0"}, {"resume_from_checkpoint": "a/checkpoint-6"}, ""),
+        ({}, {"auto_resume_from_checkpoints": False}, ""),
+    ],
+)
+def test_restarts_that_would_each_go_back_are_warned_of(
+    environment: dict[str, str], cfg: dict, said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("TORCHELASTIC_MAX_RESTARTS", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with caplog.at_level(logging.WARNING):
+        warn_of_going_back(cfg)
+    assert said in caplog.text and bool(said) == bool(caplog.text)

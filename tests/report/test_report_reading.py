@@ -21,6 +21,7 @@ from click.testing import CliRunner
 
 from axolotl_spin.cli import spin
 from axolotl_spin.disk.directory import RunDirectory
+from axolotl_spin.disk.lock import hold_directory
 from axolotl_spin.monitor.log import restart_log
 from axolotl_spin.report.answers import Sample, _fit, choose, read_answers, sample
 from axolotl_spin.report.charts import POINTS, curves
@@ -64,28 +65,47 @@ def test_a_run_that_has_not_answered_yet(tmp_path: Path) -> None:
     assert "No iteration has begun yet" in text and "There are no pairs yet" in text
 
 
-def test_a_run_that_another_process_holds_is_running(tmp_path: Path) -> None:
+HOLDER = """
+import os, sys, time
+from axolotl_spin.disk.directory import RunDirectory
+from axolotl_spin.disk.lock import hold_directory
+
+directory = RunDirectory(sys.argv[1])
+if sys.argv[2] == "elsewhere":
+    sys.platform = "another"
+hold_directory(directory)
+if sys.argv[2] == "here":
+    directory.lock.read_bytes()  # as the host reads all files of a folder that it uploads
+if os.fork() == 0:
+    sys.stdin.read()  # a worker that outlives the run
+    os._exit(0)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("where", ["here", "elsewhere"])
+def test_a_run_that_another_process_holds_is_running(where: str, tmp_path: Path) -> None:
+    """And no second one may write there. Systems without locks of an open file have POSIX locks."""
     finished.make(tmp_path, begun=1)
-    directory = RunDirectory(tmp_path)
-    code = (
-        "import sys, time; from axolotl_spin.disk.directory import RunDirectory\n"
-        "from axolotl_spin.disk.lock import hold_directory\n"
-        "hold_directory(RunDirectory(sys.argv[1])); print('held', flush=True); time.sleep(60)"
-    )
-    holder = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], env=host.environment(), stdout=subprocess.PIPE, text=True
-    )
+    directory, pipe = RunDirectory(tmp_path), subprocess.PIPE
+    command = [sys.executable, "-c", HOLDER, str(tmp_path), where]
+    holder = subprocess.Popen(command, env=host.environment(), stdin=pipe, stdout=pipe, text=True)
     try:
-        assert holder.stdout is not None and "held" in holder.stdout.readline()
+        assert holder.stdin is not None and holder.stdout is not None and "held" in holder.stdout.readline()
         assert read_run(tmp_path).state == "running"
         assert read_run(tmp_path).state == "running"  # looking took nothing from it
-    finally:
+        with pytest.raises(RuntimeError, match=f'another run is writing to .*"pid": {holder.pid}'):
+            hold_directory(directory)
         holder.kill()
         holder.wait()
-    limit = time.monotonic() + 10
-    while read_run(tmp_path).state != "stopped" and time.monotonic() < limit:
-        time.sleep(0.05)
-    assert read_run(tmp_path).state == "stopped" and directory.lock.exists()
+        limit = time.monotonic() + 10
+        while read_run(tmp_path).state != "stopped" and time.monotonic() < limit:
+            time.sleep(0.05)
+        assert read_run(tmp_path).state == "stopped" and directory.lock.exists()
+    finally:
+        holder.kill()
+        holder.communicate()
 
 
 def test_damaged_and_foreign_files_are_left_out_and_named(tmp_path: Path) -> None:

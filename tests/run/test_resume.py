@@ -55,15 +55,17 @@ def completes(done: tuple[int, str]) -> str:
 def test_iterations_may_be_appended(start: Start, whole: dict, shared: Path, tmp_path: Path) -> None:
     """A complete run that is given a third iteration ends as one that had three from the start.
 
+    The host's `learning_rate` may be another by then, where `spin.learning_rate` has the first iterations' as they were.
     This and the next follow from our plan alone; how a host resumes is what `test_a_named_checkpoint` shows.
     """
     shutil.copytree(shared / "whole" / "out", tmp_path / "out")
-    output = completes(start(spin=spin(iterations=3)))
+    changes = {"spin": spin(iterations=3, learning_rate=[1e-3, 1e-3, 5e-4]), "learning_rate": 5e-4}
+    output = completes(start(**changes))
     assert "going on from" in output and "iteration 2: generated 16 answers" in output
     assert "iteration 1: generated" not in output
     extended = outcome(tmp_path / "out")
     shutil.rmtree(tmp_path / "out")
-    completes(start(spin=spin(iterations=3)))
+    completes(start(**changes))
     # both stop after iteration 1's end; the first run's rotation there is older by one
     assert not [name for name in differences(extended, outcome(tmp_path / "out")) if name != "checkpoints"]
 
@@ -77,10 +79,13 @@ def test_iterations_may_be_left_out_at_the_end(start: Start, whole: dict, tmp_pa
 
 
 def test_harmless_changes_are_allowed(start: Start, whole: dict, tmp_path: Path) -> None:
+    """And they are put into practice: what is left of the run is saved and logged at the new steps."""
     assert start("iteration 1/first epoch")[0] != 0
     changes = {"save_steps": 5, "save_total_limit": 3, "logging_steps": 1, "micro_batch_size": 4}
     completes(start(**changes, gradient_accumulation_steps=1))
     found = outcome(tmp_path / "out")
+    assert found["checkpoints"] == ["checkpoint-15", "checkpoint-20", "checkpoint-24"]
+    assert {row["step"] for row in found["logs"] if "loss" in row} >= set(range(17, 25))
     assert not [name for name in differences(found, whole) if name.startswith("pairs 0")]
     assert found["pairs 1"]["rejected_ids"] == whole["pairs 1"]["rejected_ids"]
     for name, tensor in whole["weights"].items():  # the micro-batches are others, so the sums round differently
@@ -124,11 +129,13 @@ def test_a_named_checkpoint(start: Start, whole: dict, tmp_path: Path) -> None:
     """What lies beyond it is set aside, and the run ends as before."""
     assert start("iteration 1/second epoch", save_total_limit=20)[0] != 0
     checkpoint = tmp_path / "out" / "checkpoint-6"
+    (left := tmp_path / "out" / "checkpoint-18" / "global_step18_universal").mkdir()  # by a start that was killed
     output = completes(start(resume_from_checkpoint=str(checkpoint)))
     assert f"going on from {checkpoint} (step 6 of 24)" in output
     assert not differences(outcome(tmp_path / "out"), whole)
     replaced = tmp_path / "out" / "spin" / "replaced-1"
-    assert (replaced / "checkpoint-18").exists() and (replaced / "iteration-1" / "pairs.parquet").exists()
+    assert (replaced / "checkpoint-18").exists() and not (replaced / "checkpoint-18" / left.name).exists()
+    assert (replaced / "iteration-1" / "pairs.parquet").exists()
 
 
 def test_from_the_beginning(start: Start, whole: dict, tmp_path: Path) -> None:
