@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -167,14 +168,18 @@ HOST_CANNOT: dict[str, tuple[str, str]] = {
 }
 
 
+@functools.cache
 def lacking(name: str) -> str:
     """Returns what an architecture needs that is not here; empty where it runs."""
+    if name not in CONFIG_MAPPING:
+        return "its transformers does not know it"
     try:
         build(name, 47)(input_ids=torch.tensor([[7, 8, 9]]), use_cache=False)
-    except KeyError:
-        return "its transformers does not know it"
     except ImportError as error:
-        return next(line for line in str(error).splitlines() if line).partition(" but ")[0]
+        needed, but, _ = str(error).strip().partition(" but it was not found in your environment")  # transformers'
+        if not but:
+            raise
+        return needed
     except RuntimeError as error:
         if "active drivers" not in str(error):  # Triton's
             raise

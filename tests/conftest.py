@@ -5,12 +5,21 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: more threads only wait for each other
+os.environ.setdefault("AXOLOTL_DATASET_NUM_PROC", "1")  # few rows: the host would fork a process for each core
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def rows_are_saved_here() -> None:
+    """What a test prepares in its own process is written by that process."""
+    from warm import save_rows_here
+
+    save_rows_here()
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from pathlib import Path
 import host
 import pytest
 
-PACKAGE = host.ROOT / "axolotl_spin"
+pytestmark = pytest.mark.once
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,6 @@ def test_the_wheel_holds_everything_and_registers(python: Path) -> None:
     )
 
 
-@pytest.mark.once
 def test_the_commands_work_from_the_wheel(python: Path) -> None:
     assert "plan" in run(python, "-m", "axolotl_spin", "--help")
     assert "Self-Play" in run(python, "-m", "axolotl.cli.main", "spin", "--help")

@@ -15,7 +15,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from warm import Warm
 
-pytestmark = [pytest.mark.host, pytest.mark.once]
+pytestmark = pytest.mark.host
 
 PREPARE = host.ROOT / "example_configs" / "quickstart" / "prepare.py"
 
@@ -39,6 +39,7 @@ def prepare(folder: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.once
 def test_preparing_again_makes_nothing_anew(quickstart: Path) -> None:
     assert prepare(quickstart).count("already there") == 3
 
@@ -55,6 +56,7 @@ def test_the_model_answers(quickstart: Path) -> None:
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
+@pytest.mark.once
 def test_nothing_is_unusual_about_what_is_shipped(quickstart: Path, warm: Warm) -> None:
     command = ("axolotl_spin", "plan", str(host.ROOT / "example_configs" / "quickstart.yml"), "--json")
     folder, errors = quickstart.parent, quickstart.parent / "plan.err"
@@ -63,11 +65,12 @@ def test_nothing_is_unusual_about_what_is_shipped(quickstart: Path, warm: Warm) 
     assert json.loads(output)["advice"] == []
 
 
+@pytest.mark.once
 def test_two_iterations_on_the_real_model(quickstart: Path, warm: Warm) -> None:
     """The shipped YAML with fewer prompts and shorter answers.
 
     On the default host alone, which `make quickstart` takes; how a model is made from a GGUF file differs between hosts,
-    so the tests above run on all.
+    so that the model answers is shown on all.
     """
     settings = yaml.safe_load((host.ROOT / "example_configs" / "quickstart.yml").read_text())
     settings["spin"]["max_prompts"] = 8

@@ -31,7 +31,7 @@ from warm import Warm
 from axolotl_spin.data.initial_pairs import read_file
 from axolotl_spin.disk.directory import RunDirectory
 
-pytestmark = [pytest.mark.host, pytest.mark.once]
+pytestmark = pytest.mark.host
 
 # texts of the data, and, being tokens, of the answers too
 HOSTILE = [
@@ -158,6 +158,7 @@ def victim(tmp_path: Path) -> Iterator[Path]:
     assert {path.name: path.read_text() for path in made.iterdir()} == dict.fromkeys(names, "precious")
 
 
+@pytest.mark.once
 def test_a_run_over_hostile_files(tmp_path: Path, victim: Path, warm: Warm) -> None:
     """Refused with links in its folder; without them it is trained, resumed, shown and exported."""
     marks = tmp_path / "marks"  # where whatever is executed leaves a folder
@@ -252,6 +253,7 @@ def test_a_chat_template_that_reaches_for_python_is_refused() -> None:
         words.apply_chat_template([{"role": "user", "content": "w1"}], tokenize=False)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("model_id", [None, "me/model"])
 def test_an_upload_of_the_data_is_said(model_id: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The host's upload takes all of `output_dir` but its checkpoints."""
@@ -259,12 +261,14 @@ def test_an_upload_of_the_data_is_said(model_id: str | None, tmp_path: Path, cap
     assert ("the host uploads `output_dir` with its `spin` folder" in caplog.text) == bool(model_id)
 
 
+@pytest.mark.once
 def test_the_tests_that_the_page_names_are_there() -> None:
     named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (host.ROOT / "docs" / "security.md").read_text())
     assert len(named) > 20
     assert [(file, name) for file, name in named if f"def {name}(" not in (host.ROOT / file).read_text()] == []
 
 
+@pytest.mark.once
 def test_what_a_whole_run_is_watched_for_is_seen(tmp_path: Path, victim: Path, warm: Warm) -> None:
     """The hook notes pickles, code and writes; with `trust_remote_code` the model's code does run."""
     marks = tmp_path / "marks"
@@ -288,6 +292,7 @@ def test_what_a_whole_run_is_watched_for_is_seen(tmp_path: Path, victim: Path, w
     assert {path.name for path in marks.iterdir()} == {"optimizer.pt", "code of the model"}, output
 
 
+@pytest.mark.once
 def test_a_pickle_in_the_schema_of_a_parquet_file_stays_one(tmp_path: Path) -> None:
     """Arrow had an extension type that unpickled what a file said; pairs that name it are data."""
     ids = pa.array([[4, 5]], type=pa.list_(pa.int32()))

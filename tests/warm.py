@@ -49,6 +49,7 @@ def _serve() -> None:
         importlib.import_module(name)
     from accelerate.state import PartialState
 
+    save_rows_here()
     assert not PartialState._shared_state  # each run makes its own, from its own environment
     gc.freeze()
     answers.write("ready\n")
@@ -64,6 +65,22 @@ def _serve() -> None:
         answers.write(f"{child}\n")
 
 
+def save_rows_here() -> None:
+    """Has `datasets` write the rows that a host saves in the process that saves them.
+
+    The host asks for one process, and `datasets` then starts an interpreter for it, which imports everything anew: two
+    seconds of each preparation. The same is written. A command that is launched saves as the host has it.
+    """
+    from datasets import Dataset
+
+    save: Any = Dataset.save_to_disk
+
+    def saving(rows: Dataset, *arguments: Any, num_proc: int | None = None, **named: Any) -> None:
+        save(rows, *arguments, num_proc=None if num_proc == 1 else num_proc, **named)
+
+    Dataset.save_to_disk = saving
+
+
 def _run(request: dict[str, Any]) -> None:
     code = 1
     try:
@@ -74,7 +91,7 @@ def _run(request: dict[str, Any]) -> None:
         sys.path[:0] = [folder for folder in path if folder and folder not in sys.path]
         os.chdir(request["cwd"])
         log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(os.open(request["typed"] or os.devnull, os.O_RDONLY), 0)
         os.dup2(log, 1)
         os.dup2(os.open(request["errors"], os.O_WRONLY | os.O_CREAT | os.O_APPEND) if request["errors"] else log, 2)
         module, *arguments = request["module"]
@@ -148,7 +165,13 @@ class Warm:
         return int(self._server.stdout.readline())
 
     def start(
-        self, *module: str, env: dict[str, str], cwd: Path, log: Path | None = None, errors: Path | None = None
+        self,
+        *module: str,
+        env: dict[str, str],
+        cwd: Path,
+        log: Path | None = None,
+        errors: Path | None = None,
+        typed: Path | None = None,
     ) -> Fork:
         """Starts a module in a fork.
 
@@ -158,24 +181,32 @@ class Warm:
             cwd: Its working folder.
             log: What it prints is appended to this file, or to one of its own.
             errors: What it prints to standard error is appended to this file instead.
+            typed: What it reads from standard input is in this file.
         """
         log = log or cwd / f"warm-{time.monotonic_ns()}.log"
-        request = {"module": module, "env": env, "cwd": str(cwd), "log": str(log), "errors": errors and str(errors)}
+        files = {"cwd": str(cwd), "log": str(log), "errors": errors and str(errors), "typed": typed and str(typed)}
+        request = {"module": module, "env": env, **files}
         return Fork(self, self._ask(request), log)
 
     def run(
-        self, *module: str, env: dict[str, str], cwd: Path, timeout: float = 300, errors: Path | None = None
+        self,
+        *module: str,
+        env: dict[str, str],
+        cwd: Path,
+        timeout: float = 300,
+        errors: Path | None = None,
+        typed: Path | None = None,
     ) -> tuple[int, str]:
         """Runs a module in a fork, to its end.
 
         Args:
-            module, env, cwd, errors: See `start`.
+            module, env, cwd, errors, typed: See `start`.
             timeout: Seconds after which it counts as hung.
 
         Returns:
             Its exit code (negative: the signal that ended it) and what it printed.
         """
-        fork = self.start(*module, env=env, cwd=cwd, errors=errors)
+        fork = self.start(*module, env=env, cwd=cwd, errors=errors, typed=typed)
         code = fork.wait(timeout)
         return code, fork.output()
 

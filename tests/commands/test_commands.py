@@ -1,13 +1,13 @@
-"""The commands that a user types, with one YAML: `axolotl train`, `inference` and `evaluate` run as they are typed.
+"""The commands that a user types, with one YAML: `axolotl train` runs as it is typed.
 
 The others run in forks of a process that has imported the host, through the same command line.
 """
 
 from __future__ import annotations
 
+import csv
 import json
-import subprocess
-import sys
+import re
 from pathlib import Path
 
 import host
@@ -20,16 +20,22 @@ from warm import Warm
 pytestmark = pytest.mark.host
 
 
-def axolotl(settings: dict, command: str, *arguments: str, **kwargs) -> host.Run:
-    return host.start(settings, "-m", "axolotl.cli.main", command, "{config}", *arguments, **kwargs)
+def forked(
+    warm: Warm, settings: dict, *command: str, module: str = "axolotl.cli.main", typed: Path | None = None
+) -> host.Run:
+    """Runs `axolotl`, or another module, with a command in a fork.
 
-
-def forked(warm: Warm, settings: dict, *command: str) -> host.Run:
-    """Runs `axolotl` with a command, `{config}` standing for the config's path, in a fork."""
+    Args:
+        warm: What forks.
+        settings: The config.
+        command: Arguments; `{config}` stands for the config's path.
+        module: The module.
+        typed: A file with what a user types.
+    """
     path = host.write(settings)
     env = host.environment(ACCELERATE_USE_CPU="true")
     arguments = [argument.replace("{config}", str(path)) for argument in command]
-    code, output = warm.run("axolotl.cli.main", *arguments, env=env, cwd=path.parent)
+    code, output = warm.run(module, *arguments, env=env, cwd=path.parent, typed=typed)
     return host.Run(code, output, Path(settings["output_dir"]))
 
 
@@ -54,7 +60,8 @@ def lora_run(folder: Path) -> tuple[dict, host.Run]:
         "gradient_checkpointing": True,
     }
     settings = {**host.config(folder), **changes}
-    run = axolotl(settings, "train", env={"ACCELERATE_USE_CPU": "true"})
+    command = ("-m", "axolotl.cli.main", "train", "{config}")
+    run = host.start(settings, *command, env={"ACCELERATE_USE_CPU": "true"})
     assert run.code == 0, run.output[-6000:]
     return settings, run
 
@@ -132,41 +139,43 @@ def test_merge_lora_takes_the_same_yaml(lora_run: tuple[dict, host.Run], warm: W
     AutoModelForCausalLM.from_pretrained(run.out / "merged")
 
 
-def test_inference_takes_the_same_yaml(lora_run: tuple[dict, host.Run]) -> None:
-    _, run = lora_run
-    path = run.out.parent / f"{run.out.name}.yml"
-    done = subprocess.run(
-        [sys.executable, "-m", "axolotl.cli.main", "inference", str(path), f"--lora-model-dir={run.out}"],
-        input="w1 w2 w3", capture_output=True, text=True, env=host.environment(ACCELERATE_USE_CPU="true"), timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    assert "<|assistant|>" in done.stdout
-
-
-def test_evaluate_takes_the_same_yaml(lora_run: tuple[dict, host.Run]) -> None:
+def test_inference_takes_the_same_yaml(lora_run: tuple[dict, host.Run], warm: Warm, tmp_path: Path) -> None:
+    """It prints the prompt and then what the adapter answers."""
     settings, run = lora_run
-    done = axolotl({**settings, "lora_model_dir": str(run.out)}, "evaluate", env={"ACCELERATE_USE_CPU": "true"})
+    (tmp_path / "typed").write_text("w1 w2 w3")
+    command = ("inference", "{config}", "--launcher", "python", f"--lora-model-dir={run.out}")
+    done = forked(warm, settings, *command, typed=tmp_path / "typed")
     assert done.code == 0, done.output[-4000:]
-    assert "train_loss" in (run.out / "eval_summary.csv").read_text() or "eval" in done.output
-    assert "eval_loss" in done.output
+    _, prompt, answer = done.output.rpartition("<|user|> w1 w2 w3 <|end|> <|assistant|>")
+    assert prompt and re.match(r"(\s*(w\d+|<\S+>))+", answer), answer
+
+
+def test_evaluate_takes_the_same_yaml(lora_run: tuple[dict, host.Run], warm: Warm) -> None:
+    """It finds the loss on the held-out rows that the run itself found at its end."""
+    settings, run = lora_run
+    done = forked(warm, {**settings, "lora_model_dir": str(run.out)}, "evaluate", "{config}", "--launcher", "python")
+    assert done.code == 0, done.output[-4000:]
+    with open(run.out / "eval_summary.csv") as file:
+        found = {row["metric"]: row["validation"] for row in csv.DictReader(file)}
+    assert float(found["loss"]) == pytest.approx(run.metrics(1)["eval_loss"], rel=1e-4)
 
 
 @pytest.mark.once
-def test_table_of_a_run_on_disk(lora_run: tuple[dict, host.Run]) -> None:
+def test_table_of_a_run_on_disk(lora_run: tuple[dict, host.Run], warm: Warm) -> None:
     settings, run = lora_run
-    done = host.start(settings, "-m", "axolotl_spin", "table", str(run.out))
+    done = forked(warm, settings, "table", str(run.out), module="axolotl_spin")
     assert done.code == 0
     assert "Self-play iterations" in done.output and "0.6931" in done.output
-    nothing = host.start(settings, "-m", "axolotl_spin", "table", str(run.out.parent))
+    nothing = forked(warm, settings, "table", str(run.out.parent), module="axolotl_spin")
     assert nothing.code != 0 and "holds no SPIN run" in nothing.output
 
 
-def test_report_of_a_run_on_disk(lora_run: tuple[dict, host.Run]) -> None:
+def test_report_of_a_run_on_disk(lora_run: tuple[dict, host.Run], warm: Warm) -> None:
     settings, run = lora_run
     page = run.out / "spin" / "report.html"
     assert "complete: 48 steps" in page.read_text()  # written by the run itself
     page.unlink()
-    done = host.start(settings, "-m", "axolotl_spin", "report", str(run.out))
+    done = forked(warm, settings, "report", str(run.out), module="axolotl_spin")
     assert done.code == 0 and str(page) in done.output
     assert "complete: 48 steps" in page.read_text() and "lora_r: 4" in page.read_text()
 

@@ -75,12 +75,12 @@ def agrees(plan: dict[str, Any], run: host.Run) -> None:
 def test_what_is_planned_is_what_is_run(warm: Warm, tmp_path: Path) -> None:
     """Rows and steps before; afterwards also speed, tokens as drawn, and that the run is complete."""
     settings = {
-        **host.config(tmp_path), "num_epochs": 2, "spin": {"iterations": 3, "beta": [0.1, 0.2, 5.0],
+        **host.config(tmp_path, rows=13), "num_epochs": 2, "spin": {"iterations": 3, "beta": [0.1, 0.2, 5.0],
         "learning_rate": [1e-3, 5e-4, 1e-4], "history": 2, "generation": {"max_new_tokens": 6, "batch_size": 8}},
     }  # fmt: skip
     settings["spin"]["initial_pairs"] = str(ids_file(tmp_path / "given.parquet", [PAIR] * 9))
     plan = planned(warm, settings)
-    assert [entry["rows"] for entry in plan["iterations"]] == [9, 46, 83]
+    assert [entry["rows"] for entry in plan["iterations"]] == [9, 22, 35]
     said = (tmp_path / "plan.err").read_text()
     assert "[axolotl.cli.config] config:" in said and "Tokenizing Prompts" in said and '"global_batch"' not in said
     assert plan["folder"]["holds"] == "no run" and not list((tmp_path / "out").iterdir())
@@ -97,7 +97,7 @@ def test_what_is_planned_is_what_is_run(warm: Warm, tmp_path: Path) -> None:
     tokens = sum(len(row) for name in ("prompt_ids", "chosen_ids", "rejected_ids") for row in pairs[name].to_pylist())
     assert rates["training"]["tokens_per_second"] == pytest.approx(2 * tokens / seconds)
     # as drawn in iteration 2; the given pairs are 10 tokens each and draw nothing
-    drawn = run.metrics(2)["spin/rejected_length"] * 37
+    drawn = run.metrics(2)["spin/rejected_length"] * 13
     assert after["tokens"][0] == {"iteration": 0, "drawn": [0.0, 0.0], "pairs": [90.0, 90.0]}
     assert after["tokens"][1]["drawn"] == pytest.approx([drawn, drawn])
     assert after["time"]["iterations"][1]["generation_seconds"] == pytest.approx([drawn / 100] * 2)

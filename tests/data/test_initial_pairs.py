@@ -194,6 +194,7 @@ def start(warm: Warm, folder: Path, shared: Path, kill: str = "") -> tuple[int, 
     return warm.run("axolotl.cli.train", "run.yml", env=env, cwd=folder)
 
 
+@pytest.mark.once
 @pytest.mark.host
 def test_training_starts_from_given_pairs_and_resumes_exactly(
     warm: Warm, whole: dict, shared: Path, tmp_path: Path

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.host
 END_OF_PROMPT, EOS = 4, 2  # [/INST], </s>
 
 
-@pytest.mark.parametrize("turns", ["last", "all"])
+@pytest.mark.parametrize("turns", [pytest.param("last", marks=pytest.mark.once), "all"])
 def test_prompts_are_the_tokenizers_own(tmp_path: Path, warm: Warm, turns: str) -> None:
     """With the tokenizer file that mistral-common brings: whole turns, their end among the answers' tokens, ln 2."""
     torch.manual_seed(0)

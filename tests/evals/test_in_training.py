@@ -157,7 +157,6 @@ def test_an_adapter_is_asked_with_its_base_in_the_chat_template(folder: Path, wa
     assert found["tasks"] != evals(run, "start")["tasks"]
 
 
-@pytest.mark.once
 @pytest.mark.ranks
 @pytest.mark.parametrize(
     ("layout", "gather"),

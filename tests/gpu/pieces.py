@@ -143,7 +143,7 @@ def killed(machine: Machine, folder: Path) -> Figures:
 
 
 # seconds: a collective's time-out, and how long a rank is waited for; without a GPU and with
-_TIMEOUT, _WAIT = (10, 30), (14, 45)
+_TIMEOUT, _WAIT = (5, 30), (7, 45)
 
 
 def waited(machine: Machine, folder: Path) -> Figures:  # two ranks: one waits for the other

@@ -10,7 +10,7 @@ import host
 import pytest
 
 SCRIPT = """
-import datetime, time, numpy, pyarrow, tiny, torch
+import datetime, os, pathlib, time, numpy, pyarrow, tiny, torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from axolotl_spin.data.pairs import PairDataset
 from axolotl_spin.ranks.main import Ranks
@@ -18,13 +18,16 @@ from axolotl_spin.ranks.peers import PeerFailedError
 from axolotl_spin.training.layouts import PairCollator
 from axolotl_spin.training.scoring import Scorer
 
-timeout = InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=4), backend="gloo")
+open(f"imported-{os.environ['RANK']}", "w").close()
+while len(list(pathlib.Path().glob("imported-*"))) < 2:  # which takes longer than a collective may
+    time.sleep(0.05)
+timeout = InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=2), backend="gloo")
 ranks = Ranks(Accelerator(cpu=True, kwargs_handlers=[timeout]))
 assert (ranks.count, ranks.main) == (2, ranks.rank == 0)
 with ranks:
     def work():
         assert ranks.main
-        time.sleep(9)
+        time.sleep(5)
         return "done"
 
     assert ranks.on_main(work) == "done"
@@ -37,7 +40,7 @@ with ranks:
     rows = {name: [[7, 8], [7], [9]] for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
     pairs, model = PairDataset(pyarrow.table(rows)), tiny.model(20).eval()
     if ranks.main:
-        model.register_forward_pre_hook(lambda *_: time.sleep(4.5))
+        model.register_forward_pre_hook(lambda *_: time.sleep(2.5))
     alone = [numpy.array([row]) for row in range(3)]
     logps = Scorer(ranks, PairCollator(0, "padded", 1), "auto").logps(model, pairs, alone)
     assert logps.shape == (3, 2) and (logps < 0).all()
@@ -65,7 +68,7 @@ torch.distributed.destroy_process_group()  # gloo's threads may abort an interpr
 @pytest.mark.ranks
 @pytest.mark.once
 def test_what_rank_0_does_alone_may_take_longer_than_a_collective(tmp_path: Path) -> None:
-    """A collective of these ranks times out after four seconds; the work takes nine, and so does a rank's part of scoring.
+    """A collective of these ranks times out after two seconds; the work takes five, and so does a rank's part of scoring.
 
     A failure ends the ranks of its own start, and none that come after them over the same store.
     """

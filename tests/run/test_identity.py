@@ -64,7 +64,7 @@ def test_what_changes_the_result_is_another_run(tmp_path: Path, key: str, value:
         {"gradient_checkpointing": True},
         {"attn_implementation": "sdpa"},
         {"use_tensorboard": True, "wandb_name": "b"},
-        {"dataloader_num_workers": 3, "dataset_num_proc": 1},
+        {"dataloader_num_workers": 3, "dataset_num_proc": 2},
         {"loss_watchdog_threshold": 3.0, "loss_watchdog_patience": 2},
         {"micro_batch_size": 1, "gradient_accumulation_steps": 4},
         {"tf32": True},
@@ -75,6 +75,13 @@ def test_what_does_not_change_the_result_is_the_same_run(tmp_path: Path, harmles
     second = load(tmp_path, **{"spin": {"generation": {"batch_size": 32}}, **harmless})[0]
     assert changes(first, second) == []
     assert first.identity.hash == second.identity.hash
+
+
+def test_answers_may_have_a_seed_of_their_own(tmp_path: Path) -> None:
+    """Order, split and everything else that is drawn keep the run's."""
+    for generation, seed in (({}, 7), ({"seed": 5}, 5), ({"seed": 0}, 0)):
+        run = load(tmp_path, spin={"generation": generation})[0]
+        assert (run.sampling_seed, run.seed) == (seed, 7)
 
 
 @pytest.mark.once

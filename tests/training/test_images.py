@@ -349,6 +349,7 @@ def test_the_game_is_decided_by_the_picture(shuffled: bool, tmp_path: Path, warm
 
 
 @pytest.mark.host
+@pytest.mark.once
 def test_a_run_that_was_killed_ends_as_if_it_had_not_been(tmp_path: Path, warm: Warm) -> None:
     """With held-out play and a held-out loss, both of them on pictures."""
     made = {**pictured.settings("gemma3", tmp_path, rows=19), **CHANGES}

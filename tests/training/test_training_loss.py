@@ -6,13 +6,14 @@ from pathlib import Path
 
 import host
 import pytest
+from warm import Warm
 
 from axolotl_spin.training.batches import MicroBatches
 
 pytestmark = pytest.mark.host
 
 
-def test_hinge_and_sft_weight_at_the_first_step(tmp_path: Path) -> None:
+def test_hinge_and_sft_weight_at_the_first_step(tmp_path: Path, warm: Warm) -> None:
     """Hinge starts at 1; `sft_weight` adds 0.5 times the human answers' NLL per token, each pair weighted the same."""
     spin = {
         "iterations": 2,
@@ -21,7 +22,7 @@ def test_hinge_and_sft_weight_at_the_first_step(tmp_path: Path) -> None:
         "sft_weight": 0.5,
         "generation": {"max_new_tokens": 6, "batch_size": 16},
     }
-    run = host.train({**host.config(tmp_path), "spin": spin})
+    run = host.train({**host.config(tmp_path), "spin": spin}, by=warm)
     losses = run.losses()
     assert len(losses) == 2 * 10
     for iteration in range(2):
