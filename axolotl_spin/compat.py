@@ -105,10 +105,12 @@ def _preferences(cfg: Any) -> str:
 
     for entry in datasets_with_name_generator(cfg.datasets or []):
         try:
-            columns = load_dataset_with_config(entry, cfg.hf_use_auth_token, streaming=False).column_names
+            rows = load_dataset_with_config(entry, cfg.hf_use_auth_token, streaming=False)
         except Exception:  # what the host could not read, it has told already
             continue
-        if {"chosen", "rejected"} <= set(columns):
+        if isinstance(rows, dict):
+            rows = rows.get(entry.split or "train")
+        if rows is not None and {"chosen", "rejected"} <= set(rows.column_names):
             return (
                 f" (`{entry.path}` has the columns `chosen` and `rejected`, which are preferences: SPIN needs no rejected "
                 "answers and makes its own; `field_messages: chosen` takes conversations from the one)"

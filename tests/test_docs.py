@@ -411,6 +411,7 @@ OTHER_NAMES = {
     *("generation_config", "output_router_logits", "optimi_adamw", "flash_adamw", "adamw_torch_8bit"),
     *("adamw_torch_fused", "adamw_apex_fused"),
     "bf16_stochastic_round",
+    "attention_mask",  # of rows that come tokenised
     *("total_num_steps", "device_map", "convert_data", "run_spin", "dataset_mixer", "uclaml"),
 }
 

@@ -567,6 +567,30 @@ def test_prepared_rows_and_their_cache_are_those_of_sft(folder: Path, tmp_path: 
     assert meta.total_num_steps == 2 + 4  # iteration 1 trains on iteration 0's pairs again
 
 
+def test_prepared_rows_are_taken_as_they_are_until_they_are_prepared_anew(folder: Path, tmp_path: Path) -> None:
+    """What `row_cache.PREPARE_AGAIN` says: the host sees neither a changed file nor `excess_length_strategy`, and
+    `axolotl preprocess`, which sets `is_preprocess`, writes the rows again."""
+    data = tiny.conversations(tmp_path / "data.jsonl", 8)
+    entries = [{"path": str(data), "ds_type": "json", "type": "chat_template"}]
+    keys = {"datasets": entries, "dataset_prepared_path": str(tmp_path / "prepared"), "sequence_len": 9}
+    cut, dropped = (loaded(sft(folder, **keys, excess_length_strategy=way)) for way in ("truncate", "drop"))
+    tokenizer = load_tokenizer(cut)
+    os.environ["AXOLOTL_IS_PREPROCESS"] = "1"
+
+    def rows(cfg: DictDefault) -> list[list[int]]:
+        return prepare_datasets(cfg, tokenizer)[0]["input_ids"][:]
+
+    first = rows(cut)
+    assert max(len(row) for row in first) == 9 and len(first) == 8
+    tiny.conversations(data, 40, seed=1)
+    assert rows(dropped) == first
+    dropped.is_preprocess = True
+    anew = rows(dropped)
+    assert 0 < len(anew) < 40 and anew[0] not in first
+    dropped.is_preprocess = False
+    assert rows(dropped) == anew
+
+
 def said(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 

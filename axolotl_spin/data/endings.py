@@ -17,6 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from axolotl_spin.data.answers import flat
+from axolotl_spin.data.prompts import left_padding
+from axolotl_spin.data.row_cache import PREPARE_AGAIN
+from axolotl_spin.data.turns import TO_END
 
 # a special token ends answers if it ends at least this share of the human ones ...
 _NOTICEABLE = 0.01
@@ -105,61 +108,85 @@ def stop_token_ids(
 
 @dataclass(frozen=True)
 class Endings:
-    """How human answers end.
+    """How human answers end, and which rows have none.
 
     Attributes:
         answers: All of them.
         without: Those without an end token among their labels.
         cut: Of these, those that `sequence_len` has cut.
         behind: Special token that stands most often right behind the others, without a label; None where there is none.
+        rows: Of the data, as far as they were read.
+        unanswered: Of these, those without an answer.
     """
 
     answers: int
     without: int
     cut: int
     behind: int | None
+    rows: int
+    unanswered: int
 
 
-def count_endings(prompts: Any, source: Any, *, stops: Iterable[int], special: set[int], sequence_len: int) -> Endings:
-    """Counts how human answers end.
+def count_endings(
+    prompts: Any, source: Any, *, stops: Iterable[int], special: set[int], sequence_len: int, first: int | None = None
+) -> Endings:
+    """Counts how human answers end, and rows that have none.
 
     Args:
         prompts: `datasets.Dataset` with `prompt_ids`, `chosen_ids` and `row`.
-        source: The rows that they were made of, with `input_ids`.
+        source: The rows that they were made of, with `input_ids` and `labels`, and `attention_mask` where there is one.
         stops: Tokens that end an answer.
         special: The tokenizer's special and added tokens.
         sequence_len: The host's.
+        first: The most prompts that were asked for; None for all.
     """
     ends, without, cut, places, start = sorted(stops), 0, 0, list[int](), 0
-    for batch in prompts.select_columns(["prompt_ids", "chosen_ids"]).with_format("arrow").iter(batch_size=10_000):
+    answered = set[int]()
+    columns = ["prompt_ids", "chosen_ids", "row"]
+    for batch in prompts.select_columns(columns).with_format("arrow").iter(batch_size=10_000):
+        answered.update(batch["row"].to_pylist())
         open_ended = ~np.isin(last_ids(batch["chosen_ids"].combine_chunks()), ends)
         at_limit = open_ended & _cut(batch, sequence_len)
         places += (start + np.flatnonzero(open_ended & ~at_limit)[:_SAMPLE]).tolist()
         without, cut, start = without + int(open_ended.sum()), cut + int(at_limit.sum()), start + len(open_ended)
     behind: Counter[int] = Counter()
     for place in places[:_SAMPLE]:
-        row = prompts[place]
-        at = len(row["prompt_ids"]) + len(row["chosen_ids"])
-        following = source[row["row"]]["input_ids"][at : at + 3]
+        prompt = prompts[place]
+        row = source[prompt["row"]]
+        at = left_padding(row["labels"], row.get("attention_mask"))
+        at += len(prompt["prompt_ids"]) + len(prompt["chosen_ids"])
+        following = row["input_ids"][at : at + TO_END + 1]
         behind.update([token for token in following if token in special][:1])
-    return Endings(len(prompts), without, cut, behind.most_common(1)[0][0] if behind else None)
+    read = len(source) if first is None or len(prompts) < first else max(answered) + 1
+    most = behind.most_common(1)[0][0] if behind else None
+    return Endings(len(prompts), without, cut, most, rows=read, unanswered=read - len(answered))
 
 
 def describe_endings(endings: Endings, cfg: Any, tokenizer: Any) -> str:
-    """Returns a line that says how many human answers have no end and which key mends it; empty where all have one.
+    """Returns a line that says how many rows have no answer, and how many answers no end; empty where all have both.
 
     Args:
         endings: See `count_endings`.
         cfg: The host's normalized config.
         tokenizer: The host's.
     """
+    lost = (
+        f"{endings.unanswered} of {endings.rows} rows have no trained answer (it is empty, not trained, or not found) and "
+        "are left out"
+    )
+    return "; ".join(filter(None, [lost if endings.unanswered else "", _without_end(endings, cfg, tokenizer)]))
+
+
+def _without_end(endings: Endings, cfg: Any, tokenizer: Any) -> str:
+    """Says how many human answers have no end, and which key mends it."""
     if not endings.without:
         return ""
     ways = []
+    again = "" if cfg.skip_prepare_dataset else f"; {PREPARE_AGAIN}"
     if endings.cut:
         ways.append(
-            f"{endings.cut} are cut by `sequence_len: {cfg.sequence_len}`, so raise it or leave them out "
-            "(`excess_length_strategy: drop`)"
+            f"{endings.cut} are cut by `sequence_len: {cfg.sequence_len}`, so raise it, or leave them out "
+            f"(`excess_length_strategy: drop`{again})"
         )
     known = {tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(list(cfg.eot_tokens or ()))}
     if endings.behind in known:
@@ -167,10 +194,11 @@ def describe_endings(endings: Endings, cfg: Any, tokenizer: Any) -> str:
         ways.append(f"`{token}` stands behind answers without being trained, which `train_on_eos: turn` changes")
     elif endings.behind is not None:
         token = tokenizer.convert_ids_to_tokens(endings.behind)
-        ways.append(f"`{token}` stands behind answers, but is no end token to the host: `eot_tokens: ['{token}']`")
+        named = [*(cfg.eot_tokens or ()), token]
+        ways.append(f"`{token}` stands behind answers, but is no end token to the host: `eot_tokens: {named}`")
     elif endings.without > endings.cut:
         ways.append(
-            f"no special token stands behind the others: end them in the data, with `{tokenizer.eos_token}`, say"
+            f"no special token stands behind the others: end them in the data, with `{tokenizer.eos_token}`, say{again}"
         )
     return (
         f"{endings.without} of {endings.answers} human answers have no end token among their labels, so the end of the "
@@ -194,7 +222,7 @@ def refuse_endless(endings: Endings, cfg: Any, tokenizer: Any, stops: Iterable[i
     names = ", ".join(f"`{tokenizer.convert_ids_to_tokens(token)}`" for token in stops)
     if endings.without == endings.answers and names and not meant:
         raise ValueError(
-            f"{describe_endings(endings, cfg, tokenizer)}. The model ends its answers with {names}, which no human answer "
+            f"{_without_end(endings, cfg, tokenizer)}. The model ends its answers with {names}, which no human answer "
             "does. Where answers are meant to have no end, say so with `train_on_eos: none` in each entry of `datasets:`"
         )
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from axolotl.utils.logging import get_logger
 
-from axolotl_spin.data.prompts import prompt_features, prompts_of_row
+from axolotl_spin.data.prompts import left_padding, prompt_features, prompts_of_row
 from axolotl_spin.data.turns import NO_MARKS, Marks
 from axolotl_spin.settings.spin import SpinConfig
 
@@ -37,15 +37,17 @@ def refuse_missing_data(settings: SpinConfig, cfg: Any) -> None:
         )
 
 
-def heldout_prompts(dataset: Any, settings: SpinConfig, marks: Marks = NO_MARKS) -> Any:
+def heldout_prompts(dataset: Any, settings: SpinConfig, sequence_len: int, marks: Marks = NO_MARKS) -> Any:
     """Takes prompts and human answers from the host's prepared evaluation dataset.
 
     Rows without a prompt or without a labelled token are left out: the host's `eval_loss` may use them, but there is
-    nothing to answer. Only so many rows are read as it takes.
+    nothing to answer. So are prompts that leave less room than their human answer takes (`eval_sequence_len` may be the
+    larger): own answers would be cut where the human's goes on. Only so many rows are read as it takes.
 
     Args:
-        dataset: A `datasets.Dataset` with `input_ids` and `labels`, or None.
+        dataset: A `datasets.Dataset` with `input_ids` and `labels`, and `attention_mask` where there is one; or None.
         settings: The `spin` block.
+        sequence_len: The host's.
         marks: See `prompts_of_row`.
 
     Returns:
@@ -61,22 +63,28 @@ def heldout_prompts(dataset: Any, settings: SpinConfig, marks: Marks = NO_MARKS)
     if not wanted or dataset is None or not len(dataset):
         return None
     found: list[dict[str, Any]] = []
-    unfit = 0
+    unfit = long = 0
     for row in np.random.Generator(np.random.Philox(key=_ORDER)).permutation(len(dataset)).tolist():
         source = dataset[row]
         try:
-            prompts = prompts_of_row(source["input_ids"], source["labels"], settings.turns, marks)
+            start = left_padding(source["labels"], source.get("attention_mask"))
+            ids, labels = source["input_ids"][start:], source["labels"][start:]
+            prompts = prompts_of_row(ids, labels, settings.turns, marks)
         except ValueError:
             prompts = []
-        unfit += not prompts
-        found += [{**prompt._asdict(), "row": row} for prompt in prompts]
+        fitting = [prompt for prompt in prompts if len(prompt.prompt_ids) + len(prompt.chosen_ids) <= sequence_len]
+        unfit, long = unfit + (not prompts), long + len(prompts) - len(fitting)
+        found += [{**prompt._asdict(), "row": row} for prompt in fitting]
         if len(found) >= wanted:
             break
-    if unfit:
-        LOG.info(f"held-out play leaves out {unfit} rows without a prompt or without a human answer to it")
+    if unfit or long:
+        LOG.info(
+            f"held-out play leaves out {unfit} rows without a prompt or without a human answer to it, and {long} prompts "
+            f"that are longer than `sequence_len: {sequence_len}` with their human answer"
+        )
     if not found and settings.eval_prompts:
         raise ValueError(
             f"`spin.eval_prompts: {settings.eval_prompts}`, but none of the {len(dataset)} held-out rows has a prompt with "
-            "a labelled answer: check `test_datasets`, or set `spin.eval_prompts: 0`"
+            f"a labelled answer within `sequence_len: {sequence_len}`: check `test_datasets`, or set `spin.eval_prompts: 0`"
         )
     return Dataset.from_list(found[:wanted], features=prompt_features()) if found else None

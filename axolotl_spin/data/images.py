@@ -213,7 +213,14 @@ def labels_by_headers(
 
 
 def pictures_of(messages: list[dict[str, Any]]) -> list[Any]:
-    """Returns the pictures (`PIL.Image`) of a conversation, which the host's strategy leaves loaded or where they are."""
+    """Returns the pictures (`PIL.Image`) of a conversation, which the host's strategy leaves loaded or where they are.
+
+    Args:
+        messages: What that makes of a row.
+
+    Raises:
+        ValueError: A part is sound or a video, or no picture has come to its place.
+    """
     from transformers.image_utils import load_image
 
     found = []
@@ -221,7 +228,13 @@ def pictures_of(messages: list[dict[str, Any]]) -> list[Any]:
         for part in message["content"]:
             kind = part.get("type")
             if kind == "image":
-                found.append(load_image(next(part[key] for key in _IMAGE_KEYS if part.get(key) is not None)))
+                picture = next((part[key] for key in _IMAGE_KEYS if part.get(key) is not None), None)
+                if picture is None:
+                    raise ValueError(
+                        "it has more places for pictures than pictures: of a row's `images` the host takes the first "
+                        'alone, so give each in a part of `content` of its own, as {"type": "image", "path": ...}'
+                    )
+                found.append(load_image(picture))
             elif kind != "text":
                 raise ValueError(
                     f"it has a part of the type `{kind}`: pairs may have pictures, but no sound and no video"

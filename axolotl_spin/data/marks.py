@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-from axolotl_spin.data.turns import Header, Marks
+from axolotl_spin.data.turns import Header, Marks, common_start, last_header
 
 _WHITE = ("\n", "\n\n", " ", "  ", "\t", " \n", "\r\n")
 # the host's, where an entry of `datasets:` has none
 _ROLES = {"human": "user", "gpt": "assistant"}
+# roles whose headers are looked for; a tool's words may stand within an assistant's turn, and then no header follows
+_OTHERS = ("user", "system")
 
 Turns = list[dict[str, str]]
-Encode = Callable[[str], list[int]]
+Render = Callable[..., list[int]]
 
 
 def special_tokens(tokenizer: Any) -> set[int]:
@@ -64,17 +67,24 @@ def turn_marks(cfg: Any, tokenizer: Any, ends: set[int]) -> Marks:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     entries = [entry for entry in [*(cfg.datasets or []), *(cfg.test_datasets or [])] if _has_turns(entry)]
-    blanks = tuple(sorted({token for text in _WHITE for token in encode(text)}))
-    headers = {header for entry in entries if (header := _header(cfg, entry, tokenizer, set(blanks)))}
+    blanks = {token for text in _WHITE for token in encode(text)}
+    parts = _key(entries, "message_field_training_detail")
+    others = _key(entries, "message_field_training") or _several_roles(entries)
+    headers, openings = set[Header](), set[Header]()
+    for render in [_renderer(cfg, entry, tokenizer) for entry in entries]:
+        headers.update(filter(None, [_header(render, blanks)]))
+        if parts or others:
+            openings.update(filter(None, (_opening(render, role, ends, blanks) for role in _OTHERS)))
     special = special_tokens(tokenizer)
     return Marks(
         ends=tuple(sorted(ends & special)),
         claimed=tuple(sorted((ends - _models_ends(cfg, tokenizer)) & special)),
         special=tuple(sorted({token for header in headers for token in header.ids} & special)),
-        blanks=blanks,
+        blanks=tuple(sorted(blanks)),
         headers=tuple(sorted(headers, key=lambda header: header.ids)),
-        parts=_key(entries, "message_field_training_detail"),
-        others=_key(entries, "message_field_training") or _several_roles(entries),
+        parts=parts,
+        others=others,
+        openings=tuple(sorted(openings, key=lambda header: header.ids)),
     )
 
 
@@ -96,11 +106,12 @@ def _several_roles(entries: list[Any]) -> str | None:
     return None
 
 
-def _header(cfg: Any, entry: Any, tokenizer: Any, blanks: set[int]) -> Header | None:
-    """Returns what an entry's chat template sets before an assistant's content; None where it cannot be told."""
+def _renderer(cfg: Any, entry: Any, tokenizer: Any) -> Render:
+    """Returns what makes tokens of a conversation by an entry's chat template; it raises whatever that raises."""
     from axolotl.utils.chat_templates import get_chat_template_from_config
 
-    def ids(turns: Turns, generation: bool = False) -> list[int]:
+    def render(turns: Turns, generation: bool = False) -> list[int]:
+        template = get_chat_template_from_config(cfg=cfg, ds_cfg=entry, tokenizer=tokenizer)
         settings = {**(cfg.chat_template_kwargs or {}), "return_dict": False}
         return list(
             tokenizer.apply_chat_template(
@@ -108,34 +119,72 @@ def _header(cfg: Any, entry: Any, tokenizer: Any, blanks: set[int]) -> Header | 
             )
         )
 
+    return render
+
+
+def _header(render: Render, blanks: set[int]) -> Header | None:
+    """Returns what a chat template sets before an assistant's content; None where it cannot be told."""
     try:
-        template = get_chat_template_from_config(cfg=cfg, ds_cfg=entry, tokenizer=tokenizer)
-        asked, prompt = ids(_talk("x")), ids(_talk("x"), generation=True)
-        other = ids(_talk("z 1"), generation=True)
-        twice = ids(_talk("x", "y", "z 1", "y x"))
+        asked, prompt = render(_talk("x")), render(_talk("x"), True)
+        other = render(_talk("z 1"), True)
+        twice = render(_talk("x", "y", "z 1", "y x"))
+        answers = [render(_talk("x", content)) for content in ("y", "z 1")]
     except Exception:  # templates raise errors of their own, and a tokenizer may have no template
         return None
     own = len(prompt) - len(asked) if prompt[: len(asked)] == asked else 0
     if not own:  # the header is what ends the user's turn
-        own = _common_end(prompt, other)
+        _, own = _around(prompt, other)
     header = tuple(prompt[len(prompt) - own :])
     while header and _count(header, twice) != 2:  # its last tokens may merge with the content
         header = header[:-1]
-    stripped = header
-    while stripped and stripped[-1] in blanks:
-        stripped = stripped[:-1]
+    stripped = _without_blanks(header, blanks)
     if not stripped or _count(stripped, twice) != 2:
         return None
-    return Header(stripped, header[len(stripped) :])
+    found = Header(stripped, header[len(stripped) :])
+    before, _ = _around(*answers)
+    opened = last_header(answers[0], before, [found])
+    return replace(found, block=tuple(answers[0][opened[1] : before])) if opened else found
+
+
+def _opening(render: Render, role: str, ends: set[int], blanks: set[int]) -> Header | None:
+    """Returns what a chat template sets before another role's content; None where it cannot be told."""
+
+    def said(content: str, answer: str = "y") -> list[int]:
+        turn = {"role": role, "content": content}
+        return render([turn, *_talk("x", answer)] if role == "system" else [*_talk("x", answer), turn])
+
+    try:
+        one, other, behind = said("z 1"), said("x"), said("z 1", "y x")
+    except Exception:  # see `_header`; some know fewer roles
+        return None
+    start = 0 if role == "system" else len(one) - _around(one, behind)[1]
+    header = tuple(one[start : _around(one, other)[0]])
+    last = max((place for place, token in enumerate(header) if token in ends), default=-1)
+    header = header[last + 1 :]  # the answer before it has an end
+    while header and header[0] in blanks:
+        header = header[1:]
+    stripped = _without_blanks(header, blanks)
+    return Header(stripped, header[len(stripped) :]) if stripped else None
+
+
+def _without_blanks(header: tuple[int, ...], blanks: set[int]) -> tuple[int, ...]:
+    while header and header[-1] in blanks:
+        header = header[:-1]
+    return header
 
 
 def _talk(*contents: str) -> Turns:
     return [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(contents)]
 
 
+def _around(one: list[int], other: list[int]) -> tuple[int, int]:
+    """Returns how many tokens two conversations that differ in one content share before it, and behind it."""
+    before, behind, size = common_start(one, other), _common_end(one, other), min(len(one), len(other))
+    return min(before, size - behind), min(behind, size - before)  # where contents begin or end alike
+
+
 def _common_end(one: list[int], other: list[int]) -> int:
-    pairs = zip(reversed(one), reversed(other), strict=False)
-    return next((count for count, (left, right) in enumerate(pairs) if left != right), min(len(one), len(other)))
+    return common_start(one[::-1], other[::-1])
 
 
 def _count(part: tuple[int, ...], ids: list[int]) -> int:

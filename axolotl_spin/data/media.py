@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from axolotl_spin.data.marks import special_tokens
+from axolotl_spin.data.row_cache import PREPARE_AGAIN
 
 # how models' configs name the tokens that stand where an image or a sound does, and around it
 _NAMES = re.compile(r"(image|img|video|vision|audio|speech|boi|eoi|boa|eoa)_(\w+_)?token_(id|index)")
@@ -43,7 +44,8 @@ def refuse_media(dataset: Any, cfg: Any, tokenizer: Any, key: str = "datasets") 
             row, token = start + int(np.searchsorted(ends, place, side="right")), int(rows.flatten()[place].as_py())
             raise ValueError(
                 f"`{key}`: prepared row {row} has {tokenizer.decode([token])!r}, the model's `{found[token]}`, where an "
-                "image or a sound would stand: pairs are of text alone; leave such rows out, or those parts of `content`"
+                "image or a sound would stand: pairs are of text alone; leave out such rows, or those parts of "
+                f"`content`; {PREPARE_AGAIN}"
             )
         start += len(rows)
 
@@ -94,7 +96,8 @@ def describe_unread(cfg: Any) -> str | None:
         return None
     return (
         f"images or sound in the data are left out: {'; '.join(found)}. Pairs are of text alone, so that both answers are "
-        "given without them; leave out rows whose text speaks of what is to be seen or heard there"
+        "given without them; leave out rows whose text speaks of what is to be seen or heard there; "
+        f"{PREPARE_AGAIN}"
     )
 
 

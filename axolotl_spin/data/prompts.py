@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from axolotl_spin.data.row_cache import map_rows
-from axolotl_spin.data.turns import NO_MARKS, Marks, UnclearTurnsError, answer_spans
+from axolotl_spin.data.turns import IGNORED, NO_MARKS, Marks, UnclearTurnsError, answer_spans
 
 Turns = Literal["last", "all"]
 
@@ -51,11 +51,39 @@ def prompts_of_row(
     return [Prompt(list(input_ids[:start]), list(input_ids[start:end])) for start, end in spans]
 
 
+class MaskedTokensError(ValueError):
+    """A row's `attention_mask` leaves out tokens within the conversation, which pairs would have."""
+
+
+def left_padding(labels: Sequence[int], mask: Sequence[int] | None) -> int:
+    """Returns how many tokens at the start of a row take no part: rows that come tokenised may be padded there.
+
+    Args:
+        labels: Of the row, -100 where SFT does not train.
+        mask: Its `attention_mask`, or None where there is none.
+
+    Raises:
+        MaskedTokensError: Another token takes no part, and the row has labels behind it.
+    """
+    if mask is None or all(mask):
+        return 0
+    labelled = [place for place, label in enumerate(labels) if label != IGNORED]
+    first, last = (labelled[0], labelled[-1]) if labelled else (len(labels), -1)
+    start = next((place for place, kept in enumerate(mask) if kept or place == first), len(mask))
+    gap = next((place for place in range(start, last + 1) if not mask[place]), None)
+    if gap is not None:
+        raise MaskedTokensError(
+            f"its `attention_mask` is 0 at token {gap}, before the last label, and pairs are of whole conversations: "
+            "leave such tokens out of its `input_ids` and `labels`"
+        )
+    return start
+
+
 def prompt_dataset(dataset: Any, *, turns: Turns, max_prompts: int | None = None, marks: Marks = NO_MARKS) -> Any:
     """Turns the host's prepared SFT dataset into prompts.
 
     Args:
-        dataset: A `datasets.Dataset` with `input_ids` and `labels`.
+        dataset: A `datasets.Dataset` with `input_ids` and `labels`, and `attention_mask` where there is one.
         turns: See `prompts_of_row`.
         max_prompts: Keep only the first so many pairs.
         marks: See `prompts_of_row`.
@@ -64,7 +92,7 @@ def prompt_dataset(dataset: Any, *, turns: Turns, max_prompts: int | None = None
         A `datasets.Dataset` with `prompt_ids`, `chosen_ids` (list<int32>) and `row` (index of the source row).
 
     Raises:
-        ValueError: The dataset is empty, was not tokenised, or has a row without a prompt.
+        ValueError: The dataset is empty, was not tokenised, or has a row without a prompt or with holes in its mask.
     """
     missing = {"input_ids", "labels"} - set(dataset.column_names)
     if missing:
@@ -76,13 +104,16 @@ def prompt_dataset(dataset: Any, *, turns: Turns, max_prompts: int | None = None
         raise ValueError("the prepared dataset is empty: check `datasets:`, `sequence_len` and `val_set_size`")
     if turns == "last" and max_prompts is not None:
         dataset = _first_with_answers(dataset, max_prompts, marks)
+    masked = "attention_mask" in dataset.column_names
 
     def split(batch: dict[str, list], rows: list[int]) -> dict[str, list]:
         columns: dict[str, list] = {"prompt_ids": [], "chosen_ids": [], "row": []}
-        for row, input_ids, labels in zip(rows, batch["input_ids"], batch["labels"], strict=True):
+        masks = batch["attention_mask"] if masked else [None] * len(rows)
+        for row, input_ids, labels, mask in zip(rows, batch["input_ids"], batch["labels"], masks, strict=True):
             try:
-                prompts = prompts_of_row(input_ids, labels, turns, marks)
-            except UnclearTurnsError as error:
+                start = left_padding(labels, mask)
+                prompts = prompts_of_row(input_ids[start:], labels[start:], turns, marks)
+            except (UnclearTurnsError, MaskedTokensError) as error:
                 raise ValueError(f"row {row} of the prepared dataset: {error}") from None
             except ValueError as error:
                 raise ValueError(

@@ -12,6 +12,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+# behind a remedy that the host does not see: a changed file, or a key that does not name its folder of prepared rows
+PREPARE_AGAIN = (
+    "then have the rows prepared anew by `axolotl preprocess`: the host takes those that it has, and does not see such a "
+    "change"
+)
+
 
 def map_rows(
     rows: Any,

@@ -16,8 +16,8 @@ from axolotl_spin.data.pairs import BATCH_ROWS
 _THOUGHTS_KEY = "reasoning_content"
 _REASONING, _CONTENT = "z 1 z", "y x y"
 _MARK = re.compile(r"<[^<>\s]+>$|\[[^\[\]\s]+\]$")
-# what models call the marks whose template does not show where thoughts go
-_USUAL = ("<think>", "</think>")
+# what models call the marks whose template does not show where thoughts go: Qwen and most others, Gemma 4, Magistral
+_USUAL = (("<think>", "</think>"), ("<|channel>thought", "<channel|>"), ("[THINK]", "[/THINK]"))
 # so much larger a share of own answers than of human ones opens with thoughts: the one is (nearly) the other by that alone
 _APART = 0.5
 # tokens at an answer's start that are looked at: the mark, and whether anything follows it
@@ -75,7 +75,7 @@ def think_block(cfg: Any, tokenizer: Any, blanks: Sequence[int] = ()) -> ThinkBl
             break
     else:
         vocabulary = tokenizer.get_vocab()
-        marks = _USUAL if all(mark in vocabulary for mark in _USUAL) else None
+        marks = next((usual for usual in _USUAL if usual[1] in vocabulary), None)
     if marks is None:
         return None
     opens, ends = (tuple(tokenizer(mark, add_special_tokens=False)["input_ids"]) for mark in marks)

@@ -7,12 +7,14 @@ turns without a mark between them, or no more than the end of somebody else's tu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 IGNORED = -100  # the label of tokens that SFT does not train (torch.nn.CrossEntropyLoss)
 
-# the host labels an end at most so many tokens behind its turn
-_TO_END = 3
+# so many tokens may stand between a turn and the end that the host labels as its own
+TO_END = 3
+
+_ASSISTANT_ALONE = "train the assistant's alone (`roles_to_train: [assistant]`, no `message_field_training`)"
 
 Span = tuple[int, int]  # start, and end exclusive
 
@@ -23,15 +25,17 @@ class UnclearTurnsError(ValueError):
 
 @dataclass(frozen=True)
 class Header:
-    """What a chat template sets before an assistant's content.
+    """What a chat template sets before a turn's content.
 
     Attributes:
         ids: Its tokens, up to the blank ones at its end, which may merge with the content.
         blanks: Those.
+        block: What stands behind them in a conversation's last answer, whatever that says: an empty think block, say.
     """
 
     ids: tuple[int, ...]
     blanks: tuple[int, ...] = ()
+    block: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,11 +46,12 @@ class Marks:
         ends: Tokens that end an answer.
         special: Other tokens that stand between turns: the special ones of the headers.
         blanks: Tokens of white space.
-        headers: Of the chat templates of all datasets.
+        headers: Of an assistant's turns, by the chat templates of all datasets.
         claimed: Those of `ends` that `eot_tokens` alone names. One may close a message within a turn, as
             harmony's `<|end|>` closes thoughts.
         parts: The key by which a turn may have labels in parts, or None.
         others: The key by which turns of other roles may have labels too, or None.
+        openings: Headers of other roles' turns, as far as they are known; none without `parts` and `others`.
     """
 
     ends: tuple[int, ...] = ()
@@ -56,6 +61,7 @@ class Marks:
     claimed: tuple[int, ...] = ()
     parts: str | None = None
     others: str | None = None
+    openings: tuple[Header, ...] = ()
 
 
 NO_MARKS = Marks()  # each run of labels is a turn
@@ -87,21 +93,30 @@ def answer_spans(ids: Sequence[int], labels: Sequence[int], marks: Marks) -> lis
     Raises:
         UnclearTurnsError: What is labelled may be parts of one turn, or another role's, and the tokens do not tell.
     """
+    marks = _marks_of_row(ids, marks)
     ends, answers = set(marks.ends), list[Span]()
     runs = _at_ends(ids, labelled_spans(labels), marks)
-    if not marks.headers and len(runs) == 1:
+    if not (marks.headers or marks.parts or marks.others) and len(runs) == 1:
         return runs  # it may say nothing but its end
     for start, end in runs:
         before = answers[-1] if answers else None
         if all(token in ends for token in ids[start:end]):
             # behind an answer without one it is that answer's end; else the end of a turn that is not trained
-            if before and _continues(ids, before, start, marks, _TO_END - 1):
+            if before and _continues(ids, before, start, marks, TO_END):
                 answers[-1] = (before[0], start + 1)
         elif before and _continues(ids, before, start, marks):
             answers[-1] = (before[0], end)
         elif marks.others is None or _is_answer(ids, start, marks):
             answers.append((_opening(ids, start, marks), end))
     return [_whole(ids, answer, marks) for answer in answers] if marks.parts else answers
+
+
+def _marks_of_row(ids: Sequence[int], marks: Marks) -> Marks:
+    """Leaves out what keys say of a chat template's turns where a row has none of these."""
+    if not marks.headers or not (marks.parts or marks.others):
+        return marks
+    known = last_header(ids, len(ids), marks.headers + marks.openings)
+    return marks if known is not None else replace(marks, parts=None, others=None)
 
 
 def _at_ends(ids: Sequence[int], runs: list[Span], marks: Marks) -> list[Span]:
@@ -142,7 +157,7 @@ def _continues(ids: Sequence[int], before: Span, start: int, marks: Marks, near:
     """
     if ids[before[1] - 1] in marks.ends or any(token in _closing(marks) for token in ids[before[1] : start]):
         return False
-    opened = _last_header(ids, start, marks)
+    opened = last_header(ids, start, marks.headers + marks.openings)
     if opened is not None:
         return opened[1] <= before[0]
     if near is not None and start - before[1] <= near:
@@ -160,29 +175,41 @@ def _closing(marks: Marks) -> set[int]:
 
 
 def _is_answer(ids: Sequence[int], start: int, marks: Marks) -> bool:
-    """Whether a token stands in a turn that an assistant's header has opened and nothing has closed."""
+    """Whether the header of an assistant, or of another role, has opened the turn of a labelled token."""
     if not marks.headers:
         raise UnclearTurnsError(
             f"`{marks.others}` trains turns of several roles, and the chat template does not tell an assistant's from the "
-            "others: train the assistant's alone (`roles_to_train: [assistant]`, no `message_field_training`)"
+            f"others: {_ASSISTANT_ALONE}"
         )
-    opened = _last_header(ids, start, marks)
-    if opened is None:  # not a row of these templates
-        return _last_header(ids, len(ids), marks) is None
-    return not any(token in _closing(marks) for token in ids[opened[1] : start])
+    own, others = (last_header(ids, start, headers) for headers in (marks.headers, marks.openings))
+    opened = max(filter(None, (own, others)), default=None)
+    if opened is None or own == others or any(token in _closing(marks) for token in ids[opened[1] : start]):
+        # behind a tool's words, say, which some templates set into the assistant's turn
+        raise UnclearTurnsError(
+            f"`{marks.others}` trains turns of several roles, and what the chat template sets before token {start} does "
+            f"not tell whose turn is trained there: {_ASSISTANT_ALONE}"
+        )
+    return opened == own
 
 
 def _opening(ids: Sequence[int], start: int, marks: Marks) -> int:
     """Returns where the turn of a labelled token starts, where its first part may have no labels."""
     if not marks.parts:
         return start
-    opened = _last_header(ids, start, marks)
+    opened = last_header(ids, start, marks.headers)
     if opened is None or any(token in _closing(marks) for token in ids[opened[1] : start]):
         raise UnclearTurnsError(
             f"`{marks.parts}` trains parts of turns, and the chat template's header of an assistant's turn is not found "
             f"before the labels, so where that turn starts is not known: remove `{marks.parts}`"
         )
-    return opened[1]
+    unlabelled = ids[opened[1] : start]
+    return opened[1] + max(common_start(header.block, unlabelled) for header in marks.headers)
+
+
+def common_start(one: Sequence[int], other: Sequence[int]) -> int:
+    """Returns with how many tokens two sequences begin alike."""
+    pairs = zip(one, other, strict=False)
+    return next((count for count, (left, right) in enumerate(pairs) if left != right), min(len(one), len(other)))
 
 
 def _whole(ids: Sequence[int], answer: Span, marks: Marks) -> Span:
@@ -192,7 +219,7 @@ def _whole(ids: Sequence[int], answer: Span, marks: Marks) -> Span:
         return answer
     closing = _closing(marks)
     stop = next((place for place in range(end, len(ids)) if ids[place] in closing), len(ids))
-    following = _last_header(ids, len(ids), marks)
+    following = last_header(ids, len(ids), marks.headers + marks.openings)
     if stop == len(ids) and following is not None and following[1] > end:
         raise UnclearTurnsError(
             f"`{marks.parts}` trains parts of turns, and no end token tells where a turn ends: remove `{marks.parts}`, or "
@@ -203,10 +230,10 @@ def _whole(ids: Sequence[int], answer: Span, marks: Marks) -> Span:
     return start, stop
 
 
-def _last_header(ids: Sequence[int], stop: int, marks: Marks) -> Span | None:
+def last_header(ids: Sequence[int], stop: int, headers: Sequence[Header]) -> Span | None:
     """Returns the last header that ends at `stop` or before, from its first token to where the content starts."""
     found: Span | None = None
-    for header in marks.headers:
+    for header in headers:
         size = len(header.ids)
         for at in range(stop - size, -1, -1):
             if tuple(ids[at : at + size]) == header.ids:

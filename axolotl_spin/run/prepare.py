@@ -180,9 +180,9 @@ def prepare_run(
     prompts = prompt_dataset(train_dataset, turns=settings.turns, max_prompts=settings.max_prompts, marks=marks)
     known: dict[str, Any] = {"special": special, "sequence_len": int(cfg.sequence_len)}
     stops = stop_token_ids(prompts, ends=ends, claimed=marks.claimed, **known)
-    endings = count_endings(prompts, train_dataset, stops=stops, **known)
+    endings = count_endings(prompts, train_dataset, stops=stops, first=settings.max_prompts, **known)
     refuse_endless(endings, cfg, tokenizer, stops)
-    heldout = heldout_prompts(eval_dataset, settings, marks)
+    heldout = heldout_prompts(eval_dataset, settings, int(cfg.sequence_len), marks)
     for found, source, key in ((prompts, images, "datasets"), (heldout, heldout_images, held_out_by)):
         if found is not None and source is not None:
             refuse_unfit(found, source, key, sequence_len=int(cfg.sequence_len), sharded=_shares_weights(cfg))

@@ -187,7 +187,8 @@ def exercise(folder: Path, count: int) -> dict[str, Any]:
         run = SpinRun(
             settings=settings, prompts=prompts, plan=plan, directory=RunDirectory(work / "out"),
             identity=Identity({"data": content}, {}, [entry.to_json() for entry in plan.iterations]),
-            tokenizer=tokenizer, sequence_len=2048, seed=7, shuffle=True, stops=(2,), endings=Endings(count, 0, 0, None),
+            tokenizer=tokenizer, sequence_len=2048, seed=7, shuffle=True, stops=(2,),
+            endings=Endings(count, 0, 0, None, count, 0),
             launch=Launch(1, None), sample_packing=None,
         )  # fmt: skip
         play: Any = SelfPlay(run, Ranks(accelerator), air, air, composed, run.stops)  # type: ignore[arg-type]

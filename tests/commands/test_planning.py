@@ -127,13 +127,20 @@ def test_real_data(warm: Warm, tmp_path: Path) -> None:
 @pytest.mark.once
 @pytest.mark.host
 def test_human_answers_without_an_end_are_counted(warm: Warm, tmp_path: Path) -> None:
-    """Rows are cut at 12 tokens: a prompt of 2 words leaves room for an answer of 6 and its end, one of 8 does not."""
+    """Rows are cut at 12 tokens: a prompt of 2 words leaves room for an answer of 6 and its end, one of 8 does not. One
+    more row has no answer."""
     cut = {"sequence_len": 12, "excess_length_strategy": "truncate"}
-    endings = planned(warm, {**host.config(tmp_path), **cut})["endings"]
+    settings = {**host.config(tmp_path), **cut}
+    with (tmp_path / "data.jsonl").open("a") as data:
+        turns = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": ""}]
+        data.write(json.dumps({"messages": turns}) + "\n")
+    endings = planned(warm, settings)["endings"]
+    assert (endings["rows"], endings["unanswered"]) == (38, 1)
     assert endings["answers"] == 37 and 0 < endings["without"] == endings["cut"] < 37
     assert f"{endings['cut']} are cut by `sequence_len: 12`" in endings["text"]
     code, output = warm.run("axolotl_spin", "plan", str(tmp_path / "out.yml"), env=ENV, cwd=tmp_path)
     assert code == 0 and f"{endings['without']} of 37 human answers have no end token among their labels" in output
+    assert "1 of 38 rows have no trained answer" in output
 
 
 def test_tokens_are_those_of_the_prompts_that_are_answered(tmp_path: Path) -> None:

@@ -79,7 +79,12 @@ def test_user_defined(tmp_path: Path) -> None:
 def test_several_datasets_one_already_tokenised_and_a_test_set(tmp_path: Path) -> None:
     """Already tokenised rows merge with others where they have the types that the host gives its own."""
     tokens = [
-        {"input_ids": [7, 8 + i, 9, 6], "attention_mask": [1] * 4, "labels": [-100, -100, 9, 6]} for i in range(ROWS)
+        {
+            "input_ids": [0] * (i % 3) + [7, 8 + i, 9, 6],  # some are padded on the left
+            "attention_mask": [0] * (i % 3) + [1] * 4,
+            "labels": [-100] * (i % 3) + [-100, -100, 9, 6],
+        }
+        for i in range(ROWS)
     ]
     tiny.conversations(tmp_path / "chat.jsonl", ROWS)
     chat = {"path": str(tmp_path / "chat.jsonl"), "ds_type": "json", "type": "chat_template"}
@@ -89,7 +94,8 @@ def test_several_datasets_one_already_tokenised_and_a_test_set(tmp_path: Path) -
     data = [chat, {"path": str(tmp_path / "t.parquet"), "ds_type": "parquet", "type": None}]
     run, meta, _ = load(tmp_path, datasets=data, test_datasets=[{**chat, "split": "train"}])
     assert len(run.prompts) == 2 * ROWS
-    assert sum(prompt[0] == 7 for prompt in run.prompts["prompt_ids"][:]) == ROWS
+    tokenised = [prompt for prompt in run.prompts["prompt_ids"][:] if prompt[0] in (0, 7)]
+    assert sorted(tokenised) == [[7, 8 + i] for i in range(ROWS)]
     assert len(meta.eval_dataset) == ROWS
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +75,24 @@ def test_a_claimed_end_that_stands_inside_answers_stops_none() -> None:
 
 
 def test_endings_are_counted() -> None:
-    """Of six answers, two end, one is cut at five tokens, and behind the others 8 stands, or nothing special."""
+    """Of six answers, two end, one is cut at five tokens, and behind the others 8 stands, or nothing special near by. Of
+    the eight rows two have no answer."""
     answers = [[5, 9], [5, 9], [5, 5, 5, 5], [5], [5], [5]]
-    source = Dataset.from_dict(
-        {"input_ids": [[4, *ids, *tail] for ids, tail in zip(answers, [[], [], [], [7, 8], [8], [7]], strict=False)]}
-    )
-    found = count_endings(prompts(answers), source, stops=[2, 9], special={2, 8, 9}, sequence_len=5)
-    assert found == Endings(answers=6, without=4, cut=1, behind=8)
+    tails: list[list[int]] = [[], [], [], [7, 7, 7, 8], [7, 7, 7, 7, 2], [7]]
+    ids = [[4, *answer, *tail] for answer, tail in zip(answers, tails, strict=True)]
+    labels = [[-100, *answer, *[-100] * len(tail)] for answer, tail in zip(answers, tails, strict=True)]
+    masks = [[1] * len(row) for row in ids]
+    ids[3], labels[3], masks[3] = [0, 0, *ids[3]], [-100, -100, *labels[3]], [0, 0, *masks[3]]
+    none = {"input_ids": [[4]] * 2, "labels": [[-100]] * 2, "attention_mask": [[1]] * 2}
+    found = {"input_ids": ids, "labels": labels, "attention_mask": masks}
+    source = Dataset.from_dict({name: [*found[name], *none[name]] for name in found})
+    count = partial(count_endings, stops=[2, 9], special={2, 8, 9}, sequence_len=5)
+    expected = Endings(answers=6, without=4, cut=1, behind=8, rows=8, unanswered=2)
+    assert count(prompts(answers), source) == count(prompts(answers), source, first=7) == expected
+    some = count(
+        prompts(answers).select([0, 2]), source, first=2
+    )  # rows behind the last that was asked for are not read
+    assert (some.rows, some.unanswered) == (3, 1)
 
 
 # -- what the host prepares -------------------------------------------------------------------------------------------
@@ -105,7 +117,12 @@ CUT = {"sequence_len": 20, "excess_length_strategy": "truncate"}
     ("changes", "words", "says"),
     [
         (OTHER, 3, r"8 of 8 human answers have no end .*`<s>` stands behind answers.*`eot_tokens: \['<s>'\]`"),
-        (CUT, 30, r"8 are cut by `sequence_len: 20`"),
+        ({**OTHER, "eot_tokens": ["<|end|>"]}, 3, r"`eot_tokens: \['<\|end\|>', '<s>'\]`"),
+        (
+            CUT,
+            30,
+            r"8 are cut by `sequence_len: 20`.*`excess_length_strategy: drop`; then have .* by `axolotl preprocess`",
+        ),
     ],
 )
 def test_data_without_any_end_are_refused(tmp_path: Path, changes: dict[str, Any], words: int, says: str) -> None:
@@ -127,11 +144,12 @@ def test_ends_that_are_meant_to_be_left_out(tmp_path: Path, caplog: pytest.LogCa
 
 
 def test_some_without_an_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Twelve rows are cut at the limit, eight are whole."""
-    data = [*talk(tmp_path), *talk(tmp_path, rows=12, words=30)]
+    """Twelve rows are cut at the limit, eight are whole, and three have an empty answer."""
+    data = [*talk(tmp_path), *talk(tmp_path, rows=12, words=30), *talk(tmp_path, rows=3, words=0)]
     run, _, _ = load(tmp_path, datasets=data, **CUT)
     assert (run.endings.answers, run.endings.without, run.endings.cut) == (20, 12, 12)
-    assert "12 of 20 human answers have no end" in caplog.text and "raise it or leave them out" in caplog.text
+    assert "12 of 20 human answers have no end" in caplog.text and "raise it, or leave them out" in caplog.text
+    assert "3 of 23 rows have no trained answer" in caplog.text
 
 
 def test_the_models_generation_config_names_ends(tmp_path: Path) -> None:

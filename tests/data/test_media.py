@@ -31,7 +31,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[DictDefault, Any]:
 def test_the_first_row_with_an_image_is_named(model: tuple[DictDefault, Any]) -> None:
     cfg, tokenizer = model
     rows = [[9, 20, 11], [], [8], [7, 47, 9, 47], [47]]
-    with pytest.raises(ValueError, match=r"`datasets`: prepared row 3 has '<image>', the model's `image_token_i"):
+    says = r"`datasets`: prepared row 3 has '<image>', the model's `image_token_i.*`axolotl preprocess`"
+    with pytest.raises(ValueError, match=says):
         refuse_media(Dataset.from_dict({"input_ids": rows}), cfg, tokenizer)
     with pytest.raises(ValueError, match="`test_datasets`: prepared row 0 "):
         refuse_media(Dataset.from_dict({"input_ids": rows}).select([4, 0]), cfg, tokenizer, "test_datasets")
@@ -64,6 +65,7 @@ def test_columns_that_no_template_reads_are_told(tmp_path: Path, monkeypatch: py
         in told
     )
     assert f"; `image` of 1 of 3 rows of `test_datasets` ({tmp_path / 'b.parquet'}). Pairs are" in told
+    assert "`axolotl preprocess`" in told
     assert describe_unread(DictDefault({**cfg, "is_multimodal": False})) is None
     assert describe_unread(DictDefault(is_multimodal=True, datasets=gone)) is None
     monkeypatch.setenv("RANK", "1")

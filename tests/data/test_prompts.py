@@ -48,6 +48,20 @@ def test_dataset_of_prompts() -> None:
     assert len(prompt_dataset(rows([X, 1, X, 2], [X, 1]), turns="all", max_prompts=1)) == 1
 
 
+def test_padding_on_the_left_is_no_prompt() -> None:
+    padded = {"input_ids": [[0, 0, 5, 6, 7], [5, 6, 7, 0, 0]], "labels": [[X, X, X, 6, X], [X, 6, X, X, X]]}
+    masks = {"attention_mask": [[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]]}
+    made = prompt_dataset(Dataset.from_dict({**padded, **masks}), turns="last")
+    assert (made["prompt_ids"][:], made["chosen_ids"][:], made["row"][:]) == ([[5], [5]], [[6], [6]], [0, 1])
+
+
+@pytest.mark.parametrize(("mask", "gap"), [([0, 1, 0, 1], 2), ([0, 0, 0, 1], 2), ([1, 1, 1, 0], 3)])
+def test_holes_in_the_mask_are_refused(mask: list[int], gap: int) -> None:
+    dataset = Dataset.from_dict({"input_ids": [[5, 6, 7, 8]], "attention_mask": [mask], "labels": [[X, X, 7, 8]]})
+    with pytest.raises(ValueError, match=f"row 0 .*`attention_mask` is 0 at token {gap}, before the last label"):
+        prompt_dataset(dataset, turns="last")
+
+
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +31,8 @@ TOKENIZER.chat_template = (
 OPENS, ENDS = TOKENIZER.convert_tokens_to_ids(["<think>", "</think>"])
 BEFORE = "<|user|> w1 <|end|> <|assistant|> w2 <|end|> <|user|> w3 <|end|> <|assistant|> <think>"
 PLAIN, THOUGHTFUL = "w4 w5", "<think> w7 w8 </think> w4 w5"
+# prompt and answer
+EXPECTED = {PLAIN: (f"{BEFORE} </think>", "w4 w5 <|end|>"), THOUGHTFUL: (BEFORE, "w7 w8 </think> w4 w5 <|end|>")}
 
 
 def talk(answer: str) -> dict[str, Any]:
@@ -51,15 +54,25 @@ def test_own_answers_start_where_the_human_ones_do(tmp_path: Path, answers: list
     data = {**jsonl(tmp_path / "t.jsonl", [talk(answer) for answer in answers]), "type": "chat_template"}
     asked = {} if thinking is None else {"chat_template_kwargs": {"enable_thinking": thinking}}
     run, _, _ = load(tmp_path, datasets=[data], **asked)
-    expected = {PLAIN: (f"{BEFORE} </think>", "w4 w5 <|end|>"), THOUGHTFUL: (BEFORE, "w7 w8 </think> w4 w5 <|end|>")}
     found = [TOKENIZER.batch_decode(run.prompts[name][:]) for name in ("prompt_ids", "chosen_ids")]
-    assert list(zip(*found, strict=True)) == [expected[answer] for answer in answers]
+    assert list(zip(*found, strict=True)) == [EXPECTED[answer] for answer in answers]
     asked = TOKENIZER.apply_chat_template(
         talk(PLAIN)["messages"][:-1], add_generation_prompt=True, tokenize=False, enable_thinking=False
     )
     assert asked.strip() == f"{BEFORE} </think>"  # as one who asks the trained model not to think
     assert run.thoughts is not None
     assert (run.thoughts.opens, run.thoughts.ends) == ((OPENS,), (ENDS,))
+
+
+def test_an_answer_in_parts_starts_where_a_whole_one_does(tmp_path: Path) -> None:
+    model_that_knows_thoughts(tmp_path)
+    parts = [{"begin_offset": 0, "end_offset": 1, "train": False}, {"begin_offset": 3, "end_offset": 4, "train": True}]
+    plain, thoughtful = talk(PLAIN), talk(THOUGHTFUL)
+    plain["messages"][-1]["train_detail"] = parts
+    data = {**jsonl(tmp_path / "t.jsonl", [plain, thoughtful]), "type": "chat_template"}
+    run, _, _ = load(tmp_path, datasets=[{**data, "message_field_training_detail": "train_detail"}])
+    found = [TOKENIZER.batch_decode(run.prompts[name][:]) for name in ("prompt_ids", "chosen_ids")]
+    assert list(zip(*found, strict=True)) == [EXPECTED[PLAIN], EXPECTED[THOUGHTFUL]]
 
 
 def block(template: str, words: list[str] = tiny.WORDS, **entry: str) -> ThinkBlock | None:
@@ -79,6 +92,20 @@ def test_marks_come_from_the_template_by_the_key_of_the_data() -> None:
     assert block(template.replace("<w3>", "<w2>"), words, template_thinking_key="why") is None  # harmony's open alike
     assert block(tiny.TEMPLATE) is None
     assert block(tiny.TEMPLATE, [*tiny.WORDS, "<think>", "</think>"]) == ThinkBlock((OPENS,), (ENDS,))
+
+
+@pytest.mark.parametrize(
+    ("special", "opens"), [(["<|channel>", "<channel|>"], "<|channel>thought"), (["[THINK]", "[/THINK]"], "[THINK]")]
+)
+def test_marks_that_a_template_does_not_show(special: list[str], opens: str) -> None:
+    """Gemma 4 sets a channel's name behind the mark, also in an empty block; the rest is Magistral's."""
+    tokenizer = tiny.tokenizer([*tiny.WORDS, "thought"])
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    found = think_block(SimpleNamespace(datasets=[]), tokenizer)
+    assert found is not None
+    encode = partial(tokenizer.encode, add_special_tokens=False)
+    assert found.opened_by(encode(f"{opens} w1 {special[1]} w2"))
+    assert not found.opened_by(encode(f"{opens} {special[1]} w2")) and not found.opened_by(encode("w1 w2"))
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,9 @@ from axolotl_spin.data.turns import Header, Marks, UnclearTurnsError, answer_spa
 X = -100
 # 1 opens a user's turn, 2 the assistant's, 9 ends a turn, 8 is white space
 MARKS = Marks(ends=(9,), special=(1, 2), blanks=(8,), headers=(Header((2,)),))
-PARTS = Marks(**{**vars(MARKS), "parts": "message_field_training_detail: train_detail"})
-OTHERS = Marks(**{**vars(MARKS), "others": "message_field_training: train"})
+OPENINGS = (Header((1,)),)
+PARTS = Marks(**{**vars(MARKS), "parts": "message_field_training_detail: train_detail", "openings": OPENINGS})
+OTHERS = Marks(**{**vars(MARKS), "others": "message_field_training: train", "openings": OPENINGS})
 
 
 def answers(row: str, marks: Marks = MARKS) -> list[str]:
@@ -50,6 +51,9 @@ def test_an_end_behind_white_space_is_the_answers_own() -> None:
     """The host labels an end up to three tokens behind the content; what stands between belongs to the answer."""
     assert answers("1 3 9' 8 2 4' 5' 8 9' 8 1 3 9'") == ["4589"]
     assert answers("1 3 9 2 4' 5' 9 1 3 9'") == ["45"]  # its end is not trained; the other is a user's
+    headless = Marks(ends=(9,), blanks=(8,))  # where the host's reach alone tells
+    assert answers("1 3' 4' 8 8 8 9'", headless) == ["348889"]
+    assert answers("1 3' 4' 8 8 8 8 9'", headless) == ["34"]
 
 
 def test_a_run_of_several_turns_is_cut_at_their_ends() -> None:
@@ -70,13 +74,53 @@ def test_parts_whose_turn_cannot_be_told_are_refused() -> None:
         answers("1 3 9 4' 5 6' 9'", Marks(ends=(9,), parts=PARTS.parts))
     with pytest.raises(UnclearTurnsError, match="eot_tokens"):
         answers("2 4' 5 1 3 2 6'", Marks(headers=MARKS.headers, parts=PARTS.parts))
+    for opened in ("1 3 9 5 4' 9'", "1 3 9 2 5 9 4' 9'"):  # a header that is missing, and one of a turn before
+        with pytest.raises(UnclearTurnsError, match="header of an assistant's turn is not found"):
+            answers(opened, PARTS)
+    with pytest.raises(UnclearTurnsError, match="header of an assistant's turn is not found"):
+        answers("1 3 9 4 5' 9'", Marks(ends=(9,), parts=PARTS.parts))  # the first part would be the prompt's
+
+
+def test_rows_of_no_template_beside_those_of_one() -> None:
+    """Such rows of a mixture have no parts and no other roles: their labels are as the data says."""
+    for marks in (PARTS, OTHERS):
+        assert answers("3 4 5' 6' 9'", marks) == ["569"]
+        assert answers("3 4' 5 6' 9'", marks) == ["4", "69"]
+
+
+# an empty think block: 6 opens it and 7 ends it, in the last answer alone
+BLOCK = Marks(**{**vars(PARTS), "headers": (Header((2,), (), (6, 8, 7)),)})
+
+
+def test_parts_begin_behind_what_the_template_sets_before_an_answer() -> None:
+    assert answers("1 3 9 2 4 5' 9' 1 3 9 2 6 8 7 4 5' 9'", BLOCK) == ["459", "459"]
+    assert answers("1 3 9 2 6 3 8 7 4 5' 9'", BLOCK) == ["387459"]  # thoughts: only what opens them is the same
+    assert answers("1 3 9 2 6 8' 7' 4' 9'", BLOCK) == ["8749"]  # what is trained is never the prompt's
 
 
 def test_turns_of_other_roles_are_no_answers() -> None:
     assert answers("1 3' 3' 9' 2 4' 9' 1 3' 9'", OTHERS) == ["49"]
     assert answers("3 4' 9' 3 5' 9'", OTHERS) == ["49", "59"]  # not a row of the template
+    assert answers("1 3' 9 1 4' 9' 2 5' 9'", OTHERS) == ["59"]
+    assert answers("2 5' 1 3' 2 4' 9'", Marks(**{**vars(OTHERS), "special": ()})) == ["5", "49"]  # no ends between
+    assert answers("1 3 9 1 4' 9'", OTHERS) == []
     with pytest.raises(UnclearTurnsError, match=r"roles_to_train: \[assistant\]"):
         answers("1 3' 9' 2 4' 9'", Marks(ends=(9,), others=OTHERS.others))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "1 3' 9' 2 4' 9' 6 5 9 7' 9'",  # behind a tool's words, which no header opens
+        "1 3 9 5 6 4' 9' 1 3 9 2 4' 9'",  # a header that thoughts have changed
+        "5' 9' 1 3' 9' 2 4' 9'",
+    ],
+)
+def test_turns_that_nothing_known_opens_are_refused(row: str) -> None:
+    with pytest.raises(
+        UnclearTurnsError, match=r"does not tell whose turn is trained there: train the assistant's alone"
+    ):
+        answers(row, OTHERS)
 
 
 # harmony: 7 closes a message, which `eot_tokens` calls an end, 9 the turn; each message opens with 1 or 2 and its channel
@@ -217,6 +261,38 @@ def test_segments_are_turns(tmp_path: Path) -> None:
     data = [{**jsonl(tmp_path / "i.jsonl", [row] * 4), "type": "input_output"}]
     run, _, _ = load(tmp_path, datasets=data, chat_template=None, spin={"iterations": 1, "turns": "all"})
     assert TOKENIZER.batch_decode(run.prompts["chosen_ids"][:3]) == ["w2 <|end|>", "w4", "w6 <|end|>"]
+
+
+def test_a_mixture_with_rows_of_no_template(tmp_path: Path) -> None:
+    """`message_field_training_detail` concerns the conversations alone."""
+    parts = [say("user", "w1"), say("assistant", "w2 w3 w4", train_detail=MIDDLE)]
+    chat = {**jsonl(tmp_path / "c.jsonl", [{"messages": parts}] * 2), "type": "chat_template"}
+    segments = [{"label": label, "text": text} for label, text in [(False, "w5"), (True, "w6 w7 <|end|>")]]
+    plain = {**jsonl(tmp_path / "i.jsonl", [{"segments": segments}] * 2), "type": "input_output"}
+    run, _, _ = load(tmp_path, datasets=[{**chat, "message_field_training_detail": "train_detail"}, plain])
+    assert (
+        sorted(TOKENIZER.batch_decode(run.prompts["chosen_ids"][:])) == ["w2 w3 w4 <|end|>"] * 2 + ["w6 w7 <|end|>"] * 2
+    )
+
+
+# as Mistral's: what ends the user's turn opens the assistant's, which goes on behind a tool's words
+TOOLS = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|user|> ' + m['content'] + ' <|assistant|> ' }}"
+    "{% elif m['role'] == 'tool' %}{{ 'w38 ' + m['content'] + ' w39 ' }}"
+    "{% else %}{{ m['content'] + ' <|end|> ' }}{% endif %}{% endfor %}"
+)
+
+
+def test_an_answer_behind_a_tools_words_is_not_lost(tmp_path: Path) -> None:
+    """Where users' turns may be trained, nothing tells it from theirs."""
+    asked = [say("user", "w1", train=True), say("assistant", "w2")]
+    keys = {"template": TOOLS, "message_field_training": "train"}
+    assert turns(tmp_path, [asked, TALK], "all", **keys) == ["w2 <|end|>", "w2 w3 <|end|>", "w5 <|end|>"]
+    called = [*asked, say("tool", "w3"), say("assistant", "w4")]
+    with pytest.raises(
+        ValueError, match=r"row \d of .*`message_field_training: train` trains .* the assistant's alone"
+    ):
+        turns(tmp_path / "called", [TALK, called], "last", **keys)
 
 
 CASES = host.SHARED / "cases"

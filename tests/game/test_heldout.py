@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
+from rows import jsonl, load
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from warm import Warm
@@ -37,7 +38,7 @@ def rows(count: int, without_prompt: tuple[int, ...] = ()) -> Dataset:
 
 
 def chosen(dataset: Any, **settings: Any) -> list[int]:
-    found = heldout_prompts(dataset, SpinConfig(**settings))
+    found = heldout_prompts(dataset, SpinConfig(**settings), 3)
     for row in found:
         assert row["prompt_ids"] == [100 + row["row"]] and row["chosen_ids"] == [row["row"], 6]
     return found["row"][:]
@@ -59,18 +60,30 @@ def test_rows_without_a_prompt_are_left_out() -> None:
 
 def test_every_turn_where_training_has_every_turn() -> None:
     two = Dataset.from_dict({"input_ids": [[100, 7, 101, 8]], "labels": [[-100, 7, -100, 8]]})
-    assert heldout_prompts(two, SpinConfig(turns="all"))["prompt_ids"][:] == [[100], [100, 7, 101]]
-    assert heldout_prompts(two, SpinConfig())["prompt_ids"][:] == [[100, 7, 101]]
-    assert heldout_prompts(two, SpinConfig(turns="all", eval_prompts=1))["prompt_ids"][:] == [[100]]
+    assert heldout_prompts(two, SpinConfig(turns="all"), 4)["prompt_ids"][:] == [[100], [100, 7, 101]]
+    assert heldout_prompts(two, SpinConfig(), 4)["prompt_ids"][:] == [[100, 7, 101]]
+    assert heldout_prompts(two, SpinConfig(turns="all", eval_prompts=1), 4)["prompt_ids"][:] == [[100]]
 
 
 def test_nothing_to_play_on() -> None:
-    assert heldout_prompts(None, SpinConfig()) is None
-    assert heldout_prompts(rows(9), SpinConfig(eval_prompts=0)) is None
+    assert heldout_prompts(None, SpinConfig(), 4) is None
+    assert heldout_prompts(rows(9), SpinConfig(eval_prompts=0), 4) is None
     hopeless = rows(3, without_prompt=(0, 1, 2))
-    assert heldout_prompts(hopeless, SpinConfig()) is None
+    assert heldout_prompts(hopeless, SpinConfig(), 4) is None
     with pytest.raises(ValueError, match=r"spin.eval_prompts: 2`, but none of the 3 held-out rows has a prompt"):
-        heldout_prompts(hopeless, SpinConfig(eval_prompts=2))
+        heldout_prompts(hopeless, SpinConfig(eval_prompts=2), 4)
+
+
+def test_prompts_without_room_for_the_humans_answer_are_left_out(tmp_path: Path) -> None:
+    """The host cuts held-out rows by a length of their own; 9 and 10 words do not fit into 13 tokens, up to 8 do."""
+    said = [[{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2 " * n}] for n in range(1, 11)]
+    data = jsonl(tmp_path / "held.jsonl", [{"messages": row} for row in said])
+    held = {"test_datasets": [{**data, "split": "train", "type": "chat_template"}], "eval_sequence_len": 64}
+    run, meta, _ = load(tmp_path, sequence_len=13, **held)
+    assert len(meta.eval_dataset) == 10
+    assert sorted(len(ids) for ids in run.heldout["chosen_ids"][:]) == list(range(2, 10))
+    with pytest.raises(ValueError, match=r"none of the 10 held-out rows has a prompt .* within `sequence_len: 5`"):
+        heldout_prompts(meta.eval_dataset, SpinConfig(eval_prompts=2), 5)
 
 
 @pytest.mark.parametrize("cfg", [{"val_set_size": 0.1}, {"val_set_size": 3}, {"test_datasets": [{"path": "x"}]}])

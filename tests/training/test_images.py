@@ -179,6 +179,18 @@ def test_a_sound_is_refused(tmp_path: Path) -> None:
         tokenise_row(row, images.collate, images.collate.processing_strategy, lambda ids: ids)
 
 
+def test_more_places_than_pictures_are_refused(tmp_path: Path) -> None:
+    """The host fills one place from a column of pictures, whatever the column has."""
+    images = source("gemma3", tmp_path)
+    shown = [pictured.picture(colour, 0) for colour in ("red", "blue")]
+    asked = {"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "w1"}]}
+    said = {"role": "assistant", "content": [{"type": "text", "text": "w2"}]}
+    with pytest.raises(ValueError, match="more places for pictures than pictures: of a row's `images` the host takes"):
+        tokenise_row(
+            {"messages": [asked, said], "images": shown}, images.collate, images.collate.processing_strategy, list
+        )
+
+
 class Day:
     """Stands for `datetime` where templates ask for the date."""
 

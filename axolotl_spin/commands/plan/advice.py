@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from axolotl_spin.data.row_cache import PREPARE_AGAIN
 from axolotl_spin.game.updates import WAYS_OUT
 from axolotl_spin.run.plan import Plan
 from axolotl_spin.settings.generation import DEFAULT_MAX_NEW_TOKENS
@@ -132,7 +133,7 @@ def _about_data(facts: Facts, say) -> None:
         say(
             "sequence_len",
             f"{short} of {rows} prompts leave fewer than {min(limit, 32)} of {facts.sequence_len} tokens for an answer: "
-            "raise it, or leave them out",
+            f"raise it, or leave them out; {PREPARE_AGAIN}",
         )
     if facts.trained_for and facts.sequence_len > facts.trained_for:
         say(
