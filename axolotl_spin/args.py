@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, Field, model_validator
 
 from axolotl_spin.keys import levels, refuse_misplaced
-from axolotl_spin.refusals import refuse_leftovers, refuse_unsupported
+from axolotl_spin.refusals import refuse_unsupported, refused_keys
 from axolotl_spin.set_aside import set_aside
 from axolotl_spin.settings.spin import SpinConfig
 
@@ -38,10 +38,10 @@ class SpinArgs(BaseModel):
             block = block.model_dump()
         if data.get("rl") == "spin":
             # the class has the fields of the host's schema and of every other plugin's
-            refuse_misplaced(data, levels(SpinConfig), cls.model_fields.keys())
+            keys = cls.model_fields.keys()
+            refuse_misplaced(data, levels(SpinConfig), keys, refused_keys(keys))
             if block is not None and not isinstance(block, dict):
                 raise ValueError(f"spin: expected a block of keys, got {block!r}")
-            refuse_leftovers(data)
             data["rl"] = None
             data["spin"] = {**(block or {}), "active": True}
             set_aside(data)

@@ -25,13 +25,16 @@ def levels(block: type[BaseModel], path: str = "spin") -> dict[str, list[str]]:
     return found
 
 
-def refuse_misplaced(data: Mapping[str, Any], ours: Levels, host: Collection[str]) -> None:
+def refuse_misplaced(
+    data: Mapping[str, Any], ours: Levels, host: Collection[str], refused: Mapping[str, str | None]
+) -> None:
     """Refuses keys that nothing would read.
 
     Args:
         data: The config as the user wrote it.
         ours: The keys of each block of ours, by the block's path (`spin`, `spin.generation`, ...).
         host: Keys that the host or another plugin reads at the top.
+        refused: Those of them that are refused there, each with the key of ours in its place, where there is one.
 
     Raises:
         ValueError: Names the place where each belongs, or the key that was probably meant.
@@ -53,7 +56,9 @@ def refuse_misplaced(data: Mapping[str, Any], ours: Levels, host: Collection[str
                 continue
             places = _places(key, ours)
             open_ended = path in _ENGINES_OWN
-            if key in host and not open_ended:
+            if key in refused and not open_ended:
+                places = places or (f"`{refused[key]}`" if refused[key] else "")
+            elif key in host and not open_ended:
                 places = f"{places} or the host's `{key}`, at the top" if places else f"the host's `{key}`, at the top"
             if places:
                 found.append(f"`{path}.{key}` stands in the wrong place: write {places}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from axolotl_spin.refusals import above_one, why_refused
 from axolotl_spin.settings.spin import SpinConfig
 
 
@@ -50,6 +51,18 @@ def refuse_loaded(cfg: Any, settings: SpinConfig, other_trainers: list[str], nee
     deepspeed = cfg.get("deepspeed")
     if not isinstance(deepspeed, dict):
         return
+    splits = {
+        "tensor_parallel.autotp_size": (
+            (deepspeed.get("tensor_parallel") or {}).get("autotp_size"),
+            "tensor_parallel_size",
+        ),
+        "sequence_parallel_size": (deepspeed.get("sequence_parallel_size"), "sequence_parallel_degree"),
+    }
+    for name, (size, key) in splits.items():
+        if above_one(size):
+            raise ValueError(
+                f"`{name}: {size}` of the `deepspeed` config does not work with `rl: spin`: {why_refused(key)}"
+            )
     if deepspeed.get("scheduler"):
         raise ValueError(
             "the `deepspeed` config has a `scheduler` section, which cannot restart at each iteration; remove the "

@@ -34,7 +34,10 @@ class SpinPlugin(BasePlugin):
         self._written: dict[str, Any] | None = None
 
     def register(self, cfg: dict) -> None:
-        """Refuses an untested host and an `output_dir` that cannot be written to, before the config is even parsed."""
+        """Refuses an untested host, what another method has left, and an `output_dir` that cannot be written to.
+
+        The host has not parsed the config yet: its schema drops from `datasets:` what tells that they hold preferences.
+        """
         self._concerned = cfg.get("rl") == "spin" or cfg.get("spin") is not None
         if self._concerned:
             from axolotl_spin.monitor.ending import end_plainly
@@ -46,8 +49,10 @@ class SpinPlugin(BasePlugin):
             from axolotl_spin.monitor.about import plain_config
             from axolotl_spin.ranks.build_lock import watch_builds
             from axolotl_spin.ranks.restarts import warn_of_going_back, warn_of_shared_store
+            from axolotl_spin.refusals import refuse_leftovers
 
             check_host_version()
+            refuse_leftovers(cfg)
             watch_builds()  # DeepSpeed's extensions, from here on
             warn_of_shared_store()
             warn_of_going_back(cfg)

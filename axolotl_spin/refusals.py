@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 Test = Callable[[Any], bool]
@@ -14,6 +14,14 @@ _OTHER_BLOCKS = {
 }
 # keys that begin so are another method's, and would say nothing here
 _OTHER_METHODS = ("dpo_", "kto_", "cpo_", "orpo_", "simpo_", "rpo_", "gdpo", "grpo", "ebft", "center_rewards_")
+# others of theirs, and what there is to know of them here
+_OTHERS_KEYS = {
+    "max_prompt_len": " (`sequence_len` bounds a prompt with its answer)",
+    "precompute_ref_log_probs": "",
+    "rl_adapter_ref_model": "",
+}
+# refused at the top, and the key of ours in their place
+_IN_PLACE = {"rl_beta": "spin.beta", "dpo_beta": "spin.beta"}
 # types of `datasets:` that only other methods read: DPO's and KTO's, Bradley-Terry's, EBFT's
 _PREFERENCES = ("chatml", "llama3", "zephyr", "passthrough", "orpo", "bradley_terry", "stepwise_supervised", "ebft")
 
@@ -22,23 +30,39 @@ def _truthy(value: Any) -> bool:
     return bool(value)
 
 
-def _above_one(value: Any) -> bool:
-    return isinstance(value, (int, float)) and value > 1
+def _number(value: Any) -> float | None:
+    """Returns a number, which the host takes as a string too; None for all else."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
 
 
-def _not_whole(value: Any) -> bool:
-    return value is not None and (not isinstance(value, (int, float)) or value < 1 or value != int(value))
+def above_one(value: Any) -> bool:
+    """Whether a value is a number above 1, written as one or as a string."""
+    number = _number(value)
+    return number is not None and number > 1
 
 
 def _below_one(value: Any) -> bool:
-    return not isinstance(value, (int, float)) or value < 1
+    number = _number(value)
+    return number is None or not number >= 1
+
+
+def _not_whole(value: Any) -> bool:
+    number = _number(value)
+    return number is None or not number >= 1 or not number.is_integer()
 
 
 def _not_positive(value: Any) -> bool:
-    try:
-        return not float(value) > 0
-    except (TypeError, ValueError):
-        return True
+    number = _number(value)
+    return number is None or not number > 0
+
+
+def shards_by_fsdp1(value: Any) -> bool:
+    """Whether the host's `fsdp` names a way to shard that FSDP1 alone has."""
+    listed = value if isinstance(value, (list, tuple)) else str(value).split()
+    return any(str(name).lower() in ("hybrid_shard", "hybrid_shard_zero2", "no_shard") for name in listed)
 
 
 def _one_of(*names: str) -> Test:
@@ -53,20 +77,25 @@ REFUSED: tuple[tuple[str, Test, str], ...] = (
     ("process_reward_model", _truthy, "SPIN trains a language model and needs no reward model; remove it"),
     (
         "context_parallel_size",
-        _above_one,
+        above_one,
         "a rank would see a part of each pair, and log-probs are sums over whole answers; set it to 1 and use data "
         "parallelism, ZeRO-3 or FSDP2",
     ),
-    ("sequence_parallel_degree", _above_one, "sequences are not split over ranks here; set it to 1"),
+    ("sequence_parallel_degree", above_one, "sequences are not split over ranks here; set it to 1"),
     (
         "tensor_parallel_size",
-        _above_one,
+        above_one,
         "its ranks make each forward together, and here each answers prompts of its own, which ends in a crash or a hang; "
         "set it to 1 and shard with ZeRO-3 or FSDP2",
     ),
     (
+        "fsdp",
+        shards_by_fsdp1,
+        "FSDP2, under which an opponent can answer, does not shard so; write full_shard or shard_grad_op there",
+    ),
+    (
         "expert_parallel_size",
-        _above_one,
+        above_one,
         "experts are exchanged in each forward, in which all its ranks must take part, and here a rank may have fewer; set "
         "it to 1 and shard with FSDP2",
     ),
@@ -121,6 +150,15 @@ REFUSED: tuple[tuple[str, Test, str], ...] = (
     ("gradient_accumulation_steps", _below_one, "it is the number of forwards in a step; use 1 or more"),
     ("learning_rate", _not_positive, "nothing would be learnt, or unlearnt; use a number above 0, such as 5e-7"),
 )
+
+
+def why_refused(key: str) -> str:
+    """Returns why a key of the host's is refused, and what to write instead.
+
+    Args:
+        key: One of `REFUSED`.
+    """
+    return next(why for name, _, why in REFUSED if name == key)
 
 
 def refuse_unsupported(data: dict[str, Any]) -> None:
@@ -194,7 +232,7 @@ def refuse_leftovers(data: dict[str, Any]) -> None:
     """Refuses what a config keeps of another method in whose place `rl: spin` was written.
 
     Args:
-        data: The config as the user wrote it, before the host fills in its defaults.
+        data: The config as the user wrote it: the host fills in defaults, and drops keys from its entries of `datasets`.
 
     Raises:
         ValueError: Names each key, or the dataset that holds preferences.
@@ -206,9 +244,9 @@ def refuse_leftovers(data: dict[str, Any]) -> None:
         if data.get(key)
     ]
     found += [
-        f"`{key}: {value}` is another method's and says nothing to `rl: spin`; remove it"
+        f"`{key}: {value}` is another method's and says nothing to `rl: spin`{_OTHERS_KEYS.get(key, '')}; remove it"
         for key, value in data.items()
-        if value and key not in named and str(key).startswith(_OTHER_METHODS)
+        if value and key not in named and _is_of_another_method(key)
     ]
     for name in ("datasets", "test_datasets"):
         entries = data.get(name)
@@ -221,6 +259,20 @@ def refuse_leftovers(data: dict[str, Any]) -> None:
                 )
     if found:
         raise ValueError("\n".join(found))
+
+
+def _is_of_another_method(key: Any) -> bool:
+    return key in _OTHERS_KEYS or str(key).startswith(_OTHER_METHODS)
+
+
+def refused_keys(keys: Iterable[str]) -> dict[str, str | None]:
+    """Returns which of the host's keys are of no use here, whatever they say, each with the key of ours in its place.
+
+    Args:
+        keys: The host's.
+    """
+    refused = {key for key, test, _ in REFUSED if test in (_truthy, above_one)} | _OTHER_BLOCKS.keys()
+    return {key: _IN_PLACE.get(key) for key in keys if key in refused or _is_of_another_method(key)}
 
 
 def _preferences(entry: dict[str, Any]) -> str | None:

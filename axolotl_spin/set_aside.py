@@ -5,16 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from axolotl_spin.refusals import shards_by_fsdp1
+
 Test = Callable[[Any], bool]
 
 _NOT_COMPARED = "training losses of different iterations have different opponents and do not compare"
 _BEST = "`spin.keep: best` makes the best iteration's model, by `spin.select`, the final one"
 _NOISE = "noise in the policy's embeddings alone would tell it from the opponent before anything is learnt"
 _OTHER_LOSS = "it changes the loss of SFT, and `spin.loss` is what is trained"
+_AT_ONCE = (
+    "weights are quantised from the start, since in an iteration in which that began the opponent would be another model "
+    "than the one that the policy was"
+)
 
 # key of the host's YAML, the values meant, what is put in their place, why
 SET_ASIDE: tuple[tuple[str, Test, Any, str], ...] = (
     ("load_best_model_at_end", bool, False, f"{_NOT_COMPARED}; {_BEST}"),
+    (
+        "metric_for_best_model",
+        bool,
+        None,
+        "with `save_total_limit: 1` the host would remove the last checkpoint, from which a stopped run goes on, in favour "
+        f"of the best by it; {_BEST}",
+    ),
     (
         "early_stopping_patience",
         bool,
@@ -29,6 +42,7 @@ SET_ASIDE: tuple[tuple[str, Test, Any, str], ...] = (
     ),
     ("neftune_noise_alpha", bool, None, _NOISE),
     ("noisy_embedding_alpha", bool, None, _NOISE),
+    ("nvfp4_merge_aware_start_step", bool, None, _AT_ONCE),  # of the host's kernels plugin
     ("use_dft", bool, None, _OTHER_LOSS),
     ("use_eaft", bool, None, _OTHER_LOSS),
     (
@@ -97,10 +111,7 @@ def _quantise_at_once(data: dict[str, Any]) -> list[str]:
     if not isinstance(block, dict) or not block.get(name):
         return []
     data["qat"] = {**block, name: None}
-    return [
-        f"`qat.{name}: {block[name]}` has no effect with `rl: spin`: weights are quantised from the start, since in an "
-        "iteration in which that began the opponent would be another model than the one that the policy was"
-    ]
+    return [f"`qat.{name}: {block[name]}` has no effect with `rl: spin`: {_AT_ONCE}"]
 
 
 def _lift_fsdp(data: dict[str, Any]) -> list[str]:
@@ -116,7 +127,8 @@ def _lift_fsdp(data: dict[str, Any]) -> list[str]:
     config = {key if key == "fsdp_version" else key.removeprefix("fsdp_"): value for key, value in config.items()}
     strategy = config.pop("sharding_strategy", None)
     reshard = None if strategy is None else _RESHARD.get(str(strategy).upper())
-    if config.pop("forward_prefetch", False) or (strategy is not None and reshard is None):
+    unlike = (strategy is not None and reshard is None) or shards_by_fsdp1(data.get("fsdp") or ())
+    if config.pop("forward_prefetch", False) or unlike:
         return []
     if reshard is not None:
         config.setdefault("reshard_after_forward", reshard)

@@ -99,6 +99,8 @@ class SpinTrainer(TokenLoss, AxolotlTrainer, PairTrainer):
         run = self.loop.run
         # the Trainer goes by the state, which it has replaced by a checkpoint's: `save_steps` and the like may be others
         self.state.compute_steps(self.args, run.plan.total_steps)
+        # a checkpoint of an earlier version may have them: the host would remove all checkpoints but that one at the end
+        self.state.best_global_step = self.state.best_model_checkpoint = None
         folder = self.resume_folder(args, kwargs)
         self._resumed = read_checkpoint(Path(folder)).state if folder else None
         position = run.plan.locate(self.state.global_step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from pydantic import ValidationError, create_model
 from axolotl_spin import SpinPlugin
 from axolotl_spin.args import SpinArgs, spin_config
 from axolotl_spin.launched import refuse_devices, refuse_loaded, saves_sharded
-from axolotl_spin.refusals import REFUSED
+from axolotl_spin.refusals import REFUSED, refuse_leftovers
 from axolotl_spin.run.merging import describe_shards
 from axolotl_spin.set_aside import SET_ASIDE, set_aside
 from axolotl_spin.settings.spin import SpinConfig
@@ -94,6 +95,13 @@ def test_numbers_per_iteration() -> None:
         ({"generation": {"top_k": 0}}, "greater than or equal to 1"),
         ({"generation": {"batch_size": 0}}, "greater than or equal to 1"),
         ({"generation": {"max_new_tokens": 0}}, "greater than or equal to 1"),
+        ({"eval_prompts": True}, "expected a number, got true"),
+        ({"max_prompts": True}, "expected a number, got true"),
+        ({"sft_weight": False}, "expected a number, got false"),
+        ({"beta": True}, "expected a number"),
+        ({"generation": {"max_new_tokens": True}}, "expected a number, got true"),
+        ({"generation": {"temperature": False}}, "expected a number, got false"),
+        ({"generation": {"vllm": {"max_model_len": True}}}, "expected a number, got true"),
         ("yes", "block of keys"),
     ],
 )
@@ -107,12 +115,13 @@ OFFENDING = {
     "streaming": True, "pretraining_dataset": "x", "attn_implementation": "xformers",
     "scaling_softmax": True, "diffusion_lm": {"noise_schedule": "linear"},
     "reward_model": True, "process_reward_model": True, "context_parallel_size": 2,
-    "sequence_parallel_degree": 2, "tensor_parallel_size": 2, "expert_parallel_size": 2, "relora": True,
+    "sequence_parallel_degree": 2, "tensor_parallel_size": "2", "expert_parallel_size": 2, "relora": True,
+    "fsdp": ["hybrid_shard", "auto_wrap"],
     "peft_init_lora_weights": "pissa_niter_16", "use_pose": True,
     "auto_find_batch_size": True, "trainer_cls": "a.B", "rl_beta": 0.1, "dpo_beta": 0.1, "dpo_loss_type": ["ipo"],
     "balance_labels": True, "jagged_restart_steps": 10,
     "lr_scheduler": "reduce_lr_on_plateau", "optimizer": "schedule_free_adamw", "num_epochs": 1.5,
-    "micro_batch_size": 0, "gradient_accumulation_steps": -1, "learning_rate": 0.0,
+    "micro_batch_size": "0", "gradient_accumulation_steps": -1, "learning_rate": 0.0,
 }  # fmt: skip
 
 
@@ -126,6 +135,7 @@ def test_keys_that_do_not_work_are_refused_by_name(key: str) -> None:
     "config",
     [
         {"context_parallel_size": 1, "tensor_parallel_size": 1, "num_epochs": 2.0, "lr_scheduler": "cosine"},
+        {"num_epochs": "3", "micro_batch_size": "2", "gradient_accumulation_steps": "4", "context_parallel_size": "1"},
         {"optimizer": "adamw_torch_fused", "load_best_model_at_end": False, "sample_packing": True},
         {"fsdp_version": 2, "fsdp_config": {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}},
         {"is_multimodal": True, "freeze_mm_modules": True},
@@ -135,24 +145,36 @@ def test_keys_that_work_pass(config: dict) -> None:
     assert claim(**config)["spin"]["active"]
 
 
+def test_numbers_that_are_strings_are_the_hosts_to_read(tmp_path: Path) -> None:
+    run, *_ = rows.load(tmp_path, num_epochs="3", micro_batch_size="2", gradient_accumulation_steps="4")
+    assert run.plan.total_epochs == 2 * 3 and run.plan.global_batch == 8
+
+
 def test_every_offending_key_is_named_at_once() -> None:
     with pytest.raises(ValidationError, match=r"(?s)`relora.*`trainer_cls"):
         claim(relora=True, trainer_cls="a.B")
-    with pytest.raises(ValidationError, match=r"(?s)`trl:`.*`kto_desirable_weight.*`datasets\[1\]` \(b\)"):
-        claim(
-            trl={"beta": 0.1},
-            kto_desirable_weight=0.2,
-            datasets=[{"path": "a", "type": "chat_template"}, {"path": "b", "type": "chatml.intel"}],
+    with pytest.raises(ValueError, match=r"(?s)`trl:`.*`kto_desirable_weight.*`datasets\[1\]` \(b\)"):
+        refuse_leftovers(
+            {
+                "trl": {"beta": 0.1},
+                "kto_desirable_weight": 0.2,
+                "datasets": [{"path": "a", "type": "chat_template"}, {"path": "b", "type": "chatml.intel"}],
+            }
         )
 
 
 @pytest.mark.parametrize(
-    "key", ["trl", "vllm", "dpo_label_smoothing", "orpo_alpha", "simpo_gamma", "cpo_alpha", "rpo_alpha", "ebft"]
+    "key",
+    [
+        *("trl", "vllm", "dpo_label_smoothing", "orpo_alpha", "simpo_gamma", "cpo_alpha", "rpo_alpha", "ebft"),
+        *("max_prompt_len", "precompute_ref_log_probs", "rl_adapter_ref_model"),
+    ],
 )
 def test_what_another_method_has_left_is_named(key: str) -> None:
-    with pytest.raises(ValidationError, match=f"`{key}:.*another method"):
-        claim(**{key: {"x": 1} if key in ("ebft", "trl", "vllm") else 0.1})
-    assert claim(**{key: None})["spin"]["active"]
+    more = "bounds a prompt with its answer" if key == "max_prompt_len" else ""
+    with pytest.raises(ValueError, match=f"`{key}:.*another method.*{more}"):
+        refuse_leftovers({key: {"x": 1} if key in ("ebft", "trl", "vllm") else 0.1})
+    refuse_leftovers({key: None})
 
 
 @pytest.mark.parametrize(
@@ -167,23 +189,25 @@ def test_what_another_method_has_left_is_named(key: str) -> None:
 )
 @pytest.mark.parametrize("name", ["datasets", "test_datasets"])
 def test_preference_data_is_refused(entry: dict, name: str) -> None:
-    with pytest.raises(ValidationError, match=rf"`{name}\[0\]` \(x\) holds preferences"):
-        claim(**{name: [{"path": "x", **entry}]})
+    with pytest.raises(ValueError, match=rf"`{name}\[0\]` \(x\) holds preferences"):
+        refuse_leftovers({name: [{"path": "x", **entry}]})
 
 
 @pytest.mark.parametrize("type_", ["chat_template", "alpaca", None, {"field_instruction": "q", "field_output": "a"}])
 def test_sft_data_passes(type_: Any) -> None:
-    assert claim(datasets=[{"path": "x", "type": type_, "field_messages": "chosen"}])["spin"]["active"]
+    refuse_leftovers({"datasets": [{"path": "x", "type": type_, "field_messages": "chosen"}]})
 
 
 @pytest.mark.parametrize(
     ("key", "value", "instead"),
     [
         ("load_best_model_at_end", True, False),
+        ("metric_for_best_model", "eval_loss", None),
         ("early_stopping_patience", 3, None),
         ("save_strategy", "best", "epoch"),
         ("neftune_noise_alpha", 5, None),
         ("noisy_embedding_alpha", 5.0, None),
+        ("nvfp4_merge_aware_start_step", 0.5, None),
         ("use_dft", True, None),
         ("use_eaft", True, None),
         ("train_on_inputs", True, False),
@@ -233,10 +257,18 @@ def test_fsdp_without_a_version_becomes_fsdp2() -> None:
     assert set_aside({"fsdp": None, "fsdp_config": None}) == set_aside({"fsdp": [], "fsdp_config": {}}) == []
 
 
-@pytest.mark.parametrize("config", [{"sharding_strategy": "HYBRID_SHARD"}, {"fsdp_forward_prefetch": True}])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"fsdp_config": {"sharding_strategy": "HYBRID_SHARD"}},
+        {"fsdp_config": {"fsdp_forward_prefetch": True}},
+        {"fsdp": ["hybrid_shard_zero2", "auto_wrap"], "fsdp_config": {"fsdp_offload_params": True}},
+        {"fsdp": "no_shard auto_wrap"},
+    ],
+)
 def test_what_fsdp2_has_no_word_for_is_not_lifted(config: dict) -> None:
-    data = {"fsdp_config": dict(config)}
-    assert set_aside(data) == [] and data == {"fsdp_config": config}
+    data = deepcopy(config)
+    assert set_aside(data) == [] and data == config
 
 
 @pytest.mark.parametrize("optimizer", ["galore_adamw_layerwise", "lomo", "adalomo", "schedule_free_sgd"])
@@ -271,6 +303,11 @@ GROKFAST = {"plugins": ["axolotl.integrations.grokfast.GrokfastPlugin"]}
     [
         ({"deepspeed": {"scheduler": {"type": "WarmupLR"}}}, "scheduler"),
         ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "gather_16bit_weights_on_model_save: true"),
+        (
+            {"deepspeed": {"tensor_parallel": {"autotp_size": 2}}},
+            "`tensor_parallel.autotp_size: 2`.*its ranks make each forward",
+        ),
+        ({"deepspeed": {"sequence_parallel_size": 2}}, "`sequence_parallel_size: 2`.*not split over ranks"),
         ({"tiled_mlp": True, "world_size": 2}, "set `tiled_mlp_num_shards`"),
         (NVME, "`nvme`.*set `spin.restart_optimizer: false`"),
         (GROKFAST, "GrokfastPlugin, whose average of gradients.*set `spin.restart_optimizer: false`"),

@@ -165,6 +165,14 @@ DATA: dict[str, tuple[Change, str]] = {
         "has the columns `chosen` and `rejected`, which are preferences",
     ),
     "completion data": (rows({"text": "w1 w2"}, type="completion"), "there is no prompt before the answer"),
+    "preferences by their type": (
+        rows({"prompt": "w1", "chosen": "w2", "rejected": "w3"}, type="orpo.chat_template"),
+        "holds preferences (`type: orpo.chat_template`)",
+    ),
+    "preferences by their fields": (
+        rows({"prompt": "w1", "good": "w2", "bad": "w3"}, field_chosen="good", field_rejected="bad"),
+        "holds preferences (`field_chosen: good`)",
+    ),
     "rows that do not fit": ({"sequence_len": 2}, "sequence_len"),
     "no prompt held out": (
         lambda folder: {

@@ -406,7 +406,8 @@ OTHER_NAMES = {
     "reshard_after_forward",
     "max_gen_toks",  # of lm-eval's tasks
     *("field_chosen", "chat_template", "input_output", "tokenizer_default"),
-    "max_num_seqs",  # of vLLM's engine
+    *("max_num_seqs", "hf_overrides"),  # of vLLM's engine
+    "nvfp4_merge_aware",  # of one of the host's plugins
     # of a model's config, of libraries' optimizers
     *("generation_config", "output_router_logits", "optimi_adamw", "flash_adamw", "adamw_torch_8bit"),
     *("adamw_torch_fused", "adamw_apex_fused"),

@@ -450,8 +450,10 @@ def test_host_has_every_key_that_we_refuse() -> None:
     `expert_parallel_size` belongs to one of its plugins.
     """
     absent = {key for key, _, _ in REFUSED} - set(AxolotlInputConfig.model_fields)
-    newer = {"use_dft": (0, 20), "balance_labels": (0, 21), "diffusion_lm": (0, 21)}
-    assert absent - {key for key, since in newer.items() if HOST.release < since} == {"expert_parallel_size"}
+    newer, older = {"use_dft": (0, 20), "balance_labels": (0, 21), "diffusion_lm": (0, 21)}, {"fsdp": (0, 20)}
+    absent -= {key for key, since in newer.items() if HOST.release < since}
+    absent -= {key for key, until in older.items() if HOST.release >= until}
+    assert absent == {"expert_parallel_size"}
 
 
 def test_fsdp_version_that_the_host_takes_where_none_is_given(folder: Path) -> None:

@@ -9,6 +9,7 @@ import yaml
 from axolotl.utils.schemas.config import AxolotlConfigWCapabilities, AxolotlInputConfig
 
 from axolotl_spin.keys import levels, refuse_misplaced
+from axolotl_spin.refusals import refused_keys
 from axolotl_spin.settings.spin import SpinConfig
 
 LEVELS = levels(SpinConfig)
@@ -21,7 +22,7 @@ SHARED = {"learning_rate", "seed", "batch_size", "vllm", "tensor_parallel_size"}
 def refusal(text: str) -> str:
     """Returns what is said of a config; an empty text where nothing is."""
     try:
-        refuse_misplaced(yaml.safe_load(text), LEVELS, HOST)
+        refuse_misplaced(yaml.safe_load(text), LEVELS, HOST, refused_keys(HOST))
     except ValueError as error:
         return str(error)
     return ""
@@ -75,6 +76,10 @@ def test_every_key_of_ours_is_found_in_another_block(level: str, found_in: str) 
     [
         ("spin: {num_epochs: 2}", "`spin.num_epochs` stands in the wrong place: write the host's `num_epochs`, at the top"),
         ("spin: {seed: 2}", "write `spin.generation.seed` or the host's `seed`, at the top"),
+        ("spin: {rl_beta: 0.1}", "`spin.rl_beta` stands in the wrong place: write `spin.beta`"),
+        ("spin: {generation: {dpo_beta: 0.1}}", "write `spin.beta`"),
+        ("spin: {trainer_cls: a.B}", "there is no key `spin.trainer_cls`: `spin` has beta,"),
+        ("spin: {trl: {}}", "there is no key `spin.trl`: `spin` has beta,"),
         ("spin: {iteration: 2}", "there is no key `spin.iteration`: did you mean `spin.iterations`?"),
         ("spin: {Beta: 2}", "did you mean `spin.beta`?"),
         ("spin: {temprature: 2}", "there is no key `spin.temprature`: did you mean `spin.generation.temperature`?"),
@@ -88,6 +93,15 @@ def test_every_key_of_ours_is_found_in_another_block(level: str, found_in: str) 
 )  # fmt: skip
 def test_what_is_said(text: str, said: str) -> None:
     assert said in refusal(text)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "block", ["generation: {tensor_parallel_size: 2}", "vllm: {}", "rl_beta: 1", "kto_desirable_weight: 1"]
+)
+def test_what_is_refused_at_the_top_is_sent_to_no_place_there(block: str) -> None:
+    said = refusal(f"spin: {{{block}}}")
+    assert said and "at the top" not in said
 
 
 @pytest.mark.once

@@ -17,6 +17,8 @@ from axolotl_spin.run.identity import Identity
 
 # the host's keys that say in which type a model computes
 _PRECISION = ("bf16", "fp16", "bfloat16", "float16")
+# and in what form a base model is loaded; the host has second names for some of these
+_BASE = ("base_model_config", "overrides_of_model_config", "revision_of_model")
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,8 @@ def evaluate_models(asked: Evaluation) -> Iterator[str]:
 def _backend(asked: Evaluation, run: RunData, benchmarks: Benchmarks) -> Ask:
     # whoever wrote the run's folder wrote its config too: that it trusted the model's code says nothing here
     config = {**(run.about.get("config") or {}), "trust_remote_code": asked.trust_remote_code}
-    # what `bf16: auto` was on the machine that trained
-    config |= {key: run.fixed[key] for key in _PRECISION if key in run.fixed}
+    # what `bf16: auto` was on the machine that trained, and what the host read
+    config |= {key: run.fixed[key] for key in (*_PRECISION, *_BASE) if key in run.fixed}
     if asked.backend == "hf":
         return ask_by_transformers(config, asked.batch_size, asked.device)
     for path in benchmarks.files:

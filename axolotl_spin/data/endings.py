@@ -141,10 +141,11 @@ def count_endings(
         first: The most prompts that were asked for; None for all.
     """
     ends, without, cut, places, start = sorted(stops), 0, 0, list[int](), 0
-    answered = set[int]()
+    answered, last = 0, -1
     columns = ["prompt_ids", "chosen_ids", "row"]
     for batch in prompts.select_columns(columns).with_format("arrow").iter(batch_size=10_000):
-        answered.update(batch["row"].to_pylist())
+        rows = batch["row"].to_numpy()  # in order
+        answered, last = answered + int(np.count_nonzero(np.diff(rows, prepend=last))), int(rows[-1])
         open_ended = ~np.isin(last_ids(batch["chosen_ids"].combine_chunks()), ends)
         at_limit = open_ended & _cut(batch, sequence_len)
         places += (start + np.flatnonzero(open_ended & ~at_limit)[:_SAMPLE]).tolist()
@@ -157,9 +158,9 @@ def count_endings(
         at += len(prompt["prompt_ids"]) + len(prompt["chosen_ids"])
         following = row["input_ids"][at : at + TO_END + 1]
         behind.update([token for token in following if token in special][:1])
-    read = len(source) if first is None or len(prompts) < first else max(answered) + 1
+    read = len(source) if first is None or len(prompts) < first else last + 1
     most = behind.most_common(1)[0][0] if behind else None
-    return Endings(len(prompts), without, cut, most, rows=read, unanswered=read - len(answered))
+    return Endings(len(prompts), without, cut, most, rows=read, unanswered=read - answered)
 
 
 def describe_endings(endings: Endings, cfg: Any, tokenizer: Any) -> str:

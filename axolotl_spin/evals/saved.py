@@ -57,7 +57,7 @@ def ask_by_transformers(config: dict[str, Any], batch_size: int, device: str | N
     """Returns what asks models through transformers, in this process.
 
     Args:
-        config: What the user wrote: how the base is loaded.
+        config: What the user wrote, or the host made of it: how the base is loaded.
         batch_size: Requests that are answered at once.
         device: Of torch; by default all GPUs that are there, else the CPU.
     """
@@ -81,7 +81,7 @@ def ask_by_transformers(config: dict[str, Any], batch_size: int, device: str | N
 
 
 def load(saved: SavedModel, config: dict[str, Any], device: str | None) -> tuple[Any, Any]:
-    """Loads a model as it was trained: over a quantised base where it was, with rows for added tokens.
+    """Loads a model as it was trained: over a base that was changed or quantised as it was, with rows for added tokens.
 
     Args:
         saved: The model.
@@ -101,7 +101,13 @@ def load(saved: SavedModel, config: dict[str, Any], device: str | None) -> tuple
     how: dict[str, Any] = {**remote, **revision, "dtype": "auto"}
     if device is None and torch.cuda.is_available():
         how["device_map"] = "auto"
-    if saved.iteration is None or saved.adapter is not None:
+    base = _is_base(saved)
+    described = (base and config.get("base_model_config")) or saved.model
+    shape = AutoConfig.from_pretrained(described, **remote, **_revision(described, config))
+    if base:
+        for key, value in (config.get("overrides_of_model_config") or {}).items():
+            setattr(shape, key, value)
+        how["config"] = shape
         if config.get("load_in_4bit"):
             as_host: dict[str, Any] = {
                 "load_in_4bit": True,
@@ -115,7 +121,6 @@ def load(saved: SavedModel, config: dict[str, Any], device: str | None) -> tuple
     if device is not None and "quantization_config" in how:  # which is loaded where it stays
         how["device_map"] = {"": device}
     tokenizer = AutoTokenizer.from_pretrained(saved.tokenizer, **remote, **_revision(saved.tokenizer, config))
-    shape = AutoConfig.from_pretrained(saved.model, **remote, **revision)
     kind = model_class(shape, multimodal=takes_more_than_text(shape))
     model: Any = kind.from_pretrained(saved.model, **how)
     rows = model.get_input_embeddings().weight.shape[0]
@@ -130,6 +135,11 @@ def load(saved: SavedModel, config: dict[str, Any], device: str | None) -> tuple
         model = model.to(device or "cpu")
     compute_as_in_training(model)  # what the run itself measured was computed so
     return model.eval(), tokenizer
+
+
+def _is_base(saved: SavedModel) -> bool:
+    """Whether a model's files are the base's, on which a run's config has a say; what a run saved says all by itself."""
+    return saved.iteration is None or saved.adapter is not None
 
 
 def _revision(name: str, config: dict[str, Any]) -> dict[str, str]:
@@ -170,6 +180,9 @@ def ask_by_vllm(config: dict[str, Any], python: str | None, arguments: dict[str,
         given: dict[str, Any] = {"pretrained": saved.model, "tokenizer": saved.tokenizer}
         given |= {"trust_remote_code": bool(config.get("trust_remote_code")), **_revision(saved.model, config)}
         given |= {f"tokenizer_{key}": value for key, value in _revision(saved.tokenizer, config).items()}
+        if _is_base(saved):
+            read = {"hf_config_path": "base_model_config", "hf_overrides": "overrides_of_model_config"}
+            given |= {name: config[key] for name, key in read.items() if config.get(key)}
         given |= arguments
         if saved.adapter is not None:
             rank = largest_rank(read_json(saved.adapter / "adapter_config.json")) or 16

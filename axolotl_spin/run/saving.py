@@ -102,7 +102,7 @@ def saving(
         ferry.fetch(folder)
         if accelerator.is_main_process:
             _complete(folder, {**mark, "resumable": mark["resumable"] and (restarts or _has_optimizer(folder))})
-            _rotate(folder.parent, root, limit, trainer.state.best_model_checkpoint)
+            _rotate(folder.parent, root, limit)
         ranks.meet_again()  # the next collective is training's
     finally:
         arguments.save_total_limit = limit
@@ -122,10 +122,10 @@ def _complete(folder: Path, mark: dict[str, Any]) -> None:
     flush(folder.parent)
 
 
-def _rotate(output_dir: Path, root: Path, limit: int | None, best: str | None) -> None:
+def _rotate(output_dir: Path, root: Path, limit: int | None) -> None:
     """Removes the oldest checkpoints beyond `save_total_limit`, each from one moment to the next.
 
-    Never the best one, nor the newest from which a run can go on.
+    Never the newest from which a run can go on.
     """
     if not limit or limit <= 0:
         return
@@ -133,7 +133,6 @@ def _rotate(output_dir: Path, root: Path, limit: int | None, best: str | None) -
     resumable = [found for found in found_here if not found.fault]
     complete = [found for found in found_here if found in resumable or not found.mark.get("resumable", True)]
     kept = {found.folder.resolve() for found in complete[-1:] + resumable[-1:]}
-    kept |= {Path(best).resolve()} if best else set()
     spare = [found for found in complete if found.folder.resolve() not in kept]
     for found in spare[: max(0, len(complete) - limit)]:
         remove_folder(found.folder, root)

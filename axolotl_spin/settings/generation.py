@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
+
+from axolotl_spin.settings.block import Block
 
 # most tokens of an answer where `spin.generation.max_new_tokens` is not set
 DEFAULT_MAX_NEW_TOKENS = 512
 
 
-class VllmConfig(BaseModel):
+class VllmConfig(Block):
     """The vLLM engines (`spin.generation.vllm`): these keys, and any engine argument of vLLM by its own name."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
@@ -70,7 +72,7 @@ ENGINE_KEYS_OF_OURS = {
 }
 
 
-class GenerationConfig(BaseModel):
+class GenerationConfig(Block):
     """How the opponent answers the prompts (`spin.generation`)."""
 
     model_config = ConfigDict(extra="forbid")

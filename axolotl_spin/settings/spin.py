@@ -9,8 +9,9 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from axolotl_spin.settings.block import Block
 from axolotl_spin.settings.generation import GenerationConfig
 
 LossType = Literal["sigmoid", "hinge", "space"]
@@ -24,7 +25,7 @@ LearningRate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 EvalTask = Annotated[str, Field(min_length=1)]
 
 
-class SpinConfig(BaseModel):
+class SpinConfig(Block):
     """Self-play settings (`spin`). Everything else is the host's key with the host's meaning."""
 
     model_config = ConfigDict(extra="forbid")

@@ -137,11 +137,14 @@ def test_a_model_that_does_not_load_is_named(folder: Path, run: host.Run, tmp_pa
 def test_quantised_and_multimodal_models_as_training_asked_them(
     folder: Path, tmp_path: Path, warm: Warm, kind: str
 ) -> None:
-    """In training the policy in memory is asked, after it the files: over a base in 4 bits, or of a class of its own."""
+    """In training the policy in memory is asked, after it the files: over a base in 4 bits and with other
+    frequencies, or of a class of its own."""
     made = tmp_path
     if kind == "qlora":
         tiny.save(made / "model")
         changes = {**host.LORA, "adapter": "qlora", "load_in_4bit": True, "learning_rate": 2e-2}
+        # the host's second name for `overrides_of_model_config`
+        changes["model_config"] = {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0}}
     else:
         architectures.save(kind, made / "model")
         changes = {"tokenizer_type": "PreTrainedTokenizerFast", "learning_rate": 5e-3}

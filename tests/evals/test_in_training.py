@@ -160,7 +160,12 @@ def test_an_adapter_is_asked_with_its_base_in_the_chat_template(folder: Path, wa
 @pytest.mark.ranks
 @pytest.mark.parametrize(
     ("layout", "gather"),
-    [pytest.param("ddp", "auto", marks=pytest.mark.once), ("zero3", True), ("fsdp2", False), ("zero3-lora", False)],
+    [
+        pytest.param("ddp", "auto", marks=pytest.mark.once),
+        ("zero3", True),
+        ("fsdp2", False),
+        pytest.param("zero3-lora", False, marks=pytest.mark.once),
+    ],
 )
 def test_two_ranks_share_the_work(folder: Path, asked: host.Run, warm_ranks: Ranks, layout: str, gather: Any) -> None:
     """The same figures of the start model, and of what the ranks train those of lm-eval; losses stay a single rank's."""

@@ -14,7 +14,7 @@ import tiny
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from warm import Warm
 
 from axolotl_spin.evals.results import collect
@@ -58,6 +58,30 @@ def test_a_base_is_quantised_as_the_config_says(given: dict[str, Any], expected:
     assert states and {(state.quant_type, state.nested) for state in states} == {expected}
 
 
+ROPE = {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0}
+
+
+def test_a_base_is_read_as_the_config_says_and_what_a_run_saved_as_it_is(tmp_path: Path) -> None:
+    base, other = tiny.save(tmp_path / "model"), tmp_path / "other"
+    AutoConfig.from_pretrained(base, rope_parameters={**ROPE, "factor": 2.0}).save_pretrained(other)
+    adapter, overrides = (
+        tiny.adapter(base, tmp_path / "adapter"),
+        {"overrides_of_model_config": {"rope_parameters": ROPE}},
+    )
+    trained = start(base, adapter)
+    whole = replace(start(base), iteration=0)
+    for saved, config, factor in (
+        (start(base), {}, None),
+        (start(base), overrides, 8.0),
+        (replace(trained, iteration=0), overrides, 8.0),
+        (trained, {"base_model_config": str(other)}, 2.0),
+        (trained, {"base_model_config": str(other), **overrides}, 8.0),
+        (whole, overrides, None),
+    ):
+        model, _ = load(saved, config, "cpu")
+        assert model.config.rope_parameters.get("factor") == factor, (saved, config)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="looks at what there is on a CPU")
 def test_a_quantised_base_computes_as_in_training_and_where_it_is_told_to(tmp_path: Path) -> None:
     tiny.save(tmp_path)
@@ -77,8 +101,8 @@ def test_a_quantised_base_computes_as_in_training_and_where_it_is_told_to(tmp_pa
 
 @pytest.mark.parametrize(("ranks", "expected"), [({"r": 20}, 32), ({"r": 8, "rank_pattern": {"q_proj": 64}}, 64)])
 def test_what_vllm_is_given(ranks: dict[str, Any], expected: int, tmp_path: Path) -> None:
-    """Room for the largest rank, and the revision of what is no folder. A Python that keeps its job and does nothing stands
-    for one with vLLM and lm-eval."""
+    """Room for the largest rank, the revision of what is no folder, and the base's config. A Python that keeps its job and
+    does nothing stands for one with vLLM and lm-eval."""
     LoraConfig(target_modules=["q_proj"], **ranks).save_pretrained(tmp_path / "adapter")
     program = tmp_path / "python"
     program.write_text(f'#!/bin/sh\n[ "$1" = -c ] || cp "$2" {tmp_path}/job.json\n')
@@ -86,8 +110,14 @@ def test_what_vllm_is_given(ranks: dict[str, Any], expected: int, tmp_path: Path
     tasks = evaluated.write_tasks(tmp_path / "tasks", tiny.save(tmp_path / "model"), evaluated.CHOICES)
     asked = asked_benchmarks([str(tasks)], limit=4, chat_template=False, unsafe_code=False, key="--tasks").load()
     saved = replace(start(tmp_path / "model", tmp_path / "adapter"), model="someone/model")
+    config = {
+        "revision_of_model": "v2",
+        "base_model_config": "a/b",
+        "overrides_of_model_config": {"rope_parameters": ROPE},
+    }
     with pytest.raises(ValueError, match=r"vllm in .* ended with status 0"):
-        ask_by_vllm({"revision_of_model": "v2"}, str(program), {})(saved, asked)
+        ask_by_vllm(config, str(program), {})(saved, asked)
     given = json.loads((tmp_path / "job.json").read_text())["model"]
     assert given["max_lora_rank"] == expected and given["lora_local_path"] == str(tmp_path / "adapter")
     assert given["revision"] == "v2" and "tokenizer_revision" not in given
+    assert given["hf_config_path"] == "a/b" and given["hf_overrides"] == {"rope_parameters": ROPE}

@@ -33,7 +33,7 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from warm import Ranks, Warm
 
 from axolotl_spin.disk.directory import RunDirectory
@@ -198,6 +198,25 @@ def test_one_engine_over_two_ranks(tmp_path: Path, warm_ranks: Ranks) -> None:
     run = host.train(settings, "ddp", env={"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, by=warm_ranks, timeout=600)
     assert "prompts are already answered" in run.output and run.output.count("was ready after") == 1
     assert len(run.pairs(0)) == 24
+
+
+def test_an_adapter_is_served_over_the_base_model_with_the_overrides_of_its_config(tmp_path: Path, warm: Warm) -> None:
+    """Greedy answers are those of transformers with the same frequencies, and not of the base model as it is on disk."""
+    base = tiny.save(tmp_path / "model", hidden_size=128, intermediate_size=256)  # heads of 32, see below
+    adapter = tiny.adapter(base, tmp_path / "adapter")
+    tiny.conversations(tmp_path / "data.jsonl", 12)
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 32}
+    generation = {"backend": "vllm", "max_new_tokens": 10, "batch_size": 4, "temperature": 0, "vllm": ENGINE}
+    changes = {**host.LORA, "lora_model_dir": str(adapter), "overrides_of_model_config": {"rope_parameters": rope}}
+    spin = {"iterations": 1, "generation": generation}
+    run = host.train(played.settings_of(tmp_path, spin=spin, **changes), by=warm, timeout=600)
+    rows, same = run.pairs(0).to_pylist(), []
+    for overrides in ({"rope_parameters": rope}, {}):
+        config = AutoConfig.from_pretrained(base, **overrides)
+        model = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=torch.float32)
+        model = PeftModel.from_pretrained(model, adapter).eval()
+        same.append(sum(played.same_answer(model, row) for row in rows))
+    assert same[0] == len(rows) == 12 and same[1] < 12, same
 
 
 def test_of_a_model_that_takes_images_too_the_text_part_answers(

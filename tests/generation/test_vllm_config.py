@@ -133,9 +133,32 @@ def test_an_engine_computes_in_the_policys_type(keys: dict[str, bool], expected:
     assert served_model(cfg(bf16=None, **keys), settings(), LENGTHS).dtype == expected
 
 
-def test_weights_that_training_quantises_on_the_fly_are_not_served() -> None:
-    with pytest.raises(ValueError, match=r"`qat`: vLLM serves the weights as they are"):
-        served_model(cfg(qat={"weight_dtype": "int4"}), settings(), LENGTHS)
+@pytest.mark.parametrize(
+    "keys", [{"qat": {"weight_dtype": "int4"}}, {"nvfp4_merge_aware": True, "adapter": "lora", "lora_r": 8}]
+)
+def test_weights_that_training_quantises_on_the_fly_are_not_served(keys: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=rf"`{next(iter(keys))}`: vLLM serves the weights as they are"):
+        served_model(cfg(**keys), settings(), LENGTHS)
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+def test_where_an_engine_reads_the_base_model_it_takes_the_overrides_of_its_config() -> None:
+    """The host sets them on the model's config; what is saved of a whole model has them. The user's own come last."""
+    keys = {"base_model_config": "some/model", "overrides_of_model_config": {"rope_parameters": YARN}}
+    for config in (cfg(**keys), cfg(**keys, adapter="lora", lora_r=8)):
+        served = served_model(config, settings(), LENGTHS)
+        arguments = json.loads(json.dumps(served.arguments(VllmConfig())))
+        assert arguments["hf_overrides"] == {"rope_parameters": YARN} and "hf_config_path" not in arguments
+        own = VllmConfig.model_validate({"hf_overrides": {"rope_parameters": None, "x": 1}})
+        assert served.arguments(own)["hf_overrides"] == {"rope_parameters": None, "x": 1}
+        own = VllmConfig.model_validate({"hf_overrides": {"x": 1}})
+        assert served.arguments(own)["hf_overrides"] == {"rope_parameters": YARN, "x": 1}
+    assert "hf_overrides" not in served.arguments(VllmConfig(), Path("/run/opponent"))
+    other = served_model(cfg(base_model_config="another/model"), settings(), LENGTHS)  # what the check then looks at
+    assert other.arguments(VllmConfig())["hf_config_path"] == "another/model"
+    assert "hf_config_path" not in other.arguments(VllmConfig(), Path("/run/opponent"))
 
 
 def test_a_quantized_base_is_served_quantized_unless_the_user_says_otherwise() -> None:
@@ -175,6 +198,10 @@ def test_a_base_that_vllm_quantizes_otherwise_is_said(
         ({"adapter": "lora", "lora_r": 8, "peft": {"loftq_config": {"loftq_bits": 4}}}, "peft.loftq_config.loftq_bits"),
         ({"adapter": "lora", "lora_r": 8, "peft_layer_replication": [[0, 1], [0, 2]]}, "peft_layer_replication"),
         ({"adapter": "lora", "lora_r": 8, "peft_trainable_token_indices": [3]}, "peft_trainable_token_indices"),
+        ({"adapter": "lora", "lora_r": 8, "overrides_of_model_kwargs": {"variant": "fp16"}}, "overrides_of_model_kwargs"),
+        ({"adapter": "lora", "lora_r": 8, "base_model_config": "another/model"}, "base_model_config"),
+        ({"adapter": "lora", "lora_r": 8, "reinit_weights": True}, "reinit_weights"),
+        ({"adapter": "lora", "lora_r": 8, "fix_untrained_tokens": [3]}, "fix_untrained_tokens"),
         ({"adapter": "lora", "lora_r": 1024}, "lora_r"),
         ({"adapter": "lora", "lora_r": 8, "lora_rank_pattern": {"q_proj": 1024}}, "lora_rank_pattern"),
     ],

@@ -46,7 +46,6 @@ saving.publish_folder, saving._complete = slowly(saving.publish_folder), slowly(
 trainer = SimpleNamespace(
     accelerator=accelerator, loop=SimpleNamespace(ranks=ranks), save_model=save_model, is_fsdp_enabled=False,
     is_deepspeed_enabled=False, args=SimpleNamespace(output_dir="out", save_total_limit=1),
-    state=SimpleNamespace(best_model_checkpoint=None),
 )
 out, mark = Path("out").absolute(), {"step": 1, "resumable": True}
 with ranks:

@@ -126,13 +126,25 @@ def test_a_change_of_what_results_depend_on_is_refused(
 
 @pytest.mark.once
 def test_a_named_checkpoint(start: Start, whole: dict, tmp_path: Path) -> None:
-    """What lies beyond it is set aside, and the run ends as before."""
+    """What lies beyond it is set aside, and the run ends as before. It notes an earlier one as the best, as under
+    `metric_for_best_model`: with a limit of one the host would remove the last in favour of that."""
     assert start("iteration 1/second epoch", save_total_limit=20)[0] != 0
     checkpoint = tmp_path / "out" / "checkpoint-6"
     (left := tmp_path / "out" / "checkpoint-18" / "global_step18_universal").mkdir()  # by a start that was killed
-    output = completes(start(resume_from_checkpoint=str(checkpoint)))
+    state, mark = (read_json(checkpoint / name) for name in ("trainer_state.json", "spin.json"))
+    state |= {
+        "best_global_step": 3,
+        "best_metric": 0.1,
+        "best_model_checkpoint": str(tmp_path / "out" / "checkpoint-3"),
+    }
+    write_json(checkpoint / "trainer_state.json", state)
+    mark["files"]["trainer_state.json"] = (checkpoint / "trainer_state.json").stat().st_size
+    write_json(checkpoint / "spin.json", mark)
+    once = {"metric_for_best_model": "eval_loss", "save_total_limit": 1}
+    output = completes(start(resume_from_checkpoint=str(checkpoint), **once))
     assert f"going on from {checkpoint} (step 6 of 24)" in output
-    assert not differences(outcome(tmp_path / "out"), whole)
+    found = outcome(tmp_path / "out")
+    assert found["checkpoints"] == ["checkpoint-24"] and differences(found, whole) == ["checkpoints"]
     replaced = tmp_path / "out" / "spin" / "replaced-1"
     assert (replaced / "checkpoint-18").exists() and not (replaced / "checkpoint-18" / left.name).exists()
     assert (replaced / "iteration-1" / "pairs.parquet").exists()

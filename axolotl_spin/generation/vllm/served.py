@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ _BITSANDBYTES: dict[str, Any] = {
     "bnb_4bit_use_double_quant": True,
     "llm_int8_skip_modules": None,
 }
+# what changes the base model under an adapter, by the host's keys, and an engine that reads `base_model` does not see
+_CHANGES_BASE = ("overrides_of_model_kwargs", "base_model_config", "reinit_weights", "fix_untrained_tokens")
 _INSTEAD = "; change it, or set `spin.generation.backend: transformers`"
 # the first version, by minor, that scales each module of an adapter by its own rank and alpha (`vllm/lora/peft_helper.py`)
 _BY_MODULE = Version("0.32")
@@ -62,6 +65,8 @@ class ServedModel:
         multimodal: The model takes more than text.
         pictures: Most in a prompt; 0 where prompts are text.
         by_module: What gives modules of the adapter a rank or alpha of their own, for people; None where nothing does.
+        config: The host's `base_model_config`, where it is another than `base_model`.
+        overrides: The host's `overrides_of_model_config`.
     """
 
     base_model: str
@@ -74,6 +79,8 @@ class ServedModel:
     multimodal: bool = False
     pictures: int = 0
     by_module: str | None = None
+    config: str | None = None
+    overrides: Mapping[str, Any] = field(default_factory=dict)
 
     def arguments(self, settings: VllmConfig, opponent: Path | None = None) -> dict[str, Any]:
         """Returns arguments of `vllm.EngineArgs`; those that the user gave come last, and count.
@@ -95,8 +102,15 @@ class ServedModel:
             "enable_chunked_prefill": False,
             "disable_log_stats": True,
         }
-        if opponent is None and self.revision:
-            arguments["revision"] = self.revision
+        given = settings.engine_arguments()
+        if opponent is None:  # a whole model's files say all that follows
+            own = given.get("hf_overrides") or {}
+            if self.overrides and isinstance(own, Mapping):
+                given["hf_overrides"] = {**self.overrides, **own}
+            if self.config:
+                arguments["hf_config_path"] = self.config
+            if self.revision:
+                arguments["revision"] = self.revision
         if self.lora_rank is not None:
             arguments |= {"enable_lora": True, "max_lora_rank": served_rank(self.lora_rank), "max_loras": 1}
         if self.pictures:
@@ -106,7 +120,7 @@ class ServedModel:
             arguments["language_model_only"] = True  # no memory for images, and no processor is asked for
         if self.quantized:
             arguments["quantization"] = "bitsandbytes"
-        return {**arguments, **settings.engine_arguments()}
+        return {**arguments, **given}
 
 
 def served_model(
@@ -128,10 +142,11 @@ def served_model(
     engine = generation.vllm
     if cfg.adapter and cfg.adapter not in ("lora", "qlora"):
         raise ValueError(f"`adapter: {cfg.adapter}`: vLLM serves LoRA adapters alone{_INSTEAD}")
-    if cfg.qat:
-        raise ValueError(f"`qat`: vLLM serves the weights as they are, not as quantised in training{_INSTEAD}")
+    for key in ("qat", "nvfp4_merge_aware"):
+        if cfg.get(key):
+            raise ValueError(f"`{key}`: vLLM serves the weights as they are, not as quantised in training{_INSTEAD}")
     adapter = adapter_of(cfg) if cfg.adapter else None
-    if refused := [*_unserved(adapter, pictures), *_resized(cfg, tokens)] if adapter else []:
+    if refused := [*_unserved(adapter, pictures), *_changed(cfg), *_resized(cfg, tokens)] if adapter else []:
         raise ValueError("\n".join(refused))
     limits = (
         int(length) + token_limit(int(length), max_new_tokens=generation.max_new_tokens, sequence_len=cfg.sequence_len)
@@ -167,6 +182,8 @@ def served_model(
         multimodal=bool(cfg.is_multimodal),
         pictures=pictures,
         by_module=adapter.named(adapter.by_module) if adapter and adapter.by_module else None,
+        config=_other_config(cfg),
+        overrides=dict(cfg.overrides_of_model_config or {}),
     )
 
 
@@ -197,6 +214,21 @@ def _unserved(adapter: Adapter, pictures: int) -> list[str]:
         name = "rank_pattern" if rank > int(settings.get("r") or 0) else "r"
         found.append(f"{adapter.named(name)}: vLLM serves ranks up to {LORA_RANKS[-1]}{_INSTEAD}")
     return found
+
+
+def _other_config(cfg: Any) -> str | None:
+    """Returns the host's `base_model_config` where it is another than `base_model`, which the host puts there otherwise."""
+    return cfg.base_model_config if cfg.base_model_config != cfg.base_model else None
+
+
+def _changed(cfg: Any) -> list[str]:
+    """Returns which of the host's keys may make another base model of what an engine reads, each with its remedy."""
+    values = {key: cfg.get(key) for key in _CHANGES_BASE} | {"base_model_config": _other_config(cfg)}
+    return [
+        f"`{key}: {value}`: it changes the base model under the adapter, which vLLM loads unchanged{_INSTEAD}"
+        for key, value in values.items()
+        if value
+    ]
 
 
 def _resized(cfg: Any, tokens: int | None) -> list[str]:

@@ -46,6 +46,8 @@ class EngineArgs:
     max_num_seqs: int | None = None
     enforce_eager: bool = False
     language_model_only: bool = False
+    hf_overrides: dict | None = None
+    hf_config_path: str | None = None
     limit_mm_per_prompt: dict | None = None
 
     def create_engine_config(self, usage_context: UsageContext | None = None) -> None:
