@@ -26,7 +26,7 @@ def write_report(output_dirs: Sequence[Path], path: Path, complete: bool | None 
     Args:
         output_dirs: The host's `output_dir` of each run; running, stopped or complete.
         path: Where the page is to appear.
-        complete: Whether the run counts as complete; read from disk where it is None.
+        complete: Of runs that this process has ended: whether they count as complete; read from disk where it is None.
 
     Returns:
         The size of the page in bytes.

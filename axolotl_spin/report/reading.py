@@ -139,7 +139,8 @@ def read_run(output_dir: Path, complete: bool | None = None) -> RunData:
 
     Args:
         output_dir: The host's.
-        complete: Whether it counts as complete; read from disk where it is None.
+        complete: Of a run that this very process has ended, and whose lock it still holds: whether it counts as complete.
+            Read from disk where it is None.
 
     Raises:
         NoRunError: There is no readable plan, or the folder has links in it.
@@ -171,7 +172,8 @@ def read_run(output_dir: Path, complete: bool | None = None) -> RunData:
         rows, source = _rows_of_a_checkpoint(output_dir)
         if rows:
             notes.append(f"There is no {directory.log.name}; the curves are those of {source}.")
-    if complete is None:  # with fewer steps than planned where `spin.patience` ended it
+    ended = complete is not None
+    if not ended:  # with fewer steps than planned where `spin.patience` ended it
         complete = bool(plan.get("completed_steps"))
     return RunData(
         name=str(output_dir),
@@ -181,7 +183,7 @@ def read_run(output_dir: Path, complete: bool | None = None) -> RunData:
         about=optional(directory.about),
         rows=rows,
         metrics={iteration: figures for iteration, figures in metrics.items() if figures},
-        state="complete" if complete else _state(directory.lock),
+        state="complete" if complete else "stopped" if ended else _state(directory.lock),
         notes=notes,
         best=optional(directory.best),
     )
