@@ -81,7 +81,7 @@ test-hosts:
 	  $$environment/bin/pip install $(TESTED); \
 	  echo "== axolotl $$host"; \
 	  if [ $$host = $(HOST) ]; then \
-	    $$environment/bin/python -m pytest -n 2 --dist loadgroup -m "game and not ranks"; \
+	    $$environment/bin/python -m pytest $(BOTH) -m "game and not ranks"; \
 	    $$environment/bin/python -m pytest -m "ranks and not faults and not vllm"; \
 	  else \
 	    $$environment/bin/python -m pytest $(BOTH) -m "not ranks and not faults and not once and not vllm and not configs"; \
