@@ -11,8 +11,9 @@ from axolotl_spin.data.turns import Header, Marks, common_start, last_header
 _WHITE = ("\n", "\n\n", " ", "  ", "\t", " \n", "\r\n")
 # the host's, where an entry of `datasets:` has none
 _ROLES = {"human": "user", "gpt": "assistant"}
-# roles whose headers are looked for; a tool's words may stand within an assistant's turn, and then no header follows
-_OTHERS = ("user", "system")
+# other turns whose headers are looked for, and whether behind an answer or at the start. Not a tool's: its words may stand
+# within an assistant's turn, and then no header follows
+_OTHERS = (("user", True), ("user", False), ("system", False))
 
 Turns = list[dict[str, str]]
 Render = Callable[..., list[int]]
@@ -74,7 +75,7 @@ def turn_marks(cfg: Any, tokenizer: Any, ends: set[int]) -> Marks:
     for render in [_renderer(cfg, entry, tokenizer) for entry in entries]:
         headers.update(filter(None, [_header(render, blanks)]))
         if parts or others:
-            openings.update(filter(None, (_opening(render, role, ends, blanks) for role in _OTHERS)))
+            openings.update(filter(None, (_opening(render, role, later, ends, blanks) for role, later in _OTHERS)))
     special = special_tokens(tokenizer)
     return Marks(
         ends=tuple(sorted(ends & special)),
@@ -146,18 +147,23 @@ def _header(render: Render, blanks: set[int]) -> Header | None:
     return replace(found, block=tuple(answers[0][opened[1] : before])) if opened else found
 
 
-def _opening(render: Render, role: str, ends: set[int], blanks: set[int]) -> Header | None:
-    """Returns what a chat template sets before another role's content; None where it cannot be told."""
+def _opening(render: Render, role: str, later: bool, ends: set[int], blanks: set[int]) -> Header | None:
+    """Returns what a chat template sets before another role's content, behind an answer or at the start.
+
+    None where it cannot be told.
+    """
 
     def said(content: str, answer: str = "y") -> list[int]:
         turn = {"role": role, "content": content}
-        return render([turn, *_talk("x", answer)] if role == "system" else [*_talk("x", answer), turn])
+        if later:
+            return render([*_talk("x", answer), turn])
+        return render([turn, *_talk("x", answer)[role == "user" :]])
 
     try:
         one, other, behind = said("z 1"), said("x"), said("z 1", "y x")
     except Exception:  # see `_header`; some know fewer roles
         return None
-    start = 0 if role == "system" else len(one) - _around(one, behind)[1]
+    start = len(one) - _around(one, behind)[1] if later else 0
     header = tuple(one[start : _around(one, other)[0]])
     last = max((place for place, token in enumerate(header) if token in ends), default=-1)
     header = header[last + 1 :]  # the answer before it has an end

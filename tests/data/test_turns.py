@@ -252,6 +252,9 @@ def test_turns_chosen_by_the_data_or_by_role(tmp_path: Path) -> None:
     ]  # fmt: skip
     roles = turns(tmp_path / "b", [TALK, WITH_THANKS], "last", roles_to_train=["user", "assistant"])
     assert roles == ["w2 w3 <|end|>", "w5 <|end|>"]
+    # an end that the host does not know is of the next header, but the first has none before it
+    keys = {"roles_to_train": ["user", "assistant"], "train_on_eos": "none"}
+    assert turns(tmp_path / "c", [TALK], "all", tiny.TEMPLATE.replace("<|end|>", "<s>"), **keys) == ["w2 w3", "w5"]
 
 
 def test_segments_are_turns(tmp_path: Path) -> None:
