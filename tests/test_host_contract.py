@@ -226,6 +226,7 @@ def test_every_hook_is_inert_without_rl_spin() -> None:
         "refusals",
         "set_aside",
         "settings",
+        "settings.block",
         "settings.generation",
         "settings.spin",
     )
