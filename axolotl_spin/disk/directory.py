@@ -194,7 +194,18 @@ def check_output_dir(output_dir: str) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-# of `check_output_dir`, and of `find_nodes` (`ranks/nodes.py`)
+def sign_of(output_dir: Path, launch: str, rank: int) -> Path:
+    """Returns the file that a rank leaves in its folder for a moment, by which others see whether it is theirs too.
+
+    Args:
+        output_dir: The host's.
+        launch: What the ranks of one launch have in common: 16 hexadecimal digits.
+        rank: Whose it is.
+    """
+    return output_dir / f".spin-{launch}-{rank}"
+
+
+# what `check_output_dir` makes, and `sign_of`
 _SIGN = re.compile(r"\.probe\.[0-9a-f]{8}|\.spin-[0-9a-f]{16}-\d+")
 # seconds after which no start is still at it; another rank's, or another node's, may be
 _OVER = 3600.0

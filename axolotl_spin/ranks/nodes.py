@@ -21,6 +21,8 @@ from typing import Any
 
 from axolotl.utils.logging import get_logger
 
+from axolotl_spin.disk.directory import sign_of
+
 LOG = get_logger(__name__)
 
 # one node may prepare its data while another waits
@@ -221,7 +223,7 @@ def find_nodes(meeting: Meeting, output_dir: Path, patience: float = 3.0) -> Nod
     leads = os.environ.get("LOCAL_RANK", "0") == "0"
 
     def token(rank: int) -> Path:
-        return output_dir / f".spin-{meeting.launch}-{rank}"
+        return sign_of(output_dir, meeting.launch, rank)
 
     if leads:
         token(meeting.rank).touch()

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from axolotl_spin.cli import spin
 from axolotl_spin.disk.atomic import DamagedFileError, path_aside, read_json, remove_folder, remove_leftovers
-from axolotl_spin.disk.directory import ForeignFolderError, RunDirectory, check_own, remove_signs
+from axolotl_spin.disk.directory import ForeignFolderError, RunDirectory, check_own, remove_signs, sign_of
 from axolotl_spin.disk.lock import hold_directory, kind_of_mount
 from axolotl_spin.disk.printable import printable
 
@@ -113,7 +113,7 @@ def test_leftovers_are_those_that_this_package_makes(tmp_path: Path, victim: Pat
 
 def test_signs_of_killed_starts_go_once_no_start_can_be_at_it(tmp_path: Path) -> None:
     """Another rank may be trying the folder at this moment, and another node looking for who sees it."""
-    probe, sign = tmp_path / ".probe.0123abcd", tmp_path / ".spin-0123456789abcdef-8"
+    probe, sign = path_aside(tmp_path / "probe"), sign_of(tmp_path, "0123456789abcdef", 8)
     others = [tmp_path / ".probe", tmp_path / ".spin-8", tmp_path / "probe.0123abcd"]
     (probe / "aside").mkdir(parents=True)
     for path in (sign, *others):
